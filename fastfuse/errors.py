@@ -1,0 +1,9 @@
+"""The one error of fastfuse's own."""
+
+
+class Unsupported(NotImplementedError):
+    """No kernel covers this call. `code` is a stable name for the reason, which patch reports carry."""
+
+    def __init__(self, message: str, code: str = "UNSUPPORTED"):
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,8 @@
+"""patch(model): the fused ops inside a model people already have, and back again."""
+
+from fastfuse.patching.engine import patch as patch
+from fastfuse.patching.engine import patched as patched
+from fastfuse.patching.engine import status as status
+from fastfuse.patching.engine import unpatch as unpatch
+from fastfuse.patching.report import Entry as Entry
+from fastfuse.patching.report import PatchReport as PatchReport

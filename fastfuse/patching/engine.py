@@ -1,0 +1,260 @@
+"""patch(model): plan, then apply all or nothing, and give a report.
+
+Only the instance is touched: a bound forward in the module's __dict__ and a small record beside it. No class is
+changed, no module replaced, no parameter added; weights are read from the module at every call.
+"""
+
+import contextlib
+import fnmatch
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import MethodType
+
+import torch
+from torch import nn
+
+from fastfuse.errors import Unsupported
+from fastfuse.ops._op import BACKENDS, INTERPRET, backend_for, check, check_triton
+from fastfuse.ops._op import backend as use_backend
+from fastfuse.patching.hosts import HOSTS
+from fastfuse.patching.hosts._host import Host, Record
+from fastfuse.patching.report import Entry, PatchReport
+
+Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
+
+
+def patch(
+    model: nn.Module,
+    *,
+    ops: str | Iterable[str] | None = None,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    on_unsupported: str = "skip",
+    backend: str = "auto",
+    verify: bool = False,
+    dry_run: bool = False,
+) -> PatchReport:
+    """Run the hot paths of a model through fused ops, in place. `unpatch` gives it back exactly.
+
+    ops: op names ("nf4_linear", "nf4_lora_linear"), all where None.  include, exclude: a glob over module names, a
+    function (name, module) -> bool, or several.  on_unsupported: "skip", "warn" or "raise" for a candidate no fused op
+    covers; "raise" changes nothing.  backend: as fastfuse.backend.  verify: run each module on random input before and
+    after, and leave it alone where the two differ by more than rounding.  dry_run: report what would be done.
+    Patching twice changes nothing. What a fused op does not cover at a call runs the module's own forward, counted in
+    `status(model)`.  Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
+    """
+    check(isinstance(model, nn.Module), f"patch: model is a {type(model).__name__}, not a torch.nn.Module", TypeError)
+    check(on_unsupported in ("skip", "warn", "raise"), f"patch: on_unsupported is {on_unsupported!r}, not 'skip', 'warn' or 'raise'")
+    check(backend in BACKENDS, f"patch: backend is {backend!r}, not one of {', '.join(BACKENDS)}")
+    plan = _plan(model, _op_names(ops), _matcher(include, True), _matcher(exclude, False), backend)
+    todo = [p for p in plan if p.entry.status == "planned"]
+    refused = [p.entry for p in plan if p.entry.status == "skipped" and p.entry.code != "EXCLUDED"]
+    note = "" if plan else _nothing_found(model)
+    if refused or not plan:
+        message = note or f"{len(refused)} modules are not covered, the first: {refused[0].name}: {refused[0].code}: {refused[0].reason}"
+        if on_unsupported == "raise":
+            raise Unsupported(f"patch: {message}", refused[0].code if refused else "NOTHING_FOUND")
+        if on_unsupported == "warn" or not plan:
+            warnings.warn(f"fastfuse.patch: {message}", stacklevel=2)
+    if not dry_run:
+        _apply(todo, backend, verify)
+        if on_unsupported == "raise" and (bad := [p.entry for p in todo if p.entry.code == "MISMATCH"]):
+            for p in todo:
+                _uninstall(p.module)
+            raise Unsupported(f"patch: {bad[0].name}: {bad[0].reason}", "MISMATCH")
+    return PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
+
+
+def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
+    """Give every patched module its own forward back. The order relative to other wrappers does not matter."""
+    names, wanted = _op_names(ops), _matcher(include, True)
+    entries = []
+    for name, module, host in _candidates(model):
+        record = module.__dict__.get("_fastfuse")
+        if record is not None and record.op in names and wanted(name, module):
+            found = _uninstall(module)
+            code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
+            entries.append(Entry(name, type(module).__name__, host.name, host.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
+    return PatchReport(type(model).__name__, tuple(entries), "" if entries else "nothing was patched")
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
+    """`with patched(model) as report:` patches for the block alone; takes patch's options. Earlier patches stay."""
+    report = patch(model, **options)
+    mine = {e.name for e in report.entries if e.status == "patched"}
+    try:
+        yield report
+    finally:
+        unpatch(model, include=lambda name, module: name in mine)
+
+
+def status(model: nn.Module) -> PatchReport:
+    """What is patched now, and how often each patched module ran its own forward instead, by reason."""
+    entries = []
+    for name, module, host in _candidates(model):
+        record = module.__dict__.get("_fastfuse")
+        entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched")
+        if record is not None:
+            with use_backend(record.backend):
+                entry = replace(entry, status="patched", backend=_backend_of(host, module), fallbacks=dict(record.fallbacks))
+            entry = _with_obstacle(host, module, entry)
+        entries.append(_with_layout(host, module, entry))
+    return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
+
+
+@dataclass
+class _Planned:
+    module: nn.Module
+    host: Host
+    entry: Entry
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
+    for name, module in model.named_modules():
+        for host in HOSTS:
+            if host.matches(module):
+                yield name, module, host
+
+
+def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, backend: str) -> list[_Planned]:
+    plan = []
+    for name, module, host in _candidates(model):
+        entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
+        if module.__dict__.get("_fastfuse") is not None:
+            entry = replace(entry, status="already")
+        elif host.op not in ops or not included(name, module) or excluded(name, module):
+            entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
+        elif (author := _foreign_forward(module, host)) is not None:
+            entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
+        else:
+            try:
+                host.view(module)
+            except Unsupported as e:
+                entry = replace(entry, status="skipped", code=e.code, reason=str(e).removeprefix("NF4View: "))
+            except (ValueError, TypeError) as e:
+                entry = replace(entry, status="skipped", code="NOT_QUANTIZED", reason=str(e).removeprefix("NF4View: "))
+        if entry.status in ("planned", "already"):
+            _check_backend(host, module, backend)
+            with use_backend(backend):
+                entry = replace(entry, backend=_backend_of(host, module))
+            entry = _with_obstacle(host, module, entry)
+        plan.append(_Planned(module, host, _with_layout(host, module, entry)))
+    return plan
+
+
+def _check_backend(host: Host, module: nn.Module, backend: str) -> None:
+    if backend == "triton":
+        check_triton("patch")
+        if host.view(module).device.type == "cpu" and not INTERPRET:
+            raise Unsupported("patch: backend 'triton' on a CPU model needs TRITON_INTERPRET=1 set before import", "NO_GPU")
+
+
+def _backend_of(host: Host, module: nn.Module) -> str:
+    try:
+        return backend_for(host.view(module).device)
+    except (Unsupported, ValueError, TypeError):
+        return ""
+
+
+def _with_obstacle(host: Host, module: nn.Module, entry: Entry) -> Entry:
+    found = host.obstacle(module, None)
+    return entry if found is None else replace(entry, code=found[0], reason=f"runs its own forward for now: {found[1]}")
+
+
+def _with_layout(host: Host, module: nn.Module, entry: Entry) -> Entry:
+    try:
+        return replace(entry, layout=host.view(module).layout)
+    except (Unsupported, ValueError, TypeError):
+        return entry
+
+
+def _foreign_forward(module: nn.Module, host: Host) -> str | None:
+    """Who wrote the forward that would be replaced, where it is not the host library."""
+    current = module.__dict__.get(_slot(module)) or type(module).forward
+    author = getattr(getattr(current, "__func__", current), "__module__", None) or "an unknown place"
+    return None if author.split(".")[0] in host.written_by else author
+
+
+def _slot(module: nn.Module) -> str:
+    """accelerate's hook replaces forward by a wrapper of _old_forward: binding there keeps the hook running."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
+
+
+def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
+    try:
+        for p in todo:
+            slot = _slot(p.module)
+            before = p.module.__dict__.get(slot)
+            original = lambda x, m=p.module, f=before: f(x) if f else type(m).forward(m, x)  # noqa: E731
+            p.module.__dict__["_fastfuse"] = Record(p.host.op, backend, slot, before)
+            p.module.__dict__[slot] = MethodType(p.host.forward, p.module)
+            p.entry = replace(p.entry, status="patched")
+            if verify and not p.entry.code and (reason := _mismatch(p, original)):
+                _uninstall(p.module)
+                p.entry = replace(p.entry, status="skipped", code="MISMATCH", reason=reason)
+    except BaseException:
+        for p in todo:
+            _uninstall(p.module)
+        raise
+
+
+def _uninstall(module: nn.Module) -> bool:
+    """Put back exactly what was there; False where another wrapper has hidden our forward."""
+    record = module.__dict__.pop("_fastfuse", None)
+    if record is None:
+        return True
+    ours = [host.forward for host in HOSTS]
+    for slot in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(slot), "__func__", None) in ours:
+            if slot == record.slot and record.original is not None:
+                module.__dict__[slot] = record.original
+            elif slot == "forward":
+                del module.__dict__[slot]
+            else:  # hooked by accelerate after the patch: its wrapper needs something to call
+                module.__dict__[slot] = MethodType(type(module).forward, module)
+            return True
+    return False
+
+
+@torch.no_grad()
+def _mismatch(p: _Planned, original: Callable) -> str | None:
+    """How far the patched module is from its own forward on random input, where that is more than rounding.
+
+    Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
+    2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed.
+    """
+    weight, dtype = p.host.view(p.module), p.host.probe_dtype(p.module)
+    K = weight.shape[1]
+    x = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    with torch.enable_grad():  # on a CPU bitsandbytes repacks its weight for good when the input needs no gradient
+        want = original(x.requires_grad_()).double()
+    got = p.module(x).double()
+    allowed = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(K))
+    err = ((got - want).norm() / want.norm().clamp_min(torch.finfo(dtype).tiny)).item()
+    return None if err <= allowed else f"differs from its own forward by {err:.1e} relative, rounding explains {allowed:.1e}"
+
+
+def _op_names(ops: str | Iterable[str] | None) -> set[str]:
+    known = {host.op for host in HOSTS}
+    if ops is None:
+        return known
+    names = {ops} if isinstance(ops, str) else set(ops)
+    check(names <= known, f"patch: ops has {', '.join(sorted(names - known))}, known are {', '.join(sorted(known))}")
+    return names
+
+
+def _matcher(wanted: Filter | None, default: bool) -> Callable[[str, nn.Module], bool]:
+    if wanted is None:
+        return lambda name, module: default
+    tests = [wanted] if isinstance(wanted, str) or callable(wanted) else list(wanted)
+    return lambda name, module: any(t(name, module) if callable(t) else fnmatch.fnmatchcase(name, t) for t in tests)
+
+
+def _nothing_found(model: nn.Module) -> str:
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    kinds = sorted({f"{type(m.weight).__name__} of {m.weight.dtype}" for m in linear})
+    held = f"its {len(linear)} linear layers hold {', '.join(kinds)}" if linear else "it has no linear layers"
+    return f"found nothing to patch in {type(model).__name__}: no module holds an NF4 weight; {held}"

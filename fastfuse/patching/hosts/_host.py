@@ -1,0 +1,81 @@
+"""What a host file provides, and what all of their forwards share."""
+
+import collections
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.ops._op import backend
+from fastfuse.quant.nf4 import NF4View
+
+# Reasons a user asked for: counted, but not worth a warning. The base layer underneath is patched by itself.
+EXPECTED = ("ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER")
+
+
+@dataclass(frozen=True)
+class Host:
+    """How one kind of module is recognised and what replaces its forward.
+
+    matches: recognises the module by its parts. written_by: top-level packages whose forward this host knows; a
+    subclass with a forward of its own is left alone. view: the NF4 weight, or the reason there is none.
+    obstacle: (code, reason) that would make a call run the module's own forward, None where nothing is in the way;
+    the input may be None to ask about the module alone. forward: bound in place of the module's.
+    """
+
+    name: str
+    op: str
+    matches: Callable[[nn.Module], bool]
+    written_by: tuple[str, ...]
+    view: Callable[[nn.Module], NF4View]
+    obstacle: Callable[..., tuple[str, str] | None]
+    forward: Callable
+    probe_dtype: Callable[[nn.Module], torch.dtype]
+
+
+@dataclass
+class Record:
+    """Kept as `_fastfuse` on a patched module. Pickles as None, so that a saved module loads unpatched, without fastfuse."""
+
+    op: str
+    backend: str
+    slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
+    original: Callable | None  # what the instance had there; None where it used its class's forward
+    fallbacks: collections.Counter = field(default_factory=collections.Counter)
+
+    def __deepcopy__(self, memo) -> "Record":
+        return Record(self.op, self.backend, self.slot, copy.deepcopy(self.original, memo))
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def run(self: nn.Module, obstacle: Callable, fused: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """The body of every patched forward: fused where nothing is in the way, else the module's own forward."""
+    record = self.__dict__.get("_fastfuse")
+    if record is None:  # unpatched while another wrapper still holds this forward
+        return type(self).forward(self, x, *args, **kwargs)
+    found = obstacle(self, x, args, kwargs)
+    if found is None:
+        if record.backend == "auto":
+            return fused(self, x)
+        with backend(record.backend):
+            return fused(self, x)
+    if not torch.compiler.is_compiling():
+        code, reason = found
+        if not record.fallbacks[code] and code not in EXPECTED:
+            warnings.warn(f"fastfuse: {type(self).__name__} runs its own forward: {code}: {reason}", stacklevel=3)
+        record.fallbacks[code] += 1
+    if record.original is not None:
+        return record.original(x, *args, **kwargs)
+    return type(self).forward(self, x, *args, **kwargs)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward, so that it must be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "_hf_hook" in module.__dict__
+    )

@@ -1,0 +1,81 @@
+"""What patch did, module by module, and why."""
+
+import collections
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module that a fused op could serve.
+
+    status: "patched", "already" (by an earlier call), "planned" (dry run), "skipped", "unpatched" or "restored".
+    code, reason: why it was skipped, or why a patched module would run its own forward now; both "" where nothing is in the way.
+    fallbacks: how often its own forward ran instead since it was patched, by reason code.
+    """
+
+    name: str
+    module_type: str
+    host: str
+    op: str
+    status: str
+    code: str = ""
+    reason: str = ""
+    layout: str = ""
+    backend: str = ""
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """The outcome of patch, unpatch or status. True where at least one module runs a fused op."""
+
+    model_type: str
+    entries: tuple[Entry, ...]
+    note: str = ""  # why nothing was found
+
+    @property
+    def patched(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.status in ("patched", "already"))
+
+    @property
+    def skipped(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.status == "skipped")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Modules by status."""
+        return dict(collections.Counter(e.status for e in self.entries))
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls that ran a module's own forward, by reason code, over all modules."""
+        total = collections.Counter()
+        for entry in self.entries:
+            total.update(entry.fallbacks)
+        return dict(total)
+
+    def by_op(self) -> dict[str, tuple[Entry, ...]]:
+        return {op: tuple(e for e in self.entries if e.op == op) for op in dict.fromkeys(e.op for e in self.entries)}
+
+    def to_dict(self) -> dict:
+        return {"model_type": self.model_type, "note": self.note, "counts": self.counts, "entries": [asdict(e) for e in self.entries]}
+
+    def __bool__(self) -> bool:
+        return bool(self.patched)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {status}" for status, n in self.counts.items())
+        lines = [f"fastfuse: {self.model_type}: {counts or self.note}"]
+        groups = collections.Counter()
+        for e in self.entries:
+            calls = sum(e.fallbacks.values())
+            groups[e.op, e.status, e.host, e.layout, e.backend, e.code, e.reason] += 1
+            if calls:
+                groups[e.op, "fell back", e.host, "", "", ", ".join(sorted(e.fallbacks)), "calls that ran the module's own forward"] += calls
+        table = [("op", "status", "count", "host", "storage", "backend", "why")]
+        table += [(op, status, str(n), host, layout, backend, f"{code}: {reason}" if code else "") for (op, status, host, layout, backend, code, reason), n in groups.items()]
+        if len(table) > 1:
+            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+            lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+from fastfuse.quant.nf4 import NF4View as NF4View

@@ -1,0 +1,107 @@
+"""Launch configurations: rows in <op>.json, chosen by a pure function of the shape.
+
+A row is {"arch", "when", "tile"}. "when" holds conditions on the shape: "<name>" is equality, "<name>_max" is
+an upper bound, "<name>_multiple" is divisibility. The first match wins and the last row of each architecture is unconditional. "tile": null says that
+no fused kernel pays there. An architecture without rows of its own uses the highest one below it in its family.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from fastfuse.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration: the kernel's compile-time constants, and how it is scheduled."""
+
+    constants: Mapping[str, int | bool]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __getitem__(self, name: str) -> int | bool:
+        return self.constants[name]
+
+    def launch(self) -> dict:
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+_pinned: dict[str, Tile | None] = {}
+
+
+@contextlib.contextmanager
+def pin(op: str, tile: Tile | None) -> Iterator[None]:
+    """Make pick(op, ...) return this tile (None: the unfused route) inside the block. For tests and sweeps."""
+    before = dict(_pinned)
+    _pinned[op] = tile
+    try:
+        yield
+    finally:
+        _pinned.clear()
+        _pinned.update(before)
+
+
+def pick(op: str, arch: str, **shape: int | str) -> Tile | None:
+    """The tile of the first row of `op` that matches; None where the row says that no fused kernel pays.
+
+    arch: "sm_90", "gfx942", "interpreter".  Raises Unsupported for an architecture that no rows cover.
+    """
+    if op in _pinned:
+        return _pinned[op]
+    return _pick(op, arch, tuple(sorted(shape.items())))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(op: str, arch: str, shape: tuple) -> Tile | None:
+    have = dict(shape)
+    family = covering_arch(op, arch)
+    for row in table(op):
+        if row["arch"] == family and all(_holds(key, want, have) for key, want in row.get("when", {}).items()):
+            tile = row["tile"]
+            return tile and Tile(MappingProxyType(tile["constants"]), tile["num_warps"], tile["num_stages"])
+    raise LookupError(f"tune/{op}.json: no row of {family} matches {have}: its last row must be unconditional")
+
+
+def _holds(key: str, want: int | str, have: Mapping) -> bool:
+    name, _, test = key.rpartition("_")
+    if test == "max":
+        return have[name] <= want
+    if test == "multiple":
+        return have[name] % want == 0
+    return have[key] == want
+
+
+@functools.cache
+def table(op: str) -> list[dict]:
+    """All rows of an op, as written."""
+    return json.loads((Path(__file__).parent / f"{op}.json").read_text())
+
+
+def covering_arch(op: str, arch: str) -> str:
+    """The architecture whose rows serve `arch`: itself, or the highest below it with the same prefix."""
+    archs = {row["arch"] for row in table(op)}
+    if arch in archs:
+        return arch
+    prefix = "sm_" if arch.startswith("sm_") else "gfx9"  # other gfx are not CDNA
+    below = [a for a in archs if arch.startswith(prefix) and a.startswith(prefix) and int(a[3:], 16) <= int(arch[3:], 16)]
+    if not below:
+        raise Unsupported(f"{op}: no kernel covers {arch}, only {', '.join(sorted(archs))}", "ARCH")
+    return max(below, key=lambda a: int(a[3:], 16))
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The architecture's name, as the rows write it: "sm_90", "gfx942"; "interpreter" for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,234 @@
+"""NF4 decoding shared by the kernels: codebooks, block scales, and two ways from 4-bit codes to numbers.
+
+A packed byte holds two codes, the even element in the high nibble. Two decode branches:
+    "gather"  portable: table look-up with tl.gather, the scale multiplied in fp32. Runs in the interpreter.
+    "prmt"    NVIDIA: one inline-asm block turns 4 bytes into 8 numbers with byte permutes, no table in memory.
+
+How a block scale is stored is told by the number of tensors in `scales`:
+    1  (absmax,)                                fp32                              bitsandbytes, flat
+    4  (index, code, absmax, offset)            uint8, fp32 x 3                   bitsandbytes, nested
+    3  (scaler, factor, mean)                   int8, weight dtype x 2            torchao
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+# bitsandbytes keeps its codebook in fp32; torchao writes it with four decimals and rounds it to the weight's dtype.
+# In bf16 the two differ in code 6, so they are never interchangeable.
+BITSANDBYTES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+TORCHAO = (
+    -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
+    0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0,
+)  # fmt: skip
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def bits(value: float, dtype: str) -> int:
+    """The bit pattern of value rounded to nearest even in dtype "fp32", "fp16" or "bf16"."""
+    if dtype == "fp16":
+        return struct.unpack("<H", struct.pack("<e", value))[0]
+    fp32 = struct.unpack("<I", struct.pack("<f", value))[0]
+    return fp32 if dtype == "fp32" else (fp32 + 0x7FFF + (fp32 >> 16 & 1)) >> 16
+
+
+def codebook_values(torchao: bool, dtype: str) -> list[float]:
+    """The 16 values the host library multiplies by: torchao's are rounded to the weight's dtype first."""
+    if not torchao:
+        return list(BITSANDBYTES)
+    shift, fmt = {"fp32": (0, "<f"), "fp16": (0, "<e"), "bf16": (16, "<f")}[dtype]
+    width = "<H" if dtype == "fp16" else "<I"
+    return [struct.unpack(fmt, struct.pack(width, bits(v, dtype) << shift))[0] for v in TORCHAO]
+
+
+def _byte_words(patterns: list[int], byte: int) -> list[str]:
+    """Byte `byte` of 16 patterns as four 32-bit literals, entry 0 lowest."""
+    words = [sum((patterns[4 * g + i] >> 8 * byte & 255) << 8 * i for i in range(4)) for g in range(4)]
+    return [f"0x{word:08X}" for word in words]
+
+
+def _look_up(dst: str, words: list[str], select: str, merge: str) -> str:
+    """dst = four bytes out of a 16-byte table: each half by the low three bits of a code, then the half by its top bit."""
+    return (
+        f"prmt.b32 a, {words[0]}, {words[1]}, {select};\n"
+        f"prmt.b32 b, {words[2]}, {words[3]}, {select};\n"
+        f"prmt.b32 {dst}, a, b, {merge};\n"
+    )
+
+
+def scaled_asm(torchao: bool, w_dtype: str, out_dtype: str) -> str:
+    """$0..$3 = eight scaled weights as pairs of out_dtype; $4 = four packed bytes, $5..$8 = the scale twice, per byte.
+
+    The 16-bit table is split into a low-byte and a high-byte table; the multiplication stays packed. Multiplying the
+    unpacked tensor instead makes the compiler swap halves, 30 to 40 more permutes per 32 weights. A product with a bf16
+    table and a bf16 scale has 2.4e-3 relative error in y = x W^T where rounding the exact weight has 1.6e-3.
+    """
+    patterns = [bits(v, out_dtype) for v in codebook_values(torchao, w_dtype)]
+    low, high = _byte_words(patterns, 0), _byte_words(patterns, 1)
+    kind = {"bf16": "bf16x2", "fp16": "f16x2"}[out_dtype]
+    asm = (
+        "{\n.reg .b32 s0, s1, m0, m1, a, b, lo, hi, o, nz;\n"
+        "mov.b32 nz, 0x80008000;\n"  # -0.0 twice: sm_80 has a packed fma but no packed multiply for bf16
+        "and.b32 s0, $4, 0x77777777;\n"
+        "shr.b32 m0, $4, 1;\n"
+        "lop3.b32 m0, m0, 0x44444444, 0x32103210, 0xEA;\n"
+        "shr.b32 s1, s0, 16;\n"
+        "shr.b32 m1, m0, 16;\n"
+    )
+    for i in range(2):
+        asm += _look_up("lo", low, f"s{i}", f"m{i}") + _look_up("hi", high, f"s{i}", f"m{i}")
+        for j, pair in enumerate(("0x4051", "0x6273")):  # the high nibble's value lands in the low half
+            asm += f"prmt.b32 o, lo, hi, {pair};\nfma.rn.{kind} ${2 * i + j}, o, ${5 + 2 * i + j}, nz;\n"
+    return asm + "}\n"
+
+
+def exact_asm(torchao: bool, w_dtype: str, out_dtype: str) -> str:
+    """As scaled_asm, from a fp32 table in four byte planes and a fp32 scale: round(code * scale), as the host library."""
+    patterns = [bits(v, "fp32") for v in codebook_values(torchao, w_dtype)]
+    planes = [_byte_words(patterns, p) for p in range(4)]
+    kind = {"bf16": "bf16x2", "fp16": "f16x2"}[out_dtype]
+    asm = "{\n.reg .b32 t, s, m, a, b, p0, p1, p2, p3, x0, x1, y0, y1, w0, w1, w2, w3;\n.reg .f32 f0, f1, f2, f3;\n"
+    for half in range(2):
+        asm += (
+            f"shr.b32 t, $4, {16 * half};\n"
+            "and.b32 s, t, 0x7777;\n"
+            "shr.b32 m, t, 1;\n"
+            "lop3.b32 m, m, 0x4444, 0x3210, 0xEA;\n"
+        )
+        for p in range(4):
+            asm += _look_up(f"p{p}", planes[p], "s", "m")
+        for i, pair in enumerate(("0x5140", "0x7362")):
+            asm += f"prmt.b32 x{i}, p0, p1, {pair};\nprmt.b32 y{i}, p2, p3, {pair};\n"
+        for i in range(4):
+            asm += f"prmt.b32 w{i}, x{i // 2}, y{i // 2}, {('0x5410', '0x7632')[i % 2]};\n"
+            asm += f"mov.b32 f{i}, w{i};\nmul.rn.f32 f{i}, f{i}, ${5 + 2 * half + i // 2};\n"
+        for j in range(2):  # cvt packs its first source into the high half; codes come low nibble first
+            asm += f"cvt.rn.{kind}.f32 ${2 * half + j}, f{2 * j}, f{2 * j + 1};\n"
+    return asm + "}\n"
+
+
+# Kernels see module globals only as tl.constexpr, whose value then is part of the compile cache's key.
+# torchao's weight rounds to its own dtype, so byte permutes serve it only where that is the result's dtype.
+_STORED = [(False, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "bf16", "bf16"), (True, "fp16", "fp16")]
+_SCALED = tl.constexpr({key: scaled_asm(*key) for key in _STORED})
+_EXACT = tl.constexpr({key: exact_asm(*key) for key in _STORED})
+_VALUES = tl.constexpr({(t, d): codebook_values(t, d) for t in (False, True) for d in ("fp32", "fp16", "bf16")})
+
+
+@triton.constexpr_function
+def _code_value(i, torchao, w_dtype):
+    return _VALUES.value[torchao, str(w_dtype)][i]
+
+
+@triton.constexpr_function
+def _scaled_asm(torchao, w_dtype, out_dtype):
+    return _SCALED.value[torchao, str(w_dtype), str(out_dtype)]
+
+
+@triton.constexpr_function
+def _exact_asm(torchao, w_dtype, out_dtype):
+    return _EXACT.value[torchao, str(w_dtype), str(out_dtype)]
+
+
+@triton.jit
+def round_to(value, DTYPE: tl.constexpr):
+    """fp32 value rounded to the nearest DTYPE, kept in fp32. The interpreter's bf16 cast truncates, so it is done there by hand."""
+    if DTYPE == tl.float32:
+        return value
+    elif INTERPRET and DTYPE == tl.bfloat16:
+        u = value.to(tl.uint32, bitcast=True)
+        u = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
+        return u.to(tl.float32, bitcast=True)
+    else:
+        return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def block_scale(scales, block):
+    """The fp32 scale of each block index, by the host library's own recipe, each step rounded where it rounds."""
+    if len(scales) == 1:
+        return tl.load(scales[0] + block)
+    elif len(scales) == 4:
+        code = tl.load(scales[1] + tl.load(scales[0] + block).to(tl.int32))
+        # The offset is loaded per element: a splat among the decode's inputs keeps the weight out of the
+        # matrix unit's register operand (store to shared memory, barrier, load instead).
+        return code * tl.load(scales[2] + (block >> 8)) + tl.load(scales[3] + block * 0)
+    else:
+        DTYPE: tl.constexpr = scales[1].dtype.element_ty
+        scaler = tl.load(scales[0] + block).to(tl.float32)
+        factor = tl.load(scales[1] + (block >> 8)).to(tl.float32)
+        mean = tl.load(scales[2] + block * 0).to(tl.float32)
+        return round_to(round_to(tl.div_rn(scaler, factor), DTYPE) + mean, DTYPE)
+
+
+@triton.jit
+def _gather(packed, scale, scales, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """round(code * scale) in fp32, [ROWS, 2 * BYTES], by table look-up."""
+    TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
+    W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
+    entry = tl.arange(0, 16)
+    table = tl.zeros((16,), tl.float32)
+    for i in tl.static_range(16):
+        table = tl.where(entry == i, _code_value(i, TORCHAO_LAYOUT, W_DTYPE), table)
+    codes = tl.join((packed >> 4).to(tl.int32), (packed & 15).to(tl.int32)).reshape(ROWS * BYTES * 2)
+    w = tl.gather(table, codes, 0).reshape(ROWS, 2 * BYTES) * scale
+    return round_to(w, W_DTYPE)
+
+
+@triton.jit
+def _spread(scale, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, GROUPS] -> [ROWS, WIDTH], each entry WIDTH / GROUPS times."""
+    return tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, WIDTH // GROUPS)).reshape(ROWS, WIDTH)
+
+
+@triton.jit
+def decode(packed, scale, scales, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
+    """Scaled weights for a matrix product: packed uint8 [ROWS, BYTES], scale fp32 [ROWS, GROUPS] -> OUT [ROWS, 2 * BYTES]."""
+    TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
+    W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
+    if DECODE == "prmt":
+        half = scale.to(OUT).to(tl.uint16, bitcast=True).to(tl.uint32)
+        twice = (half | (half << 16)).to(tl.int32, bitcast=True)
+        pairs = tl.inline_asm_elementwise(
+            _scaled_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,r,r,r,r",
+            [packed, _spread(twice, ROWS, GROUPS, BYTES)], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        even = pairs.to(tl.int16).to(OUT, bitcast=True)
+        odd = (pairs >> 16).to(tl.int16).to(OUT, bitcast=True)
+        return tl.join(even, odd).reshape(ROWS, 2 * BYTES)
+    else:
+        return _gather(packed, _spread(scale, ROWS, GROUPS, 2 * BYTES), scales, ROWS, BYTES).to(OUT)
+
+
+@triton.jit
+def nf4_dequantize_kernel(packed_ptr, scales, out_ptr, n_elements, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr):
+    """out[i] = round(codebook[code[i]] * scale[i // BLOCK_SIZE]), equal to the bit to the host library's.
+
+    Program p writes BLOCKS quantization blocks, starting at block p * BLOCKS. Compile without floating-point fusion:
+    a contracted multiply-add in the nested scale differs from bitsandbytes by one ulp.
+    """
+    BYTES: tl.constexpr = BLOCK_SIZE // 2
+    TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
+    W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    packed = tl.load(packed_ptr + byte, mask=byte < (n_elements + 1) // 2, other=0)
+    scale = block_scale(scales, tl.minimum(block, (n_elements - 1) // BLOCK_SIZE))[:, None]
+    if DECODE == "prmt":
+        pairs = tl.inline_asm_elementwise(
+            _exact_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,f,f,f,f",
+            [packed, tl.broadcast_to(scale, (BLOCKS, BYTES))], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        tl.store(out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + byte, pairs, mask=byte < n_elements // 2)
+    else:
+        offs = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+        w = _gather(packed, scale, scales, BLOCKS, BYTES)
+        tl.store(out_ptr + offs, w.to(OUT), mask=offs < n_elements)

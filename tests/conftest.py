@@ -1,0 +1,44 @@
+"""Kernel tests run on a GPU where there is one, else on the CPU through Triton's interpreter; gpu tests only on a GPU."""
+
+import os
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when fastfuse imports Triton
+    torch.set_num_threads(1)  # the interpreter's many small calls lose more to threads than they gain
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+import fastfuse
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def kernels():
+    """Inside this fixture public ops launch the Triton kernels, on a CPU too."""
+    with fastfuse.backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Every test starts from one seed, and memory from torch.empty holds NaN: an output nobody wrote cannot pass."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what makes PyTorch fill uninitialised memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    if not GPU:
+        skip = pytest.mark.skip(reason="no GPU: not measured, not run")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

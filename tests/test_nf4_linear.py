@@ -1,0 +1,295 @@
+"""nf4_linear and nf4_lora_linear: the kernels and the reference against float64, forward and backward."""
+
+import pytest
+import torch
+from numerics import assert_no_worse
+from torch import nn
+from torch.nn import functional as F
+from weights import STORAGES, host_dequantize, quantize, random_weight
+
+import fastfuse
+from fastfuse import tune
+from fastfuse.ops import nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
+from fastfuse.quant import NF4View
+
+ROW_MAJOR = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": False})
+TRANSPOSED = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": True})
+TWO_SCALES_A_STEP = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "TRANSPOSED": False})
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(M, N, K, R=8, *, storage="nested", dtype=torch.float32, lora_dtype=None, bias=True, device="cpu", block_size=64):
+    weight = quantize(random_weight(N, K, dtype, device), storage, block_size)
+    leaf = dict(device=device, requires_grad=True)
+    x = torch.randn(M, K, dtype=dtype, **leaf)
+    a = torch.randn(R, K, dtype=lora_dtype or dtype, **leaf)
+    b = torch.randn(N, R, dtype=lora_dtype or dtype, **leaf)
+    return x, weight, a, b, (torch.randn(N, dtype=dtype, **leaf) if bias else None)
+
+
+def run(fn, x, a, b, bias, dy):
+    leaves = [t for t in (x, a, b, bias) if t is not None]
+    y = fn(x, a, b, bias)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def check_against_float64(x, weight, a, b, bias, scaling=1.5):
+    """y and every gradient of the op, of the formula in eager PyTorch, and of the same in float64."""
+    view = NF4View.of(weight)
+    dy = torch.randn(*x.shape[:-1], view.shape[0], dtype=x.dtype, device=x.device)
+    exact_leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, a, b, bias)]
+    w = host_dequantize(weight, x.dtype)
+    low = torch.promote_types(x.dtype, a.dtype)
+
+    def eager(x, a, b, bias):
+        return (F.linear(x, w, bias) + F.linear(F.linear(x.to(low), a.to(low)), b.to(low)) * scaling).to(x.dtype)
+
+    def exact(x, a, b, bias):
+        y = F.linear(x, nf4_dequantize_ref(view, torch.float64), bias)
+        return y + F.linear(F.linear(x, a), b) * scaling
+
+    got = run(lambda x, a, b, bias: nf4_lora_linear(x, weight, a, b, scaling, bias=bias), x, a, b, bias, dy)
+    plain = run(eager, x, a, b, bias, dy)
+    truth = run(exact, *exact_leaves, dy.double())
+    for what, *values in zip(["y", "dx", "da", "db", "dbias"], got, plain, truth, strict=False):
+        assert_no_worse(*values, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("tile", [ROW_MAJOR, TRANSPOSED], ids=["row-major", "transposed"])
+def test_kernel(tile, storage, dtype, kernels, device):
+    with tune.pin("nf4_linear", tile):
+        check_against_float64(*inputs(17, 128, 128, storage=storage, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("M, N, K, R", [(1, 64, 64, 1), (3, 65, 192, 16), (64, 127, 64, 20), (100, 33, 128, 64), (16, 256, 576, 8)])
+def test_kernel_odd_shapes(M, N, K, R, kernels, device):
+    for tile in (ROW_MAJOR, TRANSPOSED):
+        with tune.pin("nf4_linear", tile):
+            check_against_float64(*inputs(M, N, K, R, device=device))
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_kernel_scale_blocks(block_size, kernels, device):
+    """Several scales a step, one, and blocks that cross rows (256 does not divide K)."""
+    for tile in (TWO_SCALES_A_STEP, TRANSPOSED):
+        with tune.pin("nf4_linear", tile):
+            check_against_float64(*inputs(5, 64, 384, storage="nested", block_size=block_size, device=device))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype, lora_dtype", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_adapters_in_another_dtype(backend, dtype, lora_dtype, storage, device):
+    """PEFT keeps adapters in fp32 over a 16-bit base: their gradients must stay fp32-accurate."""
+    with fastfuse.backend(backend):
+        check_against_float64(*inputs(20, 128, 128, storage=storage, dtype=dtype, lora_dtype=lora_dtype, bias=False, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, N, K", [(1, 64, 64), (40, 96, 100), (33, 48, 256)])
+def test_dense_route(M, N, K, dtype, kernels, device):
+    """What large M takes: decode once, then the library's GEMM. Also any K, as K = 100 here."""
+    with tune.pin("nf4_linear", None):
+        check_against_float64(*inputs(M, N, K, dtype=dtype, storage="flat", device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_reference(storage, dtype, device):
+    check_against_float64(*inputs(50, 128, 256, storage=storage, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_linear(backend, bias, device):
+    x, weight, _, _, b = inputs(9, 64, 128, bias=bias, device=device)
+    w = host_dequantize(weight, torch.float32)
+    with fastfuse.backend(backend):
+        y = nf4_linear(x, weight, b)
+        dx = torch.autograd.grad(y.sum(), x)[0]  # an expanded gradient
+    exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    assert_no_worse(y, F.linear(x, w, b), exact, "y")
+    assert_no_worse(dx, torch.ones(9, 64, device=device) @ w, torch.ones(9, 64, dtype=torch.float64, device=device) @ w.double(), "dx")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_layouts_of_x(backend, device):
+    base, weight, a, b, bias = inputs(24, 64, 64, device=device)
+    wide = torch.randn(24, 128, device=device)
+    wide[:, ::2] = base.detach()
+    cases = {
+        "strided last dim": wide[:, ::2],
+        "row stride": torch.cat([base, base], 1).detach()[:, :64],
+        "leading dims": base.detach().view(2, 3, 4, 64),
+        "transposed leading dims": base.detach().view(4, 6, 64).transpose(0, 1),
+        "column major": base.detach().T.contiguous().T,
+        "expanded": base.detach()[:1].expand(24, 64),
+        "one row": base.detach()[0],
+    }
+    with fastfuse.backend(backend):
+        for name, x in cases.items():
+            y = nf4_lora_linear(x, weight, a, b, 0.5, bias=bias)
+            want = nf4_linear_ref(x.contiguous(), NF4View.of(weight), a, b, 0.5, bias)
+            assert y.shape == want.shape, name
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_zero_rows(shape, backend, device):
+    _, weight, a, b, bias = inputs(1, 96, 64, device=device)
+    x = torch.empty(shape, device=device, requires_grad=True)
+    with fastfuse.backend(backend):
+        y = nf4_lora_linear(x, weight, a, b, 2.0, bias=bias)
+        grads = torch.autograd.grad(y.sum(), [x, a, b, bias])
+    assert y.shape == (*shape[:-1], 96)
+    assert grads[0].shape == shape and all(g.abs().sum() == 0 for g in grads[1:])
+
+
+def test_only_the_gradients_asked_for(kernels, device, monkeypatch):
+    """A frozen input needs no dX, so the weight is not decoded in the backward at all."""
+    x, weight, a, b, _ = inputs(4, 64, 64, bias=False, device=device)
+    y = nf4_lora_linear(x.detach(), weight, a, b, 1.0)
+    monkeypatch.setitem(nf4_lora_linear.__globals__, "_nf4_linear_dx", None)
+    y.sum().backward()
+    assert a.grad is not None and b.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_gradients_of_gradients(backend, device):
+    x, weight, a, b, bias = inputs(7, 64, 128, device=device)
+    w = host_dequantize(weight, torch.float32)
+
+    def penalty(fn, *leaves):
+        grads = torch.autograd.grad(fn(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    def formula(w):
+        return lambda x, a, b, bias: F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * 0.5
+
+    with fastfuse.backend(backend):
+        got = penalty(lambda x, a, b, bias: nf4_lora_linear(x, weight, a, b, 0.5, bias=bias), x, a, b, bias)
+    eager = penalty(formula(w), x, a, b, bias)
+    exact = penalty(formula(w.double()), *(t.detach().double().requires_grad_() for t in (x, a, b, bias)))
+    for what, *values in zip("x a b bias".split(), got, eager, exact, strict=True):
+        assert_no_worse(*values, what)
+
+
+def test_backward_keeps_no_dequantized_weight(device):
+    x, weight, a, b, _ = inputs(4, 256, 256, bias=False, device=device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        nf4_lora_linear(x, weight, a, b, 1.0)
+    assert saved and max(saved) <= 256 * 256 // 2  # the packed bytes, which the module holds anyway
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("case", ["plain", "strided", "expanded", "empty", "no adapter", "mixed dtypes"])
+def test_registered_op(case, backend, device):
+    x, weight, a, b, bias = inputs(6, 64, 64, device=device)
+    if case == "strided":
+        x = torch.randn(6, 2, 64, device=device)[:, 0].requires_grad_()
+    if case == "expanded":
+        x = torch.randn(1, 64, device=device).expand(6, 64)
+    if case == "empty":
+        x = x.detach()[:0].requires_grad_()
+    if case == "no adapter":
+        a = b = None
+    if case == "mixed dtypes":
+        x, bias = x.detach().half().requires_grad_(), bias.detach().half().requires_grad_()
+    parts = NF4View.of(weight).parts()
+    with fastfuse.backend(backend):
+        torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *parts, a, b, 2.0, bias))
+        low = None if a is None else torch.randn(x.shape[0], 8, device=device)
+        dy = torch.randn(x.shape[0], 64, device=device, dtype=x.dtype)
+        torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, (dy, *parts, low, a))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_compile_fullgraph(storage, backend, device):
+    x, weight, a, b, bias = inputs(6, 64, 256, storage=storage, device=device)
+
+    def fn(x, a, b, bias):
+        return nf4_lora_linear(x, weight, a, b, 2.0, bias=bias).square().sum()
+
+    want = fn(x, a, b, bias)
+    want_grads = torch.autograd.grad(want, [x, a, b, bias])
+    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    got = compiled(x, a, b, bias)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got, [x, a, b, bias]), want_grads, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_compile_dynamic_is_one_graph(device):
+    _, weight, a, b, _ = inputs(1, 64, 64, device=device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: nf4_lora_linear(x, weight, a, b, 2.0), fullgraph=True, dynamic=True, backend=counter)
+    for M in (5, 9, 33):
+        x = torch.randn(M, 64, device=device)
+        torch.testing.assert_close(compiled(x), nf4_lora_linear(x, weight, a, b, 2.0))
+    assert counter.frame_count == 1
+
+
+def test_autocast_moves_x_and_never_the_tables(device):
+    x, weight, a, b, bias = inputs(6, 64, 64, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = nf4_lora_linear(x, weight, a, b, 2.0, bias=bias)
+    to = lambda t: t.detach().bfloat16()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, nf4_lora_linear(to(x), weight, to(a), to(b), 2.0, bias=to(bias)))
+    y.sum().backward()
+    assert x.grad.dtype == a.grad.dtype == torch.float32
+
+
+def test_deterministic(kernels, device):
+    x, weight, a, b, bias = inputs(33, 64, 128, device=device)
+    first = run(lambda *t: nf4_lora_linear(t[0], weight, t[1], t[2], 2.0, bias=t[3]), x, a, b, bias, torch.ones(33, 64, device=device))
+    again = run(lambda *t: nf4_lora_linear(t[0], weight, t[1], t[2], 2.0, bias=t[3]), x, a, b, bias, torch.ones(33, 64, device=device))
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+def test_cost_counts_each_tensor_once():
+    weight = NF4View.of(quantize(random_weight(128, 64), "flat"))
+    x, a, b = torch.empty(10, 64, device="meta"), torch.empty(4, 64, device="meta"), torch.empty(128, 4, device="meta")
+    cost = nf4_linear_cost(x, weight, a, b)
+    assert cost.bytes == 4 * (10 * 64 + 4 * 64 + 128 * 4 + 10 * 128) + 128 * 64 // 2 + 4 * 128 + 4 * 16
+    assert cost.flops == 2 * 10 * 128 * 64 + 2 * 10 * 4 * (64 + 128)
+    assert nf4_linear_bwd_cost(x, weight, a, b).flops == 2 * 10 * 128 * 64 + 4 * 10 * 4 * (64 + 128)
+
+
+def bad_calls():
+    x, w = torch.randn(2, 64), quantize(random_weight(96, 64), "flat")
+    a, b = torch.randn(4, 64), torch.randn(96, 4)
+    return {
+        "features": (lambda: nf4_linear(torch.randn(2, 63), w), ValueError, r"nf4_linear: x has shape \(2, 63\), weight takes 64 features"),
+        "lora_a": (lambda: nf4_lora_linear(x, w, torch.randn(4, 65), b, 1.0), ValueError, r"lora_a has shape \(4, 65\), expected \(R, 64\)"),
+        "lora_b": (lambda: nf4_lora_linear(x, w, a, torch.randn(96, 5), 1.0), ValueError, r"lora_b has shape \(96, 5\), expected \(96, 4\)"),
+        "rank 0": (lambda: nf4_lora_linear(x, w, a[:0], b[:, :0], 1.0), ValueError, r"lora_a has shape \(0, 64\), expected \(R, 64\) with R >= 1"),
+        "bias": (lambda: nf4_linear(x, w, torch.randn(95)), ValueError, r"bias has shape \(95,\), expected \(96,\)"),
+        "dtype": (lambda: nf4_linear(x.double(), w), fastfuse.Unsupported, "x is torch.float64, covered are bf16, fp16 and fp32"),
+        "adapter dtype": (lambda: nf4_lora_linear(x, w, a.double(), b, 1.0), fastfuse.Unsupported, "lora_a is torch.float64"),
+        "device": (lambda: nf4_linear(x.to("meta"), w), ValueError, "x is on meta, weight on cpu"),
+        "not a tensor": (lambda: nf4_linear([1.0], w), TypeError, "x is a list"),
+        "not quantized": (lambda: nf4_linear(x, nn.Linear(64, 96).weight), TypeError, "neither NF4View, Params4bit nor NF4Tensor"),
+        "backend": (lambda: fastfuse.backend("cuda").__enter__(), ValueError, "'cuda' is none of auto, triton, torch"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_refusals(case):
+    call, error, message = bad_calls()[case]
+    with pytest.raises(error, match=message) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+def test_backend_is_restored_after_an_error():
+    with pytest.raises(RuntimeError, match="inside"), fastfuse.backend("torch"):
+        raise RuntimeError("inside")
+    from fastfuse.ops import _op
+
+    assert _op.current_backend() == "auto"

@@ -1,0 +1,91 @@
+"""NF4View: zero-copy over every storage, and a clear no for what it cannot read."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+from weights import STORAGES, quantize, random_weight
+
+from fastfuse import Unsupported
+from fastfuse.kernels.nf4 import BITSANDBYTES, codebook_values
+from fastfuse.ops import nf4_dequantize
+from fastfuse.quant import NF4View
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_views_not_copies(storage):
+    weight = quantize(random_weight(64, 256), storage)
+    view = NF4View.of(weight)
+    bytes_of = weight.quantized_data if storage == "torchao" else weight.data
+    assert view.packed.data_ptr() == bytes_of.data_ptr()
+    scales = weight.quantized_scalers if storage == "torchao" else weight.quant_state.absmax
+    assert view.scales[0] is scales
+    assert view.shape == (64, 256) and view.block_size == 64
+    assert view.nbytes == sum(t.numel() * t.element_size() for t in (view.packed, view.code, *view.scales))
+    assert NF4View.of(view) is view
+    assert torch.equal(nf4_dequantize(NF4View(*view.parts())), nf4_dequantize(weight))
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_bytes_stored_as_floats(storage_dtype):
+    """FSDP setups store the bytes in a float dtype; some patterns are NaN, none may change."""
+    plain = quantize(random_weight(64, 256), "nested")
+    stored = bnb.nn.Params4bit(random_weight(64, 256), requires_grad=False, quant_type="nf4", quant_storage=storage_dtype).to("cpu")
+    stored.data.view(torch.uint8).view(-1).copy_(plain.data.view(-1))
+    stored.quant_state = plain.quant_state
+    assert stored.data.dtype == storage_dtype
+    assert torch.equal(nf4_dequantize(stored), nf4_dequantize(plain))
+
+
+def test_parameter_and_transposed_weight():
+    weight = quantize(random_weight(64, 256), "torchao")
+    assert NF4View.of(nn.Parameter(weight, requires_grad=False)).shape == (64, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_codebooks_are_the_host_libraries_own(dtype):
+    assert list(BITSANDBYTES) == quantize(random_weight(64, 256), "flat").quant_state.code.tolist()
+    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    assert codebook_values(True, name) == quantize(random_weight(64, 256, dtype), "torchao").nf4.tolist()
+
+
+def test_not_nf4():
+    with pytest.raises(TypeError, match=r"weight is a Parameter of torch.float32, neither NF4View, Params4bit nor NF4Tensor"):
+        NF4View.of(nn.Linear(4, 4).weight)
+    with pytest.raises(TypeError, match="weight is a str"):
+        NF4View.of("weight")
+
+
+def test_not_quantized_yet():
+    with pytest.raises(ValueError, match="not quantized yet"):
+        NF4View.of(bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4"))
+
+
+def refusal(weight) -> str:
+    with pytest.raises(Unsupported) as e:
+        NF4View.of(weight)
+    assert "\n" not in str(e.value)
+    return e.value.code
+
+
+def test_unreadable_storages():
+    fp4 = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="fp4").to("cpu")
+    assert refusal(fp4) == "QUANT_TYPE"
+    packed = quantize(random_weight(64, 64), "flat")
+    packed.quant_state.packing_format_for_cpu = True
+    assert refusal(packed) == "CPU_PACKED_BNB"
+    nested = quantize(random_weight(64, 64), "nested")
+    nested.quant_state.state2.blocksize = 128
+    assert refusal(nested) == "BLOCK_SIZE"
+
+    class DTensor:
+        pass
+
+    assert refusal(DTensor()) == "DTENSOR"
+
+
+def test_bytes_that_do_not_fit_the_shape():
+    weight = quantize(random_weight(64, 64), "flat")
+    weight.quant_state.shape = torch.Size([64, 128])
+    with pytest.raises(ValueError, match=r"2048 packed bytes for a weight of shape \(64, 128\), which needs 4096"):
+        NF4View.of(weight)

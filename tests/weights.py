@@ -1,0 +1,36 @@
+"""NF4 weights in every storage, quantized by the host libraries themselves."""
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as bnb_functional
+from torchao.quantization import to_nf4
+
+STORAGES = ("flat", "nested", "torchao")
+
+
+def random_weight(N: int, K: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    """Blocks of very different size, and one of zeros: an absmax wrong by one block cannot hide."""
+    weight = torch.randn(N, K, device=device) * torch.logspace(-3, 0, N, device=device)[:, None]
+    weight[0, : min(64, K)] = 0
+    return weight.to(dtype)
+
+
+def quantize(weight: torch.Tensor, storage: str, block_size: int = 64):
+    """A Params4bit (flat, nested) or an NF4Tensor (torchao) on the weight's device."""
+    if storage == "torchao":
+        return to_nf4(weight, block_size, 256)
+    device = weight.device
+    return bnb.nn.Params4bit(
+        weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=storage == "nested", blocksize=block_size
+    ).to(device)
+
+
+def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
+    """What the host library itself makes of the weight in `dtype`."""
+    if type(weight).__name__ == "NF4Tensor":
+        return weight.get_original_weight().to(dtype)
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return torch.ops.bitsandbytes.dequantize_4bit(weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype)
