@@ -178,7 +178,7 @@ def _read_sass(cubin: bytes, made: Report, weights: int) -> None:
         made.counts[name] = made.counts.get(name, 0) + 1
     main = [loop for loop in loops if any("MMA" in op for op, _ in ops[slice(*loop)])]
     if weights and main:
-        start, end = max(main, key=lambda loop: loop[1] - loop[0])  # the other loop is the LoRA epilogue
+        start, end = max(main, key=lambda loop: sum(op == "PRMT" for op, _ in ops[slice(*loop)]))  # the LoRA epilogue loops too
         made.per_weight = round((end - start) * made.warps * 32 / weights, 2)
 
 
@@ -221,7 +221,7 @@ def main() -> None:
         sys.exit("bench.codegen: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     reports = all_reports()
     if a.json:
-        a.json.write_text(json.dumps([asdict(r) for r in reports]))
+        a.json.write_text(json.dumps([{**asdict(r), "found": r.problems()} for r in reports]))
     else:
         print(table(reports))
     if any(r.problems() for r in reports):

@@ -56,11 +56,7 @@ def _byte_words(patterns: list[int], byte: int) -> list[str]:
 
 def _look_up(dst: str, words: list[str], select: str, merge: str) -> str:
     """dst = four bytes out of a 16-byte table: each half by the low three bits of a code, then the half by its top bit."""
-    return (
-        f"prmt.b32 a, {words[0]}, {words[1]}, {select};\n"
-        f"prmt.b32 b, {words[2]}, {words[3]}, {select};\n"
-        f"prmt.b32 {dst}, a, b, {merge};\n"
-    )
+    return f"prmt.b32 a, {words[0]}, {words[1]}, {select};\nprmt.b32 b, {words[2]}, {words[3]}, {select};\nprmt.b32 {dst}, a, b, {merge};\n"
 
 
 def scaled_asm(torchao: bool, w_dtype: str, out_dtype: str) -> str:
@@ -96,12 +92,7 @@ def exact_asm(torchao: bool, w_dtype: str, out_dtype: str) -> str:
     kind = {"bf16": "bf16x2", "fp16": "f16x2"}[out_dtype]
     asm = "{\n.reg .b32 t, s, m, a, b, p0, p1, p2, p3, x0, x1, y0, y1, w0, w1, w2, w3;\n.reg .f32 f0, f1, f2, f3;\n"
     for half in range(2):
-        asm += (
-            f"shr.b32 t, $4, {16 * half};\n"
-            "and.b32 s, t, 0x7777;\n"
-            "shr.b32 m, t, 1;\n"
-            "lop3.b32 m, m, 0x4444, 0x3210, 0xEA;\n"
-        )
+        asm += f"shr.b32 t, $4, {16 * half};\nand.b32 s, t, 0x7777;\nshr.b32 m, t, 1;\nlop3.b32 m, m, 0x4444, 0x3210, 0xEA;\n"
         for p in range(4):
             asm += _look_up(f"p{p}", planes[p], "s", "m")
         for i, pair in enumerate(("0x5140", "0x7362")):

@@ -10,9 +10,9 @@ if not GPU:
     torch.set_num_threads(1)  # the interpreter's many small calls lose more to threads than they gain
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+import pytest  # noqa: E402: after the environment is set
 
-import fastfuse
+import fastfuse  # noqa: E402
 
 
 @pytest.fixture

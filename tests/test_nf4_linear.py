@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def inputs(M, N, K, R=8, *, storage="nested", dtype=torch.float32, lora_dtype=None, bias=True, device="cpu", block_size=64):
     weight = quantize(random_weight(N, K, dtype, device), storage, block_size)
-    leaf = dict(device=device, requires_grad=True)
+    leaf = {"device": device, "requires_grad": True}
     x = torch.randn(M, K, dtype=dtype, **leaf)
     a = torch.randn(R, K, dtype=lora_dtype or dtype, **leaf)
     b = torch.randn(N, R, dtype=lora_dtype or dtype, **leaf)
@@ -173,7 +173,7 @@ def test_gradients_of_gradients(backend, device):
         got = penalty(lambda x, a, b, bias: nf4_lora_linear(x, weight, a, b, 0.5, bias=bias), x, a, b, bias)
     eager = penalty(formula(w), x, a, b, bias)
     exact = penalty(formula(w.double()), *(t.detach().double().requires_grad_() for t in (x, a, b, bias)))
-    for what, *values in zip("x a b bias".split(), got, eager, exact, strict=True):
+    for what, *values in zip(["x", "a", "b", "bias"], got, eager, exact, strict=True):
         assert_no_worse(*values, what)
 
 
@@ -238,9 +238,9 @@ def test_autocast_moves_x_and_never_the_tables(device):
     x, weight, a, b, bias = inputs(6, 64, 64, device=device)
     with torch.autocast(device, torch.bfloat16):
         y = nf4_lora_linear(x, weight, a, b, 2.0, bias=bias)
-    to = lambda t: t.detach().bfloat16()
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, nf4_lora_linear(to(x), weight, to(a), to(b), 2.0, bias=to(bias)))
+    x16, a16, b16, bias16 = (t.detach().bfloat16() for t in (x, a, b, bias))
+    assert torch.equal(y, nf4_lora_linear(x16, weight, a16, b16, 2.0, bias=bias16))
     y.sum().backward()
     assert x.grad.dtype == a.grad.dtype == torch.float32
 

@@ -24,7 +24,9 @@ def test_first_match_wins_and_bounds_hold():
     assert m(1, dtype="fp32") is None
 
 
-@pytest.mark.parametrize("arch, rows_of", [("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx950", "gfx942"), ("sm_90", "sm_90")])
+@pytest.mark.parametrize(
+    "arch, rows_of", [("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx950", "gfx942"), ("sm_90", "sm_90")]
+)
 def test_an_architecture_without_rows_uses_the_one_below(arch, rows_of):
     assert tune.covering_arch("nf4_linear", arch) == rows_of
 

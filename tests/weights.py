@@ -20,9 +20,9 @@ def quantize(weight: torch.Tensor, storage: str, block_size: int = 64):
     if storage == "torchao":
         return to_nf4(weight, block_size, 256)
     device = weight.device
-    return bnb.nn.Params4bit(
-        weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=storage == "nested", blocksize=block_size
-    ).to(device)
+    return bnb.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=storage == "nested", blocksize=block_size).to(
+        device
+    )
 
 
 def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:

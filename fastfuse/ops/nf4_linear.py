@@ -139,7 +139,9 @@ def nf4_linear_cost(x: Tensor, weight, lora_a: Tensor | None = None, lora_b: Ten
     return Cost(nbytes(x, lora_a, lora_b, bias) + weight.nbytes + out, 2 * M * N * K + 2 * M * R * (N + K))
 
 
-def nf4_linear_bwd_cost(x: Tensor, weight, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0, bias: Tensor | None = None) -> Cost:
+def nf4_linear_bwd_cost(
+    x: Tensor, weight, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0, bias: Tensor | None = None
+) -> Cost:
     """dX, dA and dB from dY: x, dY, W and the adapters read once, each gradient written once."""
     weight = NF4View.of(weight)
     N, K = weight.shape
@@ -299,7 +301,7 @@ def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
 
 
 def _dx_setup_context(ctx, inputs, output) -> None:
-    dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a = inputs
+    _dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a = inputs
     ctx.save_for_backward(dxa, lora_a, packed, code, *scales)
 
 

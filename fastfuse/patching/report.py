@@ -74,7 +74,10 @@ class PatchReport:
             if calls:
                 groups[e.op, "fell back", e.host, "", "", ", ".join(sorted(e.fallbacks)), "calls that ran the module's own forward"] += calls
         table = [("op", "status", "count", "host", "storage", "backend", "why")]
-        table += [(op, status, str(n), host, layout, backend, f"{code}: {reason}" if code else "") for (op, status, host, layout, backend, code, reason), n in groups.items()]
+        table += [
+            (op, status, str(n), host, layout, backend, f"{code}: {reason}" if code else "")
+            for (op, status, host, layout, backend, code, reason), n in groups.items()
+        ]
         if len(table) > 1:
             widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
             lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -76,6 +76,4 @@ def run(self: nn.Module, obstacle: Callable, fused: Callable, x: Tensor, args: t
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward, so that it must be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "_hf_hook" in module.__dict__
-    )
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "_hf_hook" in module.__dict__)

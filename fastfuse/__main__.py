@@ -1,0 +1,59 @@
+"""Command line: `python -m fastfuse demo` and `python -m fastfuse info`."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+import fastfuse
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="fastfuse", description=fastfuse.__doc__)
+    p.add_argument("--version", action="version", version=f"fastfuse {fastfuse.__version__}")
+    commands = p.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a photo through a small QLoRA vision-language model, before and after patch")
+    demo.add_argument("--image", metavar="PATH", help="your own photo; scikit-image's astronaut where left out")
+    demo.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens to generate (default 16)")
+    demo.add_argument("--interpret", action="store_true", help="on a CPU, also run the Triton kernels themselves on one layer, through Triton's interpreter")
+    commands.add_parser("info", help="versions, device, which kernels cover it, tuned rows found")
+    a = p.parse_args(argv)
+    if a.command == "info":
+        from fastfuse.info import info
+
+        print(info())
+        return 0
+    if a.interpret and "TRITON_INTERPRET" not in os.environ:
+        # Triton reads the switch when kernels are imported, which importing fastfuse has just done.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "fastfuse", *(sys.argv[1:] if argv is None else argv)])
+    _quiet_imports()
+    try:
+        from fastfuse.demo import DemoError, demo
+    except ImportError as e:
+        print(f"fastfuse demo: needs {e.name}: pip install 'fastfuse[demo]'", file=sys.stderr)
+        return 1
+    try:
+        demo(a.image, a.tokens, a.interpret)
+    except DemoError as e:
+        print(f"fastfuse demo: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet_imports() -> None:
+    """What other libraries say about themselves while loading is nothing a demo's reader can act on."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The byte-permute decode, executed instruction by instruction on the CPU: the interpreter cannot run inline assembly."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from numerics import assert_no_worse
+from weights import quantize, random_weight
+
+from fastfuse.kernels.nf4 import codebook_values, exact_asm, scaled_asm
+from fastfuse.ops import nf4_dequantize_ref
+from fastfuse.quant import NF4View
+
+STORED = [(False, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "bf16", "bf16"), (True, "fp16", "fp16")]
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def prmt(a, b, select):
+    """PTX prmt.b32: four bytes of the eight in {b, a}; selector bit 3 would replicate a sign."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.zeros_like(both)
+    for i in range(4):
+        nibble = select >> np.uint64(4 * i) & np.uint64(15)
+        assert not (nibble & np.uint64(8)).any(), "a selector's sign bit is set"
+        out |= (both >> nibble * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
+    return out
+
+
+def halves(word, dtype):
+    """Both 16-bit halves of a word as fp32 numbers, low first."""
+    pair = torch.from_numpy(np.stack([word & 0xFFFF, word >> np.uint64(16)], -1).astype(np.uint16).view(np.int16))
+    return pair.view(TORCH[dtype]).float()
+
+
+def packed(low, high, dtype):
+    bits = [t.to(TORCH[dtype]).view(torch.int16).numpy().view(np.uint16).astype(np.uint64) for t in (low, high)]
+    return bits[0] | bits[1] << np.uint64(16)
+
+
+def execute(asm, words, scales, dtype):
+    """Run the block on many packed words at once. scales: fp32 [4], one per byte, as the block's $5..$8 hold them."""
+    r = {"$4": words.astype(np.uint64)}
+    exact = ".f32 f0" in asm
+    for i, s in enumerate(scales):
+        value = torch.tensor([s], dtype=torch.float32)
+        r[f"${5 + i}"] = value if exact else packed(value, value, dtype)
+
+    def get(x):
+        return np.uint64(int(x, 0)) * np.ones_like(r["$4"]) if re.match(r"\d", x) else r[x]
+
+    for line in asm.splitlines():
+        line = line.strip().rstrip(";")
+        if not line or line in "{}" or line.startswith(".reg"):
+            continue
+        op, operands = line.split(None, 1)
+        dst, *args = [a.strip() for a in operands.split(",")]
+        a = [get(x) for x in args]
+        if op == "prmt.b32":
+            r[dst] = prmt(*a)
+        elif op == "and.b32":
+            r[dst] = a[0] & a[1]
+        elif op == "shr.b32":
+            r[dst] = a[0] >> a[1]
+        elif op == "lop3.b32":
+            assert args[3] == "0xEA"  # (a & b) | c
+            r[dst] = a[0] & a[1] | a[2]
+        elif op == "mov.b32":
+            r[dst] = torch.from_numpy(a[0].astype(np.uint32).view(np.float32)) if dst.startswith("f") else a[0]
+        elif op == "mul.rn.f32":
+            r[dst] = a[0] * a[1]
+        elif op.startswith("cvt.rn."):
+            r[dst] = packed(a[1], a[0], dtype)  # the first source goes to the high half
+        elif op.startswith("fma.rn."):
+            product = halves(a[0], dtype) * halves(a[1], dtype) + halves(a[2], dtype)  # exact in fp32 before the one rounding
+            r[dst] = packed(product[:, 0], product[:, 1], dtype)
+        else:
+            raise AssertionError(f"no meaning for {line}")
+    return torch.stack([halves(r[f"${i}"], dtype) for i in range(4)], 1).flatten(1)  # [words, 8], in memory order
+
+
+def words_and_codes():
+    """Every pair of bytes in the low and in the high half of a word: 131,072 words."""
+    pair = np.arange(65536, dtype=np.uint64)
+    words = np.concatenate([pair | (pair * 40503 % 65536) << 16, (pair * 40503 % 65536) | pair << 16])
+    per_byte = np.stack([words >> 8 * i & 255 for i in range(4)], 1)
+    codes = np.stack([per_byte >> 4, per_byte & 15], -1).reshape(len(words), 8)
+    return words, torch.from_numpy(codes.astype(np.int64))
+
+
+@pytest.mark.parametrize("torchao, w_dtype, out", STORED)
+def test_exact_decode_of_every_byte_pair(torchao, w_dtype, out):
+    words, codes = words_and_codes()
+    scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[w_dtype]).float()
+    got = execute(exact_asm(torchao, w_dtype, out), words, scales.tolist(), out)
+    want = torch.tensor(codebook_values(torchao, w_dtype))[codes] * scales.repeat_interleave(2)
+    assert torch.equal(got, want.to(TORCH[out]).float())
+
+
+@pytest.mark.parametrize("torchao, w_dtype, out", STORED)
+def test_scaled_decode_of_every_byte_pair(torchao, w_dtype, out):
+    words, codes = words_and_codes()
+    scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[out]).float()
+    got = execute(scaled_asm(torchao, w_dtype, out), words, scales.tolist(), out)
+    table = torch.tensor(codebook_values(torchao, w_dtype)).to(TORCH[out]).float()
+    assert torch.equal(got, (table[codes] * scales.repeat_interleave(2)).to(TORCH[out]).float())
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp16"])
+@pytest.mark.parametrize("storage", ["nested", "torchao"])
+def test_scaled_decode_keeps_the_tolerance(storage, out):
+    """Its 16-bit table and scale stay within the rule: y = x W^T no worse than twice eager's error."""
+    N, K = 256, 1024
+    weight = NF4View.of(quantize(random_weight(N, K, TORCH[out]), storage))
+    torchao = storage == "torchao"
+    asm = scaled_asm(torchao, out if torchao else "fp32", out)
+    # The scales are what decoding all-ones codes (15 -> 1.0) gives, before any rounding of the weight.
+    ones = NF4View(torch.full_like(weight.packed, 255), weight.code, weight.scales, 64, weight.shape, weight.dtype)
+    scale = nf4_dequantize_ref(ones, torch.float32).view(-1, 8)[:, 0]
+    words = weight.packed.numpy().view(np.uint32)
+    w = torch.empty(N * K // 8, 8)
+    for block in range(0, len(words), 8):  # 64 weights share a scale
+        w[block : block + 8] = execute(asm, words[block : block + 8], [scale[block].item()] * 4, out)
+    w = w.view(N, K)
+    x = torch.randn(16, K, dtype=TORCH[out])
+    exact = x.double() @ nf4_dequantize_ref(weight, torch.float64).T
+    eager = x @ nf4_dequantize_ref(weight, TORCH[out]).T
+    assert_no_worse((x.float() @ w.T).to(TORCH[out]), eager, exact)
+    if torchao:
+        assert torch.equal(w, nf4_dequantize_ref(weight, TORCH[out]).float())

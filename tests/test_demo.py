@@ -1,0 +1,190 @@
+"""The command line, as a new user meets it: three photos, odd images, wrong input."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+import fastfuse
+from fastfuse.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def save(folder: Path, name: str, array, **options) -> str:
+    path = folder / name
+    Image.fromarray(array).save(path, **options)
+    return str(path)
+
+
+PHOTOS = {
+    "astronaut": lambda folder: None,  # the default
+    "coffee": lambda folder: save(folder, "coffee.jpg", data.coffee()),
+    "cat": lambda folder: save(folder, "cat.png", data.chelsea()),
+}
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_a_photo_gives_equal_tokens_and_the_model_comes_back(photo, tmp_path, capsys):
+    path = PHOTOS[photo](tmp_path)
+    assert main(["demo", "--tokens", "6", *(["--image", path] if path else [])]) == 0
+    out = capsys.readouterr().out
+    tokens = re.findall(r"(before|after ) +\[([\d, ]+)\]", out)
+    assert len(tokens) == 2 and tokens[0][1] == tokens[1][1] and len(tokens[0][1].split(",")) == 6
+    assert "equal, all 6" in out and "logits equal to the bit again" in out and "fallbacks" not in out
+    assert re.search(r"nf4_lora_linear +patched +46", out)
+    if not _gpu():
+        assert "the PyTorch reference: no GPU found" in out
+    predicted, measured = re.search(r"predicted ([\d.]+) MiB of weights, measured ([\d.]+) MiB", out).groups()
+    assert float(predicted) == pytest.approx(float(measured), rel=0.01)
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_photos_reach_the_answer(tmp_path):
+    """Two photos give different logits: the comparison is not between two models that ignore their input."""
+    import torch
+    from rich.progress import Progress
+
+    from fastfuse import demo
+
+    device = torch.device("cpu")
+    with Progress(disable=True) as progress:
+        torch.manual_seed(0)
+        model = demo.build(demo.CPU_SIZE, device, progress)
+        logits = []
+        for photo in PHOTOS.values():
+            batch = demo.prepare(demo.load_image(photo(tmp_path))[0], demo.CPU_SIZE, device)
+            batch.pop("tiles")
+            logits.append(demo.answer(model, batch, 0, progress, "").logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3 and (logits[1] - logits[2]).abs().max() > 1e-3
+
+
+ODD = {
+    "greyscale": lambda: data.camera(),
+    "16-bit greyscale": lambda: data.camera().astype(np.uint16) * 257,
+    "with alpha": lambda: np.dstack([data.astronaut(), np.full((512, 512), 128, np.uint8)]),
+    "1 x 5000": lambda: np.zeros((5000, 1, 3), np.uint8),
+    "5000 x 1": lambda: np.zeros((1, 5000, 3), np.uint8),
+    "one pixel": lambda: np.zeros((1, 1, 3), np.uint8),
+    "black and white": lambda: data.camera() > 100,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_images_work(kind, tmp_path):
+    import torch
+
+    from fastfuse import demo
+
+    image, _ = demo.load_image(save(tmp_path, "image.png", ODD[kind]()))
+    assert image.mode == "RGB"
+    batch = demo.prepare(image, demo.CPU_SIZE, torch.device("cpu"))
+    assert batch["pixel_values"].shape == (1, 1, 4, 3, 224, 224) and batch["pixel_values"].isfinite().all()
+
+
+def test_sixteen_bits_are_not_clipped(tmp_path):
+    from fastfuse import demo
+
+    grey = np.asarray(demo.load_image(save(tmp_path, "grey.png", data.camera().astype(np.uint16) * 257))[0])[..., 0]
+    assert np.abs(grey.astype(int) - data.camera().astype(int)).max() <= 1
+
+
+def test_transparent_is_white(tmp_path):
+    from fastfuse import demo
+
+    clear = np.zeros((8, 8, 4), np.uint8)
+    assert np.asarray(demo.load_image(save(tmp_path, "clear.png", clear))[0]).min() == 255
+
+
+def wrong_images(folder: Path) -> dict[str, str]:
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.png").touch()
+    whole = Path(save(folder, "whole.jpg", data.coffee())).read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    return {
+        str(folder / "missing.png"): "no such file",
+        str(folder / "text.png"): "not an image that Pillow can read",
+        str(folder / "empty.png"): "not an image that Pillow can read",
+        str(folder / "cut.jpg"): "cannot be read: image file is truncated",
+        str(folder): "cannot be read: Is a directory",
+    }
+
+
+def test_wrong_images_are_one_line(tmp_path, capsys):
+    for path, message in wrong_images(tmp_path).items():
+        assert main(["demo", "--image", path]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"fastfuse demo: --image {path}: {message}") and err.count("\n") == 1
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess:
+    base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env={**base, **env}, capture_output=True, text=True)
+
+
+def test_command_line():
+    done = run("-m", "fastfuse", "demo", "--tokens", "0")
+    assert done.returncode == 2 and "'0' is not a whole number from 1" in done.stderr
+    done = run("-m", "fastfuse", "info")
+    assert done.returncode == 0 and f"fastfuse {fastfuse.__version__}" in done.stdout
+    assert "nf4_linear" in done.stdout and "sm_90" in done.stdout
+
+
+@pytest.mark.skipif(_gpu(), reason="the interpreter is for machines without a GPU")
+def test_interpret_runs_the_kernels():
+    done = run("-m", "fastfuse", "demo", "--interpret", "--tokens", "1")
+    assert done.returncode == 0, done.stderr
+    apart = re.search(r"14 modules of the first decoder layer as Triton kernels: logits ([\d.e+-]+) apart", done.stdout)
+    assert apart and 0 < float(apart.group(1)) < 1e-4
+    assert "Traceback" not in done.stderr
+
+
+def test_works_without_triton():
+    """Triton ships for Linux alone: elsewhere the references serve."""
+    code = """
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, "tests")
+import torch, fastfuse
+from weights import quantize
+from fastfuse.ops import nf4_linear
+w = quantize(torch.randn(64, 64), "nested")
+x = torch.randn(3, 64, requires_grad=True)
+nf4_linear(x, w).sum().backward()
+assert x.grad.shape == (3, 64)
+try:
+    with fastfuse.backend("triton"):
+        nf4_linear(x, w)
+except fastfuse.Unsupported as e:
+    print(e)
+"""
+    done = run("-c", code)
+    assert done.stdout == "nf4_linear: backend 'triton' needs the triton package, which is not installed\n", done.stderr
+
+
+def test_triton_on_a_cpu_needs_the_interpreter():
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import torch, fastfuse
+from weights import quantize
+try:
+    fastfuse.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), backend="triton")
+    with fastfuse.backend("triton"):
+        fastfuse.ops.nf4_linear(torch.randn(1, 64), quantize(torch.randn(64, 64), "flat"))
+except fastfuse.Unsupported as e:
+    print(e)
+"""
+    done = run("-c", code, PYTHONWARNINGS="ignore")
+    assert "backend 'triton' on a cpu tensor needs TRITON_INTERPRET=1" in done.stdout, done.stderr
