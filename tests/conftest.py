@@ -10,7 +10,7 @@ if not GPU:
     torch.set_num_threads(1)  # the interpreter's many small calls lose more to threads than they gain
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402: after the environment is set
+import pytest  # noqa: E402
 
 import fastfuse  # noqa: E402
 
