@@ -159,11 +159,8 @@ def build(size: Size, device: torch.device, progress: Progress) -> nn.Module:
 
 def _quantized(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
-    made.weight = bnb.nn.Params4bit(
-        linear.weight.detach().cpu() if linear.weight.device.type == "cpu" else linear.weight.detach(), requires_grad=False, quant_type="nf4", module=made
-    )
+    made.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4", module=made).to(linear.weight.device)
     made.bias = linear.bias
-    made.weight = made.weight.to(linear.weight.device)
     # On CPUs with AVX512 bitsandbytes repacks a weight for good at its first inference, in a layout only it reads.
     made.support_avx512bf16_for_cpu = False
     return made

@@ -29,7 +29,7 @@ def violations(path: Path, room: str) -> list[str]:
             found.append(f"{path}: device code must not import {name}")
         if parts[0] != "fastfuse":
             continue
-        target = parts[1]
+        target = parts[1] if len(parts) > 1 else ""
         if room in LAYERS and target in LAYERS and LAYERS.index(target) > LAYERS.index(room):
             found.append(f"{path}: {room} must not import {name}")
         if room in LEAVES and target not in LEAVES[room]:

@@ -1,6 +1,7 @@
 """patch(model) over real PEFT, bitsandbytes and torchao layers: the same answers, and nothing left behind."""
 
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -412,7 +413,7 @@ def uncovered(kind: str) -> nn.Module:
         model.up.weight.quant_state.packing_format_for_cpu = True
     elif kind == "QUANT_TYPE":
         model.up.weight.quant_state.quant_type = "fp4"
-    elif kind == "NOT_QUANTIZED":
+    elif kind == "NOT_NF4":
         model.up.weight = bnb.nn.Params4bit(torch.randn(256, 128), requires_grad=False, quant_type="nf4")
     elif kind == "FOREIGN_FORWARD":
 
@@ -426,7 +427,7 @@ def uncovered(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["CPU_PACKED_BNB", "QUANT_TYPE", "NOT_QUANTIZED", "FOREIGN_FORWARD", "FOREIGN_FORWARD (instance)"])
+@pytest.mark.parametrize("kind", ["CPU_PACKED_BNB", "QUANT_TYPE", "NOT_NF4", "FOREIGN_FORWARD", "FOREIGN_FORWARD (instance)"])
 def test_what_is_not_covered_is_skipped_with_its_reason(kind):
     model, code = uncovered(kind), kind.split(" ")[0]
     own = dict(model.up.__dict__)
@@ -471,7 +472,7 @@ def test_verify(host, dtype, monkeypatch):
     from fastfuse.patching.hosts import peft as host_peft
 
     wrong = host_peft.fused
-    monkeypatch.setattr(host_peft, "fused", lambda self, x: wrong(self, x) * 1.02)
+    monkeypatch.setattr(host_peft, "HOST", dataclasses.replace(host_peft.HOST, fused=lambda *args: wrong(*args) * 1.02))
     report = fastfuse.patch(model, verify=True)
     assert [e.code for e in report.skipped] == ["MISMATCH"] * 2 and len(report.patched) == 2
     fastfuse.unpatch(model)
@@ -502,3 +503,21 @@ def test_weights_are_read_at_every_call():
     fastfuse.unpatch(model)
     torch.testing.assert_close(after, model(x))
     assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_weight_replaced_by_something_else_while_patched(host):
+    """The module's own forward runs, the report says so, and unpatch still finds the module."""
+    model, x = quantized(host), torch.randn(2, 128)
+    fastfuse.patch(model)
+    if host == "bitsandbytes":
+        model.up.weight.quant_state.packing_format_for_cpu = True
+        code = "CPU_PACKED_BNB"
+    else:
+        model.up.weight = nn.Parameter(torch.randn(256, 128))
+        code = "NOT_NF4"
+        with pytest.warns(UserWarning, match=code):
+            torch.testing.assert_close(model.up(x), nn.functional.linear(x, model.up.weight, model.up.bias))
+    assert {e.code for e in fastfuse.status(model).entries if e.name == "up"} == {code}
+    assert fastfuse.unpatch(model).counts == {"restored": 2}
+    assert not any("_fastfuse" in m.__dict__ or "forward" in m.__dict__ for m in model.modules())

@@ -67,6 +67,8 @@ def uses_reference(op: str, x: Tensor) -> bool:
         return True
     if x.device.type == "cuda":
         check_triton(op)
+    elif x.device.type not in ("cpu", "meta") and _backend == "auto":
+        return True  # a device without kernels of ours: eager PyTorch runs wherever PyTorch does
     elif _backend == "triton":
         check_triton(op)
         if not INTERPRET:
@@ -99,7 +101,7 @@ def fused_op(name: str, reference: Callable) -> Callable:
         def on_cpu(*args):
             return (launch if _backend == "triton" and INTERPRET else reference)(*args)
 
-        op = torch.library.custom_op(f"fastfuse::{name}", _no_autocast(functools.wraps(launch)(_on_device(launch))), mutates_args=(), device_types="cuda")
+        op = torch.library.custom_op(f"fastfuse::{name}", _no_autocast(_on_device(launch)), mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(_no_autocast(on_cpu))
         op.register_fake(reference)
         return op

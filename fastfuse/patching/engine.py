@@ -19,7 +19,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, backend_for, check, check_triton
 from fastfuse.ops._op import backend as use_backend
 from fastfuse.patching.hosts import HOSTS
-from fastfuse.patching.hosts._host import Host, Record
+from fastfuse.patching.hosts._host import Host, Record, readable
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
@@ -71,12 +71,11 @@ def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include
     """Give every patched module its own forward back. The order relative to other wrappers does not matter."""
     names, wanted = _op_names(ops), _matcher(include, True)
     entries = []
-    for name, module, host in _candidates(model):
-        record = module.__dict__.get("_fastfuse")
-        if record is not None and record.op in names and wanted(name, module):
+    for name, module, record in _records(model):
+        if record.op in names and wanted(name, module):
             found = _uninstall(module)
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
-            entries.append(Entry(name, type(module).__name__, host.name, host.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
+            entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else "nothing was patched")
 
 
@@ -93,15 +92,21 @@ def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
 
 def status(model: nn.Module) -> PatchReport:
     """What is patched now, and how often each patched module ran its own forward instead, by reason."""
+    hosts = {id(module): host for _, module, host in _candidates(model)}
     entries = []
-    for name, module, host in _candidates(model):
-        record = module.__dict__.get("_fastfuse")
-        entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched")
+    for name, module in model.named_modules():
+        host, record = hosts.get(id(module)), module.__dict__.get("_fastfuse")
         if record is not None:
-            with use_backend(record.backend):
-                entry = replace(entry, status="patched", backend=_backend_of(host, module), fallbacks=dict(record.fallbacks))
-            entry = _with_obstacle(host, module, entry)
-        entries.append(_with_layout(host, module, entry))
+            entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
+            if host is None:
+                entry = replace(entry, code="NOT_NF4", reason="runs its own forward for now: the weight was replaced by one that is not NF4")
+            else:
+                entry = _with_obstacle(host, module, entry, record.backend)
+        elif host is not None:
+            entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched")
+        else:
+            continue
+        entries.append(entry if host is None else _with_layout(host, module, entry))
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
 
 
@@ -119,6 +124,13 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
                 yield name, module, host
 
 
+def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """What is patched, whatever has become of its weight since."""
+    for name, module in model.named_modules():
+        if (record := module.__dict__.get("_fastfuse")) is not None:
+            yield name, module, record
+
+
 def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, backend: str) -> list[_Planned]:
     plan = []
     for name, module, host in _candidates(model):
@@ -129,46 +141,36 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
             entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
         elif (author := _foreign_forward(module, host)) is not None:
             entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
-        else:
-            try:
-                host.view(module)
-            except Unsupported as e:
-                entry = replace(entry, status="skipped", code=e.code, reason=str(e).removeprefix("NF4View: "))
-            except (ValueError, TypeError) as e:
-                entry = replace(entry, status="skipped", code="NOT_QUANTIZED", reason=str(e).removeprefix("NF4View: "))
+        elif (found := readable(host, module)[1]) is not None:
+            entry = replace(entry, status="skipped", code=found[0], reason=found[1])
         if entry.status in ("planned", "already"):
             _check_backend(host, module, backend)
-            with use_backend(backend):
-                entry = replace(entry, backend=_backend_of(host, module))
-            entry = _with_obstacle(host, module, entry)
+            entry = _with_obstacle(host, module, entry, backend)
         plan.append(_Planned(module, host, _with_layout(host, module, entry)))
     return plan
 
 
 def _check_backend(host: Host, module: nn.Module, backend: str) -> None:
-    if backend == "triton":
+    weight, _ = readable(host, module)
+    if backend == "triton" and weight is not None:
         check_triton("patch")
-        if host.view(module).device.type == "cpu" and not INTERPRET:
+        if weight.device.type == "cpu" and not INTERPRET:
             raise Unsupported("patch: backend 'triton' on a CPU model needs TRITON_INTERPRET=1 set before import", "NO_GPU")
 
 
-def _backend_of(host: Host, module: nn.Module) -> str:
-    try:
-        return backend_for(host.view(module).device)
-    except (Unsupported, ValueError, TypeError):
-        return ""
-
-
-def _with_obstacle(host: Host, module: nn.Module, entry: Entry) -> Entry:
-    found = host.obstacle(module, None)
+def _with_obstacle(host: Host, module: nn.Module, entry: Entry, backend: str) -> Entry:
+    """The entry with what would run, and what stands in the way of the fused op for now."""
+    weight, found = readable(host, module)
+    found = host.obstacle(module, None, (), {}) or found
+    if weight is not None:
+        with use_backend(backend):
+            entry = replace(entry, backend=backend_for(weight.device))
     return entry if found is None else replace(entry, code=found[0], reason=f"runs its own forward for now: {found[1]}")
 
 
 def _with_layout(host: Host, module: nn.Module, entry: Entry) -> Entry:
-    try:
-        return replace(entry, layout=host.view(module).layout)
-    except (Unsupported, ValueError, TypeError):
-        return entry
+    weight, _ = readable(host, module)
+    return entry if weight is None else replace(entry, layout=weight.layout)
 
 
 def _foreign_forward(module: nn.Module, host: Host) -> str | None:
@@ -189,7 +191,7 @@ def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
             slot = _slot(p.module)
             before = p.module.__dict__.get(slot)
             original = lambda x, m=p.module, f=before: f(x) if f else type(m).forward(m, x)  # noqa: E731
-            p.module.__dict__["_fastfuse"] = Record(p.host.op, backend, slot, before)
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, backend, slot, before)
             p.module.__dict__[slot] = MethodType(p.host.forward, p.module)
             p.entry = replace(p.entry, status="patched")
             if verify and not p.entry.code and (reason := _mismatch(p, original)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fastfuse.errors import Unsupported
 from fastfuse.ops._op import backend
 from fastfuse.quant.nf4 import NF4View
 
@@ -21,9 +22,10 @@ class Host:
     """How one kind of module is recognised and what replaces its forward.
 
     matches: recognises the module by its parts. written_by: top-level packages whose forward this host knows; a
-    subclass with a forward of its own is left alone. view: the NF4 weight, or the reason there is none.
-    obstacle: (code, reason) that would make a call run the module's own forward, None where nothing is in the way;
-    the input may be None to ask about the module alone. forward: bound in place of the module's.
+    subclass with a forward of its own is left alone. view: the NF4 weight, read anew at every call; raises where there is
+    none. obstacle: (module, input or None, args, kwargs) -> (code, reason) that makes a call run the module's own forward,
+    None where nothing is in the way; without an input it answers for the module alone. fused: (module, input, weight) ->
+    output. forward: what is bound in place of the module's. probe_dtype: what the module computes in.
     """
 
     name: str
@@ -31,7 +33,8 @@ class Host:
     matches: Callable[[nn.Module], bool]
     written_by: tuple[str, ...]
     view: Callable[[nn.Module], NF4View]
-    obstacle: Callable[..., tuple[str, str] | None]
+    obstacle: Callable[[nn.Module, Tensor | None, tuple, dict], tuple[str, str] | None]
+    fused: Callable[[nn.Module, Tensor, NF4View], Tensor]
     forward: Callable
     probe_dtype: Callable[[nn.Module], torch.dtype]
 
@@ -40,6 +43,7 @@ class Host:
 class Record:
     """Kept as `_fastfuse` on a patched module. Pickles as None, so that a saved module loads unpatched, without fastfuse."""
 
+    host: str
     op: str
     backend: str
     slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
@@ -47,23 +51,37 @@ class Record:
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
-        return Record(self.op, self.backend, self.slot, copy.deepcopy(self.original, memo))
+        return Record(self.host, self.op, self.backend, self.slot, copy.deepcopy(self.original, memo))
 
     def __reduce__(self):
         return type(None), ()
 
 
-def run(self: nn.Module, obstacle: Callable, fused: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+def readable(host: Host, module: nn.Module) -> tuple[NF4View | None, tuple[str, str] | None]:
+    """The module's NF4 weight, or (code, reason) why a kernel cannot read it."""
+    try:
+        return host.view(module), None
+    except Unsupported as e:
+        return None, (e.code, str(e).removeprefix("NF4View: "))
+    except (AttributeError, TypeError, ValueError) as e:
+        return None, ("NOT_NF4", str(e).removeprefix("NF4View: "))
+
+
+def run(host: Host, self: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """The body of every patched forward: fused where nothing is in the way, else the module's own forward."""
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, x, *args, **kwargs)
-    found = obstacle(self, x, args, kwargs)
+    found = host.obstacle(self, x, args, kwargs)
+    if found is None:
+        weight, found = readable(host, self)
+        if found is None and x.shape[-1:] != weight.shape[1:]:
+            found = "SHAPE", "the input's last dim is not the weight's K"
     if found is None:
         if record.backend == "auto":
-            return fused(self, x)
+            return host.fused(self, x, weight)
         with backend(record.backend):
-            return fused(self, x)
+            return host.fused(self, x, weight)
     if not torch.compiler.is_compiling():
         code, reason = found
         if not record.fallbacks[code] and code not in EXPECTED:

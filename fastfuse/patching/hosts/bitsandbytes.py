@@ -13,22 +13,11 @@ def matches(module: nn.Module) -> bool:
     return hasattr(weight, "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
 
 
-def obstacle(self: nn.Module, x: Tensor | None, args: tuple = (), kwargs: dict | None = None) -> tuple[str, str] | None:
+def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tuple[str, str] | None:
     if args or kwargs:
         return "ARGUMENTS", "called with more than the input"
-    state = self.weight.quant_state
-    if state is None:
-        return "NOT_QUANTIZED", "the weight has no quant_state yet"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "CPU_PACKED_BNB", "bitsandbytes has repacked the weight for AVX512"
     if x is None:
         return None
-    if x.shape[-1] != state.shape[1]:
-        return "SHAPE", "the input's last dim is not the weight's K"
-    return dtype_obstacle(self, x)
-
-
-def dtype_obstacle(self: nn.Module, x: Tensor) -> tuple[str, str] | None:
     if x.dtype not in DTYPES:
         return "DTYPE", f"the input is {x.dtype}"
     if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != compute_dtype(self, x):
@@ -44,16 +33,16 @@ def compute_dtype(self: nn.Module, x: Tensor) -> torch.dtype:
     return self.compute_dtype or x.dtype
 
 
-def fused(self: nn.Module, x: Tensor) -> Tensor:
-    return nf4_linear(x.to(compute_dtype(self, x)), self.weight, self.bias).to(x.dtype)
+def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
+    return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias).to(x.dtype)
 
 
 def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    return run(self, obstacle, fused, x, args, kwargs)
+    return run(HOST, self, x, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or module.weight.quant_state.dtype
 
 
-HOST = Host("bitsandbytes", "nf4_linear", matches, ("bitsandbytes",), lambda m: NF4View.of(m.weight), obstacle, forward, probe_dtype)
+HOST = Host("bitsandbytes", "nf4_linear", matches, ("bitsandbytes",), lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)

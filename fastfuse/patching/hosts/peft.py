@@ -20,7 +20,7 @@ def _base(module: nn.Module):
     return next((host for host in (bitsandbytes, torchao) if host.matches(module.base_layer)), None)
 
 
-def obstacle(self: nn.Module, x: Tensor | None, args: tuple = (), kwargs: dict | None = None) -> tuple[str, str] | None:
+def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tuple[str, str] | None:
     if args or kwargs:
         return "ARGUMENTS", "called with more than the input"
     if self.disable_adapters:
@@ -46,8 +46,8 @@ def obstacle(self: nn.Module, x: Tensor | None, args: tuple = (), kwargs: dict |
         return "ADAPTER_TYPE", f"the adapter's weight is a {type(a.weight).__name__}"
     host = _base(self)
     if host is None:
-        return "BASE_TYPE", "the base layer's weight is not NF4 any more"
-    if found := host.obstacle(base, x):
+        return "NOT_NF4", "the base layer's weight is not NF4 any more"
+    if found := host.obstacle(base, x, (), {}):
         return found
     if x is None:
         return None
@@ -61,17 +61,17 @@ def obstacle(self: nn.Module, x: Tensor | None, args: tuple = (), kwargs: dict |
     return None if a.weight.dtype in DTYPES else ("DTYPE", f"the adapter is {a.weight.dtype}")
 
 
-def fused(self: nn.Module, x: Tensor) -> Tensor:
-    name, base = self.active_adapters[0], self.base_layer
-    return nf4_lora_linear(x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=base.bias)
+def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
+    name = self.active_adapters[0]
+    return nf4_lora_linear(x, weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=self.base_layer.bias)
 
 
 def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    return run(self, obstacle, fused, x, args, kwargs)
+    return run(HOST, self, x, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return _base(module).probe_dtype(module.base_layer)
 
 
-HOST = Host("PEFT LoRA", "nf4_lora_linear", matches, ("peft",), lambda m: NF4View.of(m.base_layer.weight), obstacle, forward, probe_dtype)
+HOST = Host("PEFT LoRA", "nf4_lora_linear", matches, ("peft",), lambda m: NF4View.of(m.base_layer.weight), obstacle, fused, forward, probe_dtype)
