@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+import torch
+
 import fastfuse
 
 
@@ -24,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(info())
         return 0
+    if a.interpret and torch.cuda.is_available():
+        return _failed("--interpret is for machines without a GPU: here the kernels run as they are")
     if a.interpret and "TRITON_INTERPRET" not in os.environ:
         # Triton reads the switch when kernels are imported, which importing fastfuse has just done.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -32,14 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from fastfuse.demo import DemoError, demo
     except ImportError as e:
-        print(f"fastfuse demo: needs {e.name}: pip install 'fastfuse[demo]'", file=sys.stderr)
-        return 1
+        return _failed(f"needs {e.name}: pip install 'fastfuse[demo]'")
     try:
         demo(a.image, a.tokens, a.interpret)
-    except DemoError as e:
-        print(f"fastfuse demo: {e}", file=sys.stderr)
-        return 1
+    except (DemoError, fastfuse.Unsupported) as e:
+        return _failed(str(e))
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _failed(message: str) -> int:
+    print(f"fastfuse demo: {message}", file=sys.stderr)
+    return 1
 
 
 def _quiet_imports() -> None:

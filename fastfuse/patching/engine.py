@@ -135,15 +135,15 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
     plan = []
     for name, module, host in _candidates(model):
         entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
-        if module.__dict__.get("_fastfuse") is not None:
-            entry = replace(entry, status="already")
+        if (record := module.__dict__.get("_fastfuse")) is not None:
+            entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
         elif host.op not in ops or not included(name, module) or excluded(name, module):
             entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
         elif (author := _foreign_forward(module, host)) is not None:
             entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
         elif (found := readable(host, module)[1]) is not None:
             entry = replace(entry, status="skipped", code=found[0], reason=found[1])
-        if entry.status in ("planned", "already"):
+        if entry.status == "planned":
             _check_backend(host, module, backend)
             entry = _with_obstacle(host, module, entry, backend)
         plan.append(_Planned(module, host, _with_layout(host, module, entry)))

@@ -1,0 +1,327 @@
+"""Time a case against its floor: the least time the device allows for the bytes and flops the case declares.
+
+python -m bench.harness FILE           print the table of a file of rows
+python -m bench.harness FILE --keep    and append its rows to bench/results/<device>.jsonl
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import pkgutil
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import bench
+from bench.peaks import Peaks, device_name
+from fastfuse.ops._op import Cost
+from tests.numerics import allowed_error, max_error
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+OURS, EAGER = "fastfuse", "eager"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One op at one shape: what to run, what it must give, and what it must at least cost."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[str, int], dict]  # device, seed -> inputs; device "meta" gives the shapes alone
+    providers: Mapping[str, Callable[[dict], tuple[Tensor, ...]] | None]  # OURS, EAGER and peers; None: not installed
+    truth: Callable[[dict], tuple[Tensor, ...]]  # in float64
+    cost: Callable[[dict], Cost]
+    priority: int = 0  # lower is measured earlier
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.op, self.shape, dtype_name(self.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def all_cases(device: str, quick: bool = False, compile_all: bool = False) -> list[Case]:
+    """The cases of every bench/cases_*.py, most important first."""
+    names = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name.startswith("cases_"))
+    found = [case for name in names for case in importlib.import_module(f"bench.{name}").cases(device, quick, compile_all)]
+    return sorted(found, key=lambda case: case.priority)
+
+
+def floor_us(cost: Cost, peaks: Peaks, dtype: torch.dtype) -> float:
+    return max(cost.bytes / peaks.bytes_per_s * 1e6, cost.flops / peaks.flops_per_s[dtype_name(dtype)] * 1e6, peaks.launch_us)
+
+
+class Parity:
+    """Inputs of a case with their float64 truth: tells whether a provider computes what it is timed for.
+
+    The error of each output may be twice that of the eager reference in the same dtype plus one ulp of the largest
+    value. ratio() is the worst error over that limit; NaN and a wrong shape never pass.
+    """
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        self.inputs = case.make(device, 0)
+        self.truth = case.truth(self.inputs)
+        self.limits = []
+        for out, true in zip(case.providers[EAGER](self.inputs), self.truth, strict=True):
+            self.limits.append(allowed_error(out, true))
+
+    def ratio(self, provider: str) -> float:
+        outputs = self.case.providers[provider](self.inputs)
+        worst = 0.0
+        for out, true, limit in zip(outputs, self.truth, self.limits, strict=True):
+            if out.shape != true.shape or out.dtype != self.case.dtype:
+                return math.inf
+            ratio = max_error(out, true) / limit
+            if not ratio <= worst:  # written so that NaN wins
+                worst = ratio
+            if math.isnan(worst):
+                return math.inf
+        return worst
+
+
+def cuda_us(fn: Callable[[dict], object], sets: list[dict], budget_ms: float = 60.0) -> tuple[float, str]:
+    """Median time of one call with a cold L2, and how it was taken.
+
+    One graph holds a call on every input set in turn, so a replay has no launch gaps from Python, and between two
+    uses of a set all the others have passed through the L2: input_sets() makes enough of them. A flush between
+    calls would have to lie inside the timed region, or leave one short kernel alone between two events.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            fn(sets[i % len(sets)])
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for inputs in sets:
+                fn(inputs)
+    except RuntimeError:  # something in fn waits for the device, which a graph cannot hold
+        torch.cuda.synchronize()
+        return _cuda_event_us(fn, sets), "events"
+    once = _replay_ms(graph, 1)[0]
+    once = min(once, *_replay_ms(graph, 1))
+    times = _replay_ms(graph, max(5, min(200, int(budget_ms / max(once, 1e-3)))))
+    return statistics.median(times) * 1e3 / len(sets), "cuda graph"
+
+
+def _replay_ms(graph: "torch.cuda.CUDAGraph", n: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _cuda_event_us(fn: Callable[[dict], object], sets: list[dict], repeats: int = 30) -> float:
+    """Without a graph: the L2 is overwritten before each call. Host time shows wherever the device outruns it."""
+    flush = torch.empty(2 * _l2_bytes(), dtype=torch.uint8, device="cuda")
+    times = []
+    for i in range(repeats):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn(sets[i % len(sets)])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3
+
+
+def cpu_us(fn: Callable[[dict], object], sets: list[dict], budget_s: float = 0.25) -> tuple[float, str]:
+    """Median of repeats after two warm-ups, rotating over the same input sets as on a GPU."""
+    for i in range(2):
+        start = time.perf_counter()
+        fn(sets[i % len(sets)])
+        once = time.perf_counter() - start
+    times = []
+    for i in range(max(5, min(200, int(budget_s / once)))):
+        start = time.perf_counter()
+        fn(sets[i % len(sets)])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6, "host clock"
+
+
+def input_sets(case: Case, device: str, first: dict) -> list[dict]:
+    """Independent inputs, three times the L2 in all, at least two: see cuda_us. On a CPU two."""
+    if device != "cuda":
+        return [first, case.make(device, 1)]
+    size = sum(value.nbytes for value in first.values() if hasattr(value, "nbytes"))
+    n = min(256, max(2, math.ceil(3 * _l2_bytes() / size)))
+    return [first, *(case.make(device, seed) for seed in range(1, n))]
+
+
+def _l2_bytes() -> int:
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+Timer = Callable[[Callable, list[dict]], tuple[float, str]]
+
+
+def measure(case: Case, device: str, peaks: Peaks, environment: Mapping) -> Iterator[dict]:
+    """A row for every provider, as soon as it is measured. What raises becomes a row with "error"."""
+    base = row_base(case, peaks, environment)
+    try:
+        parity = Parity(case, device)
+        sets = input_sets(case, device, parity.inputs)
+    except Exception as error:
+        for provider in case.providers:
+            yield base | {"provider": provider, "error": f"preparing the case: {describe_error(error)}"}
+        return
+    base["clocks"] = clocks(device)  # here the device has just worked: an idle one would show its idle clocks
+    for provider in case.providers:
+        yield base | measure_provider(case, provider, parity, sets, cuda_us if device == "cuda" else cpu_us)
+
+
+def measure_provider(case: Case, provider: str, parity: Parity, sets: list[dict], timer: Timer) -> dict:
+    """The part of a row that depends on the provider. Parity comes first: a wrong result has a time but no speed-up."""
+    row: dict = {"provider": provider}
+    fn = case.providers[provider]
+    if fn is None:
+        return row | {"note": "not installed"}
+    try:
+        ratio = parity.ratio(provider)
+        row |= {"parity": ratio <= 1, "error_over_limit": round(ratio, 3) if math.isfinite(ratio) else None}
+        us, timing = timer(fn, sets)
+    except Exception as error:
+        return row | {"error": describe_error(error)}
+    return row | {"us": round(us, 3), "timing": timing}
+
+
+def describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def row_base(case: Case, peaks: Peaks, environment: Mapping) -> dict:
+    """What all rows of a case share; the date tells its runs apart. us, parity and clocks are None until measured."""
+    op, shape, dtype = case.key
+    floor = round(floor_us(case.cost(case.make("meta", 0)), peaks, case.dtype), 3)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    measured = {"us": None, "floor_us": floor, "floor_from": peaks.source, "parity": None, "clocks": None}
+    return {"op": op, "shape": shape, "dtype": dtype, **measured, **environment, "date": date}
+
+
+@functools.cache
+def environment(device: str, commit: str | None = None) -> dict:
+    """Where and with what rows were measured. commit: for a tree that was copied without its git folder."""
+    sha = _output(["git", "rev-parse", "HEAD"])
+    changes = _output(["git", "status", "--porcelain"])
+    versions = {name: _version(name) for name in ("torch", "triton", "bitsandbytes", "torchao")}
+    dirty = None if changes is None else bool(changes)
+    return {"device": device_name(device), "device_type": device, "commit": sha or commit, "dirty": dirty, **versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def clocks(device: str) -> str | None:
+    """SM and memory clocks as they stand, read only."""
+    if device != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+    return _output([*query, f"--id=GPU-{uuid}"]) or _output(query)
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def append(rows: Iterable[Mapping], folder: Path = RESULTS) -> None:
+    """Add rows to <folder>/<device>.jsonl. Nothing already there is touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        name = re.sub(r"\W+", "_", row["device"]).strip("_")
+        with open(folder / f"{name}.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def read(file: Path) -> list[dict]:
+    """Rows of a file; a last line cut short by an interruption is left out."""
+    rows = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def table(rows: Iterable[Mapping]) -> str:
+    """A line per row. The last column says how many times faster fastfuse is than the row's provider, if both are right."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["shape"], row["dtype"], row["device"], row["date"]), []).append(row)
+    lines = [f"{'op':24} {'shape':44} {'dtype':8} {'provider':13} {'median us':>11} {'floor us':>10} {'% of floor':>10}  fastfuse is"]
+    for (op, shape, dtype, *_), group in groups.items():
+        ours = next((r for r in group if r["provider"] == OURS and r["parity"] and r["us"]), None)
+        for r in group:
+            us = f"{r['us']:11.2f}" if r["us"] else f"{'-':>11}"
+            percent = f"{100 * r['floor_us'] / r['us']:9.1f}%" if r["us"] else f"{'-':>10}"
+            end = f"{r['us'] / ours['us']:.2f}x as fast" if ours and r is not ours and r["parity"] and r["us"] else _remark(r)
+            lines.append(f"{op:24} {shape:44} {dtype:8} {r['provider']:13} {us} {r['floor_us']:10.2f} {percent}  {end}".rstrip())
+    return "\n".join(lines)
+
+
+def _remark(row: Mapping) -> str:
+    if row.get("error"):
+        return f"ERROR {row['error'].splitlines()[0][:120]}"
+    if row["parity"] is False:
+        wrong = f"error is {row['error_over_limit']} times its limit" if row["error_over_limit"] else "not finite, or another shape or dtype"
+        return f"WRONG: {wrong}; no speed-up"
+    return row.get("note", "")
+
+
+def floors(cases: Iterable[Case], peaks: Peaks) -> str:
+    """The floors alone, from shapes: needs no device."""
+    lines = [f"floors on {peaks.device}, from its {peaks.source if peaks.source == 'data sheet' else 'measured peaks'}"]
+    for case in cases:
+        cost = case.cost(case.make("meta", 0))
+        memory = cost.bytes / peaks.bytes_per_s * 1e6 >= cost.flops / peaks.flops_per_s[dtype_name(case.dtype)] * 1e6
+        floor = floor_us(cost, peaks, case.dtype)
+        lines.append(f"{case.op:24} {case.shape:44} {dtype_name(case.dtype):8} {floor:10.2f} us  {'memory' if memory else 'matrix units'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("file", type=Path)
+    p.add_argument("--keep", action="store_true", help="append the rows to bench/results")
+    a = p.parse_args()
+    rows = read(a.file)
+    print(table(rows))
+    if a.keep:
+        append(rows)
+
+
+if __name__ == "__main__":
+    main()
