@@ -86,7 +86,14 @@ def _dequantize(arch: str) -> Iterator[Specimen]:
 def _linear(arch: str) -> Iterator[Specimen]:
     rows = [r for r in tune.table("nf4_linear") if r["arch"] == arch and r["tile"]]
     # (storage, x, adapters): PEFT keeps adapters in fp32; "-" is a plain linear with a bias
-    variants = [("flat", "bf16", "bf16"), ("nested", "bf16", "fp32"), ("nested", "bf16", "-"), ("torchao", "bf16", "bf16"), ("flat", "fp16", "fp16")]
+    variants = [
+        ("flat", "bf16", "bf16"),
+        ("nested", "bf16", "fp32"),
+        ("nested", "bf16", "-"),
+        ("torchao", "bf16", "fp32"),
+        ("torchao", "bf16", "bf16"),
+        ("flat", "fp16", "fp16"),
+    ]
     for row in rows:
         tile = row["tile"]
         for layout, x, adapter in variants:

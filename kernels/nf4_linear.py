@@ -60,7 +60,7 @@ def nf4_linear_fwd_kernel(
             offs_r = r + tl.arange(0, BLOCK_R)
             xa = tl.load(lora[0] + rows_m[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
             b = tl.load(lora[1] + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-            xa = (xa * scaling).to(b.dtype)
+            b = (b * scaling).to(xa.dtype)  # into B, not into xa: an fp16 x A^T may be near the largest fp16
             if TRANSPOSED:
                 acc = tl.dot(b, xa.T, acc, input_precision=PRECISION)
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROMISED = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROMISED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
@@ -33,14 +33,14 @@ def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(repor
     mine = [r for r in reports if r["arch"] == arch]
     rows = [r for r in json.loads((ROOT / "fastfuse/tune/nf4_linear.json").read_text()) if r["arch"] == arch and r["tile"]]
     assert sum(r["op"] == "nf4_dequantize" for r in mine) == 9
-    assert sum(r["op"] == "nf4_linear" for r in mine) == 5 * len(rows) + 1 > 1
+    assert sum(r["op"] == "nf4_linear" for r in mine) == 6 * len(rows) + 1 > 1
     assert {r["name"]: r["found"] for r in mine if r["found"]} == {}
 
 
 def test_sm_90_feeds_wgmma_from_registers(reports):
     """The decoded weight never goes through shared memory: a table or scale the compiler sees as a splat would undo it."""
     transposed = [r for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear" and " 16x" not in r["name"]]
-    assert len(transposed) == 10
+    assert len(transposed) == 12
     for r in transposed:
         assert r["counts"].get("HGMMA from registers", 0) >= 4, r["name"]
         assert r["counts"].get("STS", 0) <= 24, f"{r['name']}: {r['counts']}"

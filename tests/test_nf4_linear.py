@@ -157,6 +157,38 @@ def test_only_the_gradients_asked_for(kernels, device, monkeypatch):
     assert a.grad is not None and b.grad is not None
 
 
+@pytest.mark.parametrize("lora_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tile", [None, TRANSPOSED], ids=["dense", "fused"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_large_fp16_values_stay_finite(backend, tile, lora_dtype, device):
+    """Loss-scaled gradients and large activations: x A^T may be near the largest fp16, or past it in fp32 adapters."""
+    x, weight, a, b, _ = inputs(8, 64, 64, dtype=torch.float16, lora_dtype=lora_dtype, bias=False, device=device)
+    x = (x.detach() * 400).requires_grad_()
+    b = (b.detach() * 1e-3).requires_grad_()
+    if lora_dtype == torch.float32:
+        a, b = (a.detach() * 100).requires_grad_(), (b.detach() / 100).requires_grad_()
+    dy = torch.full((8, 64), 400.0, dtype=torch.float16, device=device)
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile):
+        y = nf4_lora_linear(x, weight, a, b, 16.0)
+        values = [y, *torch.autograd.grad(y, [x, a, b], dy)]
+    assert all(v.isfinite().all() for v in values[:2]), "y, dx"
+    if lora_dtype == torch.float32:
+        assert all(v.isfinite().all() for v in values[2:]), "da, db"
+
+
+def test_the_backward_runs_what_the_forward_ran(device, monkeypatch):
+    """The gradient is usually taken after the block that chose the backend."""
+    x, weight, a, b, bias = inputs(4, 64, 64, device=device)
+    launched = []
+    real = nf4_lora_linear.__globals__["_dequantize"]
+    monkeypatch.setitem(nf4_lora_linear.__globals__, "_dequantize", lambda *args: launched.append(1) or real(*args))
+    with fastfuse.backend("triton"), tune.pin("nf4_linear", TRANSPOSED):
+        y = nf4_lora_linear(x, weight, a, b, 1.0, bias=bias)
+    assert launched == []
+    y.sum().backward()
+    assert launched == [1]
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_gradients_of_gradients(backend, device):
     x, weight, a, b, bias = inputs(7, 64, 128, device=device)

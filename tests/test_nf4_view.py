@@ -1,5 +1,7 @@
 """NF4View: zero-copy over every storage, and a clear no for what it cannot read."""
 
+import dataclasses
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -87,5 +89,17 @@ def test_unreadable_storages():
 def test_bytes_that_do_not_fit_the_shape():
     weight = quantize(random_weight(64, 64), "flat")
     weight.quant_state.shape = torch.Size([64, 128])
-    with pytest.raises(ValueError, match=r"2048 packed bytes for a weight of shape \(64, 128\), which needs 4096"):
+    with pytest.raises(ValueError, match=r"packed is torch.uint8 \(2048,\), a weight of shape \(64, 128\) needs torch.uint8 \(4096,\)"):
         NF4View.of(weight)
+
+
+def test_hand_made_views_are_checked():
+    view = NF4View.of(quantize(random_weight(64, 256), "nested"))
+    with pytest.raises(ValueError, match=r"scales\[0\] has 255 entries, a weight of shape \(64, 256\) needs 256"):
+        dataclasses.replace(view, scales=(view.scales[0][:255], *view.scales[1:]))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        dataclasses.replace(view, packed=view.packed.repeat_interleave(2)[::2])
+    with pytest.raises(ValueError, match="2 scale tensors, expected 1, 3 or 4"):
+        dataclasses.replace(view, scales=view.scales[:2])
+    with pytest.raises(Unsupported, match="block_size is 48"):
+        dataclasses.replace(view, block_size=48)

@@ -12,12 +12,14 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from conftest import GPU
 from numerics import assert_no_worse
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from weights import quantize
 
 import fastfuse
+from fastfuse.patching.hosts import _host
 
 HOSTS = ("bitsandbytes", "torchao")
 
@@ -74,7 +76,7 @@ def gradients(model, x):
     return out, torch.autograd.grad(out.square().sum(), leaves)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "torch", *([] if GPU else ["triton"])])  # the interpreter is for machines without a GPU
 @pytest.mark.parametrize("host", HOSTS)
 def test_same_answers_and_gradients(host, backend):
     model, x = lora(host), torch.randn(2, 7, 128)
@@ -521,3 +523,131 @@ def test_weight_replaced_by_something_else_while_patched(host):
     assert {e.code for e in fastfuse.status(model).entries if e.name == "up"} == {code}
     assert fastfuse.unpatch(model).counts == {"restored": 2}
     assert not any("_fastfuse" in m.__dict__ or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_other_tuners_are_not_lora():
+    """AdaLoRA's layers have all the attributes of LoRA's, and another formula."""
+    model = quantized("bitsandbytes")
+    model.is_loaded_in_4bit = True
+    config = peft.AdaLoraConfig(target_modules=["up", "down"], init_r=8, target_r=4, total_step=10, init_lora_weights=False)
+    model, x = get_peft_model(model, config), torch.randn(2, 128)
+    want = model(x)
+    assert {e.op for e in fastfuse.patch(model).patched} == {"nf4_linear"}
+    torch.testing.assert_close(model(x), want)
+
+
+def louder(cls):
+    return type(f"Louder{cls.__name__}", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
+
+
+@pytest.mark.parametrize("child", ["base subclass", "lora_A subclass", "lora_B rebound", "global hook"])
+def test_a_child_that_does_more_than_its_class_is_called(child):
+    model, x, handle, calls = lora("bitsandbytes"), torch.randn(2, 128), None, []
+    layer = model.base_model.model.up
+    if child == "base subclass":
+        layer.base_layer.__class__ = louder(bnb.nn.Linear4bit)
+    elif child == "lora_A subclass":
+        layer.lora_A["default"].__class__ = louder(nn.Linear)
+    elif child == "lora_B rebound":
+        layer.lora_B["default"].forward = lambda x, m=layer.lora_B["default"]: 3 * type(m).forward(m, x)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: calls.append(m))
+    try:
+        want, before = layer(x), len(calls)
+        fastfuse.patch(model)
+        with pytest.warns(UserWarning, match="FOREIGN_FORWARD|ADAPTER_TYPE|HOOKED"):
+            got = layer(x)
+        assert len(calls) == 2 * before
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(got, want)
+
+
+def test_input_as_a_keyword():
+    model, x = quantized("torchao"), torch.randn(2, 128)
+    want = model.up(input=x)
+    fastfuse.patch(model)
+    with pytest.warns(UserWarning, match="ARGUMENTS"):
+        assert torch.equal(model.up(input=x), want)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_autocast_of_a_bare_layer_keeps_the_hosts_dtype(host):
+    model, x = quantized(host), torch.randn(2, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model.up(x)
+        with fastfuse.patched(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = model.up(x)
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_a_chip_without_kernels_is_skipped_at_once(monkeypatch):
+    """A model on a GPU that no row covers keeps working: it is not patched, and the report says why."""
+    from fastfuse.ops import _op
+
+    monkeypatch.setattr(_op, "check_device", lambda op, device: fastfuse.tune.covering_arch("nf4_linear", "sm_75"))
+    monkeypatch.setitem(_host.readable.__globals__, "check_device", _op.check_device)
+    report = fastfuse.patch(quantized("bitsandbytes"))
+    assert {(e.status, e.code) for e in report.entries} == {("skipped", "ARCH")} and "no kernel covers sm_75" in str(report)
+
+
+def test_verify_leaves_the_module_as_it_was():
+    """bitsandbytes settles its compute dtype by the first input: the probe must not be that. Hooks see no random input."""
+    model, seen = quantized("bitsandbytes"), []
+    model.up.compute_dtype, model.up.compute_type_is_set = None, False
+    model.up.register_forward_hook(lambda m, args, out: seen.append(out) or out * 2)
+    add_hook_to_module(model.down, Doubling())
+    before = {n: dict(m.__dict__) for n, m in model.named_modules()}
+    assert fastfuse.patch(model, verify=True).counts == {"patched": 2}
+    assert seen == [] and model.up.compute_dtype is None and not model.up.compute_type_is_set
+    fastfuse.unpatch(model)
+    assert {n: dict(m.__dict__) for n, m in model.named_modules()} == before
+
+
+def test_wrapped_unpatched_unwrapped():
+    """A wrapper that puts our forward back after unpatch: patch still works, and unpatch cleans up."""
+    model, x = quantized("bitsandbytes"), torch.randn(2, 128)
+    want = model.up(x)
+    fastfuse.patch(model)
+    ours = model.up.forward
+    model.up.forward = lambda x: ours(x) + 1
+    fastfuse.unpatch(model)
+    model.up.forward = ours
+    assert torch.equal(model.up(x), want)
+    assert fastfuse.patch(model).counts == {"patched": 2}
+    torch.testing.assert_close(model.up(x), want)
+    fastfuse.unpatch(model)
+    model.up.forward = ours
+    fastfuse.unpatch(model)
+    assert "forward" not in model.up.__dict__ and torch.equal(model.up(x), want)
+
+
+def test_a_shared_module_answers_to_all_its_names():
+    model = nn.ModuleDict({"enc": quantized("bitsandbytes")})
+    model["dec"] = model["enc"]
+    assert fastfuse.patch(model, include="dec.*").counts == {"patched": 2}
+    fastfuse.unpatch(model)
+    assert fastfuse.patch(model, exclude="dec.*").counts == {"skipped": 2}
+    with fastfuse.patched(model):
+        assert fastfuse.status(model).counts == {"patched": 2}
+    assert fastfuse.status(model).counts == {"unpatched": 2}
+
+
+def test_dropout_training_keeps_no_more_than_unpatched():
+    model, x = lora("bitsandbytes", lora_dropout=0.5), torch.randn(64, 128)
+
+    def kept():
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+            out = model(x)
+        del out
+        return sum(sizes.values())
+
+    before = kept()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fastfuse.patch(model)
+        packed = sum(t.numel() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) for t in (m.weight, m.weight.quant_state.absmax))
+        assert kept() <= before + packed + 4096  # references to the weight itself, which is there anyway

@@ -14,14 +14,14 @@ def test_last_row_of_each_architecture_is_unconditional(op):
 
 
 def test_first_match_wins_and_bounds_hold():
-    def m(M, K=4096, dtype="16-bit", arch="sm_90"):
-        return pick("nf4_linear", arch, dtype=dtype, M=M, N=4096, K=K)
+    def m(M, K=4096, decode="prmt", arch="sm_90"):
+        return pick("nf4_linear", arch, dtype="16-bit", decode=decode, M=M, N=4096, K=K)
 
     assert m(1)["BLOCK_M"] == 16 and m(16) == m(1) and m(17) != m(16)
     assert m(1)["BLOCK_K"] == 128 and m(1, K=576)["BLOCK_K"] == 64  # 576 is no multiple of 128
     assert m(701) is None and m(700)["TRANSPOSED"]
     assert m(1, K=100) is None  # rows cut inside a step: decode once, then the library's GEMM
-    assert m(1, dtype="fp32") is None
+    assert m(1, decode="gather") is None  # the table look-up spills there
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_an_architecture_without_rows_uses_the_one_below(arch, rows_of):
 @pytest.mark.parametrize("arch", ["sm_75", "gfx906", "gfx1100", "xpu"])
 def test_an_uncovered_architecture_is_refused(arch):
     with pytest.raises(Unsupported, match=f"nf4_linear: no kernel covers {arch}, only gfx942, "):
-        pick("nf4_linear", arch, dtype="16-bit", M=1, N=64, K=64)
+        pick("nf4_linear", arch, dtype="16-bit", decode="prmt", M=1, N=64, K=64)
 
 
 def test_pin_is_undone():
     tile = Tile({"BLOCK_M": 16})
-    before = pick("nf4_linear", "sm_90", dtype="16-bit", M=1, N=64, K=64)
+    before = pick("nf4_linear", "sm_90", dtype="16-bit", decode="prmt", M=1, N=64, K=64)
     with pin("nf4_linear", tile):
         assert pick("nf4_linear", "sm_90", M=1) is tile
         with pin("nf4_linear", None):
             assert pick("nf4_linear", "sm_90", M=1) is None
-    assert pick("nf4_linear", "sm_90", dtype="16-bit", M=1, N=64, K=64) == before
+    assert pick("nf4_linear", "sm_90", dtype="16-bit", decode="prmt", M=1, N=64, K=64) == before

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastfuse import tune
 from fastfuse.errors import Unsupported
 
 try:
@@ -79,6 +80,13 @@ def uses_reference(op: str, x: Tensor) -> bool:
 def check_triton(op: str) -> None:
     if not HAS_TRITON:
         raise Unsupported(f"{op}: backend 'triton' needs the triton package, which is not installed", "NO_TRITON")
+
+
+def check_device(op: str, device: torch.device) -> None:
+    """Raise Unsupported where the backend in force has no kernel of `op` for this device."""
+    if device.type == "cuda" and _backend != "torch":
+        check_triton(op)
+        tune.covering_arch(op, tune.arch_of(device))
 
 
 def backend_for(device: torch.device) -> str:

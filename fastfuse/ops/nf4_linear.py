@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
-from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, fused_op, nbytes, rows, uses_reference
+from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, backend, current_backend, fused_op, nbytes, rows, uses_reference
 from fastfuse.quant.nf4 import NF4View
 
 if HAS_TRITON:
@@ -213,8 +213,8 @@ def _nf4_linear(
     N, K = weight.shape
     x2, xa = rows(x), _low_rank(x, lora_a)
     M, R = x2.shape[0], xa.shape[1]
-    dtype = "fp32" if x.dtype == torch.float32 else "16-bit"
-    tile = tune.pick("nf4_linear", tune.arch_of(x.device), dtype=dtype, M=M, N=N, K=K)
+    dtype, decode = "fp32" if x.dtype == torch.float32 else "16-bit", _decode_branch(weight, x.dtype)
+    tile = tune.pick("nf4_linear", tune.arch_of(x.device), dtype=dtype, decode=decode, M=M, N=N, K=K)
     if M == 0:
         return x.new_empty((*x.shape[:-1], N)), xa
     if tile is None or K % tile["BLOCK_K"]:
@@ -230,7 +230,7 @@ def _nf4_linear(
     nf4_linear_fwd_kernel[grid](
         x2, weight.packed, weight.scales, lora, None if bias is None else bias.to(work).contiguous(), out,
         x2.stride(0), M, N, K, R, scaling,
-        BLOCK_SIZE=block_size, DECODE=_decode_branch(weight, x.dtype), **tile.launch(),
+        BLOCK_SIZE=block_size, DECODE=decode, **tile.launch(),
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], N), xa
 
@@ -238,12 +238,15 @@ def _nf4_linear(
 def _dense(x: Tensor, w: Tensor, xa: Tensor, lora_b: Tensor | None, scaling: float, bias: Tensor | None) -> Tensor:
     """Many tokens: the weight is decoded once and the library's GEMM does the rest.
 
-    The delta goes first and the large product accumulates onto it, so y is read and written once more, not twice.
+    With adapters in x's dtype the delta goes first and the large product accumulates onto it: y is read and written
+    once more, not twice. Wider adapters stay wide until the one rounding at the end.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if lora_b is None:
         return F.linear(x, w, bias)
-    xa, b = (xa * scaling).to(x.dtype), lora_b.to(x.dtype)
+    b = lora_b.to(xa.dtype) * scaling
+    if xa.dtype != x.dtype:
+        return (F.linear(x, w, bias) + F.linear(xa, b)).to(x.dtype)
     y = xa @ b.T if bias is None else torch.addmm(bias, xa, b.T)
     return y.addmm_(x, w.T)
 
@@ -267,34 +270,46 @@ def _nf4_linear_dx(
     w = _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dy.dtype)
     if lora_a is None:
         return dy @ w
-    return (dxa.to(dy.dtype) @ lora_a.to(dy.dtype)).addmm_(dy, w)
+    if dxa.dtype != dy.dtype:
+        return (dy @ w + dxa @ lora_a.to(dxa.dtype)).to(dy.dtype)
+    return (dxa @ lora_a.to(dy.dtype)).addmm_(dy, w)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, lora_a, lora_b, ctx.scaling, bias = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.backend = current_backend()  # the gradient is often taken after the block that chose it
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, packed, code, lora_a, lora_b, output[1], *scales)
+    low_rank = (None, None) if lora_a is None else (x, output[1])  # dX alone needs neither
+    ctx.save_for_backward(packed, code, lora_a, lora_b, *low_rank, *scales)
 
 
 def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
+    with backend(ctx.backend):
+        return _gradients(ctx, dy, dxa)
+
+
+def _gradients(ctx, dy: Tensor | None, dxa: Tensor | None):
     """dx, da, db and dbias, each only where asked for. dxa arrives only where a gradient is differentiated again."""
-    x, packed, code, lora_a, lora_b, xa, *scales = ctx.saved_tensors
+    packed, code, lora_a, lora_b, x, xa, *scales = ctx.saved_tensors
     needs_x, needs_a, needs_b, needs_bias = (ctx.needs_input_grad[i] for i in (0, 7, 8, 10))
+    N, K = ctx.shape
     dx = da = db = dbias = None
-    dy = x.new_zeros((xa.shape[0], ctx.shape[0])) if dy is None else dy.reshape(-1, ctx.shape[0])
-    dy = dy.contiguous()  # a gradient of .sum() is expanded, with strides of 0
+    if dy is None:
+        dy = x.new_zeros((*x.shape[:-1], N))
+    lead = dy.shape[:-1]
+    dy = dy.reshape(-1, N).contiguous()  # a gradient of .sum() is expanded, with strides of 0
     if lora_a is not None:
         wide = dy.to(xa.dtype)
         if needs_x or needs_a:
-            through_b = (wide @ lora_b.to(xa.dtype)) * ctx.scaling
+            through_b = wide @ (lora_b.to(xa.dtype) * ctx.scaling)
             dxa = through_b if dxa is None else through_b + dxa
         if needs_a:
-            da = (dxa.T @ x.reshape(-1, x.shape[-1]).to(xa.dtype)).to(lora_a.dtype)
+            da = (dxa.T @ x.reshape(-1, K).to(xa.dtype)).to(lora_a.dtype)
         if needs_b:
-            db = (wide.T @ (xa * ctx.scaling)).to(lora_b.dtype)
+            db = ((wide.T @ xa) * ctx.scaling).to(lora_b.dtype)
     if needs_x:
-        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a).view(x.shape)
+        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a).view(*lead, K)
     if needs_bias:
         dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, [None] * len(scales), None, None, None, da, db, None, dbias

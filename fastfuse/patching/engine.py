@@ -4,6 +4,7 @@ Only the instance is touched: a bound forward in the module's __dict__ and a sma
 changed, no module replaced, no parameter added; weights are read from the module at every call.
 """
 
+import collections
 import contextlib
 import fnmatch
 import math
@@ -19,7 +20,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, backend_for, check, check_triton
 from fastfuse.ops._op import backend as use_backend
 from fastfuse.patching.hosts import HOSTS
-from fastfuse.patching.hosts._host import Host, Record, readable
+from fastfuse.patching.hosts._host import Host, Record, foreign_forward, forward_slot, own_forward, readable
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
@@ -76,6 +77,9 @@ def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include
             found = _uninstall(module)
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
+    for module in model.modules():
+        if "_fastfuse" not in module.__dict__:
+            _uninstall(module)  # a forward of ours that a wrapper put back after an earlier unpatch
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else "nothing was patched")
 
 
@@ -127,43 +131,49 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
 def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
     """What is patched, whatever has become of its weight since."""
     for name, module in model.named_modules():
-        if (record := module.__dict__.get("_fastfuse")) is not None:
+        record = module.__dict__.get("_fastfuse")
+        if record is not None:
             yield name, module, record
 
 
 def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, backend: str) -> list[_Planned]:
+    aliases = collections.defaultdict(list)  # a shared module has several names, and any of them may be asked for
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases[id(module)].append(name)
     plan = []
-    for name, module, host in _candidates(model):
-        entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
-        if (record := module.__dict__.get("_fastfuse")) is not None:
-            entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
-        elif host.op not in ops or not included(name, module) or excluded(name, module):
-            entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
-        elif (author := _foreign_forward(module, host)) is not None:
-            entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
-        elif (found := readable(host, module)[1]) is not None:
-            entry = replace(entry, status="skipped", code=found[0], reason=found[1])
-        if entry.status == "planned":
-            _check_backend(host, module, backend)
-            entry = _with_obstacle(host, module, entry, backend)
-        plan.append(_Planned(module, host, _with_layout(host, module, entry)))
+    with use_backend(backend):
+        for name, module, host in _candidates(model):
+            names = aliases[id(module)]
+            entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
+            asked = host.op in ops and any(included(n, module) for n in names) and not any(excluded(n, module) for n in names)
+            if (record := module.__dict__.get("_fastfuse")) is not None:
+                entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
+            elif not asked:
+                entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
+            elif (author := foreign_forward(host, module)) is not None:
+                entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
+            elif (found := readable(host, module)[1]) is not None:
+                entry = replace(entry, status="skipped", code=found[0], reason=found[1])
+            else:
+                _check_interpreter(host, module, backend)
+                entry = _with_obstacle(host, module, entry, backend)
+            plan.append(_Planned(module, host, _with_layout(host, module, entry)))
     return plan
 
 
-def _check_backend(host: Host, module: nn.Module, backend: str) -> None:
-    weight, _ = readable(host, module)
-    if backend == "triton" and weight is not None:
+def _check_interpreter(host: Host, module: nn.Module, backend: str) -> None:
+    if backend == "triton" and host.view(module).device.type == "cpu":
         check_triton("patch")
-        if weight.device.type == "cpu" and not INTERPRET:
+        if not INTERPRET:
             raise Unsupported("patch: backend 'triton' on a CPU model needs TRITON_INTERPRET=1 set before import", "NO_GPU")
 
 
 def _with_obstacle(host: Host, module: nn.Module, entry: Entry, backend: str) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    weight, found = readable(host, module)
-    found = host.obstacle(module, None, (), {}) or found
-    if weight is not None:
-        with use_backend(backend):
+    with use_backend(backend):
+        weight, found = readable(host, module)
+        found = host.obstacle(module, None) or found
+        if weight is not None:
             entry = replace(entry, backend=backend_for(weight.device))
     return entry if found is None else replace(entry, code=found[0], reason=f"runs its own forward for now: {found[1]}")
 
@@ -173,28 +183,17 @@ def _with_layout(host: Host, module: nn.Module, entry: Entry) -> Entry:
     return entry if weight is None else replace(entry, layout=weight.layout)
 
 
-def _foreign_forward(module: nn.Module, host: Host) -> str | None:
-    """Who wrote the forward that would be replaced, where it is not the host library."""
-    current = module.__dict__.get(_slot(module)) or type(module).forward
-    author = getattr(getattr(current, "__func__", current), "__module__", None) or "an unknown place"
-    return None if author.split(".")[0] in host.written_by else author
-
-
-def _slot(module: nn.Module) -> str:
-    """accelerate's hook replaces forward by a wrapper of _old_forward: binding there keeps the hook running."""
-    return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
-
-
 def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
     try:
         for p in todo:
-            slot = _slot(p.module)
+            slot = forward_slot(p.module)
             before = p.module.__dict__.get(slot)
-            original = lambda x, m=p.module, f=before: f(x) if f else type(m).forward(m, x)  # noqa: E731
+            if getattr(before, "__func__", None) is p.host.forward:
+                before = None  # ours, put back by a wrapper that outlived an unpatch
             p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, backend, slot, before)
             p.module.__dict__[slot] = MethodType(p.host.forward, p.module)
             p.entry = replace(p.entry, status="patched")
-            if verify and not p.entry.code and (reason := _mismatch(p, original)):
+            if verify and not p.entry.code and (reason := _mismatch(p)):
                 _uninstall(p.module)
                 p.entry = replace(p.entry, status="skipped", code="MISMATCH", reason=reason)
     except BaseException:
@@ -206,24 +205,22 @@ def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
 def _uninstall(module: nn.Module) -> bool:
     """Put back exactly what was there; False where another wrapper has hidden our forward."""
     record = module.__dict__.pop("_fastfuse", None)
-    if record is None:
-        return True
     ours = [host.forward for host in HOSTS]
     for slot in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(slot), "__func__", None) in ours:
-            if slot == record.slot and record.original is not None:
+            if record is not None and slot == record.slot and record.original is not None:
                 module.__dict__[slot] = record.original
             elif slot == "forward":
                 del module.__dict__[slot]
             else:  # hooked by accelerate after the patch: its wrapper needs something to call
                 module.__dict__[slot] = MethodType(type(module).forward, module)
             return True
-    return False
+    return record is None
 
 
 @torch.no_grad()
-def _mismatch(p: _Planned, original: Callable) -> str | None:
-    """How far the patched module is from its own forward on random input, where that is more than rounding.
+def _mismatch(p: _Planned) -> str | None:
+    """How far the fused path is from the module's own forward on random input, where that is more than rounding.
 
     Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
     2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed.
@@ -231,9 +228,18 @@ def _mismatch(p: _Planned, original: Callable) -> str | None:
     weight, dtype = p.host.view(p.module), p.host.probe_dtype(p.module)
     K = weight.shape[1]
     x = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
-    with torch.enable_grad():  # on a CPU bitsandbytes repacks its weight for good when the input needs no gradient
-        want = original(x.requires_grad_()).double()
-    got = p.module(x).double()
+    # A layer may settle its compute dtype, or cast its bias, by the first input it sees: the probe must not be that.
+    settled = [(m, dict(m.__dict__)) for m in p.module.modules()]
+    biases = [(b, b.data) for m in p.module.modules() if (b := getattr(m, "bias", None)) is not None]
+    try:
+        with torch.enable_grad():  # on a CPU bitsandbytes repacks its weight for good when the input needs no gradient
+            want = own_forward(p.module)(x.requires_grad_()).double()
+        got = p.host.forward(p.module, x).double()  # as bound, without the module's hooks
+    finally:
+        for m, attributes in settled:
+            m.__dict__.update(attributes)
+        for b, data in biases:
+            b.data = data
     allowed = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(K))
     err = ((got - want).norm() / want.norm().clamp_min(torch.finfo(dtype).tiny)).item()
     return None if err <= allowed else f"differs from its own forward by {err:.1e} relative, rounding explains {allowed:.1e}"

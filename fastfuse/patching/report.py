@@ -55,9 +55,6 @@ class PatchReport:
             total.update(entry.fallbacks)
         return dict(total)
 
-    def by_op(self) -> dict[str, tuple[Entry, ...]]:
-        return {op: tuple(e for e in self.entries if e.op == op) for op in dict.fromkeys(e.op for e in self.entries)}
-
     def to_dict(self) -> dict:
         return {"model_type": self.model_type, "note": self.note, "counts": self.counts, "entries": [asdict(e) for e in self.entries]}
 

@@ -10,12 +10,12 @@ from fastfuse.errors import Unsupported
 _TORCHAO_PARTS = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NF4View:
     """A weight [N, K] in NF4: views of the host library's own storage, nothing copied, nothing re-quantized.
 
     packed: uint8 [ceil(N K / 2)], row-major, the even element in the high nibble.
-    code: [16], the values the codes stand for.
+    code: [16], the values the codes stand for: the host library's own, which the kernels hold as constants.
     scales, one entry per block of block_size consecutive elements (blocks may cross rows):
         (absmax fp32,)                                            bitsandbytes, flat
         (index uint8, code fp32 [256], absmax fp32, offset fp32)  bitsandbytes, nested: code[index] * absmax + offset
@@ -30,6 +30,24 @@ class NF4View:
     block_size: int
     shape: tuple[int, int]
     dtype: torch.dtype
+
+    def __post_init__(self):
+        if self.block_size < 32 or self.block_size & (self.block_size - 1):
+            raise Unsupported(f"NF4View: block_size is {self.block_size}, powers of two from 32 are covered", "BLOCK_SIZE")
+        if len(self.scales) not in (1, 3, 4):
+            raise ValueError(f"NF4View: {len(self.scales)} scale tensors, expected 1, 3 or 4")
+        n = self.shape[0] * self.shape[1]
+        blocks = -(-n // self.block_size)
+        if self.packed.shape != ((n + 1) // 2,) or self.packed.dtype != torch.uint8:
+            have = f"{self.packed.dtype} {tuple(self.packed.shape)}"
+            raise ValueError(f"NF4View: packed is {have}, a weight of shape {tuple(self.shape)} needs torch.uint8 {((n + 1) // 2,)}")
+        sizes = {1: (blocks,), 3: (blocks, -(-blocks // 256), 1), 4: (blocks, 256, -(-blocks // 256), 1)}[len(self.scales)]
+        for i, (part, size) in enumerate(zip(self.scales, sizes, strict=True)):
+            if part.numel() != size:
+                raise ValueError(f"NF4View: scales[{i}] has {part.numel()} entries, a weight of shape {tuple(self.shape)} needs {size}")
+        for part in (self.packed, *self.scales):
+            if not part.is_contiguous() or part.device != self.packed.device:
+                raise ValueError(f"NF4View: packed and scales must be contiguous and on one device, one is on {part.device} with strides {part.stride()}")
 
     @staticmethod
     def of(weight) -> "NF4View":
@@ -71,18 +89,13 @@ def is_torchao(weight) -> bool:
     return type(weight).__name__ == "NF4Tensor" and all(hasattr(weight, part) for part in _TORCHAO_PARTS)
 
 
-def is_nf4(weight) -> bool:
-    """Whether the weight is held in a 4-bit storage that NF4View.of knows, quantized yet or not, readable or not."""
-    return isinstance(weight, NF4View) or is_torchao(weight) or (isinstance(weight, Tensor) and hasattr(weight, "quant_state"))
-
-
 def _of_torchao(weight) -> NF4View:
     if weight.dim() != 2:
         raise Unsupported(f"NF4View: the NF4Tensor has shape {tuple(weight.shape)}, 2 dimensions are covered", "SHAPE")
     if weight.scaler_block_size != 256:
         raise Unsupported(f"NF4View: scaler_block_size is {weight.scaler_block_size}, 256 is covered", "BLOCK_SIZE")
     scales = (weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
-    return _view(weight.quantized_data, weight.nf4, scales, weight.block_size, tuple(weight.shape), weight.dtype)
+    return NF4View(weight.quantized_data, weight.nf4, scales, weight.block_size, tuple(weight.shape), weight.dtype)
 
 
 def _of_bitsandbytes(weight) -> NF4View:
@@ -102,14 +115,4 @@ def _of_bitsandbytes(weight) -> NF4View:
         scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     # quant_storage may be a float dtype, in which some byte patterns are NaN: only ever look at bytes.
     packed = weight.data.detach().view(-1).view(torch.uint8)
-    return _view(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype)
-
-
-def _view(packed: Tensor, code: Tensor, scales: tuple[Tensor, ...], block_size: int, shape: tuple, dtype: torch.dtype) -> NF4View:
-    if block_size < 32 or block_size & (block_size - 1):
-        raise Unsupported(f"NF4View: block_size is {block_size}, powers of two from 32 are covered", "BLOCK_SIZE")
-    N, K = shape
-    need = (N * K + 1) // 2
-    if packed.numel() != need:
-        raise ValueError(f"NF4View: {packed.numel()} packed bytes for a weight of shape {(N, K)}, which needs {need}")
-    return NF4View(packed, code, scales, block_size, (N, K), dtype)
+    return NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype)

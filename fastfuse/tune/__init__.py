@@ -84,6 +84,7 @@ def table(op: str) -> list[dict]:
     return json.loads((Path(__file__).parent / f"{op}.json").read_text())
 
 
+@functools.cache
 def covering_arch(op: str, arch: str) -> str:
     """The architecture whose rows serve `arch`: itself, or the highest below it with the same prefix."""
     archs = {row["arch"] for row in table(op)}

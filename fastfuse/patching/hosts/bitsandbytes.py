@@ -13,9 +13,7 @@ def matches(module: nn.Module) -> bool:
     return hasattr(weight, "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
 
 
-def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tuple[str, str] | None:
-    if args or kwargs:
-        return "ARGUMENTS", "called with more than the input"
+def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
     if x is None:
         return None
     if x.dtype not in DTYPES:
@@ -37,12 +35,12 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
     return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias).to(x.dtype)
 
 
-def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    return run(HOST, self, x, args, kwargs)
+def forward(self: nn.Module, *args, **kwargs) -> Tensor:
+    return run(HOST, self, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or module.weight.quant_state.dtype
 
 
-HOST = Host("bitsandbytes", "nf4_linear", matches, ("bitsandbytes",), lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)
+HOST = Host("bitsandbytes", "nf4_linear", matches, "bitsandbytes.nn.", lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Host, hooked, run
+from fastfuse.patching.hosts._host import Host, foreign_forward, hooked, run
 from fastfuse.quant.nf4 import NF4View
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
 
 
 def matches(module: nn.Module) -> bool:
-    return all(hasattr(module, part) for part in _PARTS) and _base(module) is not None
+    return all(hasattr(module, part) for part in _PARTS) and isinstance(module.lora_A, nn.ModuleDict) and _base(module) is not None
 
 
 def _base(module: nn.Module):
@@ -20,9 +20,7 @@ def _base(module: nn.Module):
     return next((host for host in (bitsandbytes, torchao) if host.matches(module.base_layer)), None)
 
 
-def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tuple[str, str] | None:
-    if args or kwargs:
-        return "ARGUMENTS", "called with more than the input"
+def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
     if self.disable_adapters:
         return "ADAPTERS_DISABLED", "adapters are disabled"
     if self.merged:
@@ -42,12 +40,16 @@ def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tu
         return "DROPOUT", "dropout on the adapter is active"
     if hooked(base) or hooked(a) or hooked(b) or hooked(dropout):
         return "HOOKED", "a hook on the base layer or the adapter must run"
+    if not all(type(m) is nn.Linear and "forward" not in m.__dict__ for m in (a, b)):
+        return "ADAPTER_TYPE", "the adapter is no plain nn.Linear"
     if not all(type(w) in (nn.Parameter, Tensor) for w in (a.weight, b.weight)):
         return "ADAPTER_TYPE", f"the adapter's weight is a {type(a.weight).__name__}"
     host = _base(self)
     if host is None:
         return "NOT_NF4", "the base layer's weight is not NF4 any more"
-    if found := host.obstacle(base, x, (), {}):
+    if (author := foreign_forward(host.HOST, base)) is not None:
+        return "FOREIGN_FORWARD", f"the base layer's forward comes from {author}"
+    if found := host.obstacle(base, x):
         return found
     if x is None:
         return None
@@ -66,12 +68,12 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
     return nf4_lora_linear(x, weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=self.base_layer.bias)
 
 
-def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    return run(HOST, self, x, args, kwargs)
+def forward(self: nn.Module, *args, **kwargs) -> Tensor:
+    return run(HOST, self, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return _base(module).probe_dtype(module.base_layer)
 
 
-HOST = Host("PEFT LoRA", "nf4_lora_linear", matches, ("peft",), lambda m: NF4View.of(m.base_layer.weight), obstacle, fused, forward, probe_dtype)
+HOST = Host("PEFT LoRA", "nf4_lora_linear", matches, "peft.tuners.lora.", lambda m: NF4View.of(m.base_layer.weight), obstacle, fused, forward, probe_dtype)

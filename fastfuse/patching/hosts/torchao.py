@@ -12,24 +12,24 @@ def matches(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and is_torchao(module.weight)
 
 
-def obstacle(self: nn.Module, x: Tensor | None, args: tuple, kwargs: dict) -> tuple[str, str] | None:
-    if args or kwargs:
-        return "ARGUMENTS", "called with more than the input"
-    if x is not None and x.dtype not in DTYPES:
-        return "DTYPE", f"the input is {x.dtype}"
-    return None
+def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
+    if x is None:
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
+        return "AUTOCAST", f"the input is {x.dtype} under autocast to another dtype"
+    return None if x.dtype in DTYPES else ("DTYPE", f"the input is {x.dtype}")
 
 
 def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
     return nf4_linear(x, weight, self.bias)
 
 
-def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    return run(HOST, self, x, args, kwargs)
+def forward(self: nn.Module, *args, **kwargs) -> Tensor:
+    return run(HOST, self, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.weight.dtype
 
 
-HOST = Host("torchao", "nf4_linear", matches, ("torch",), lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)
+HOST = Host("torchao", "nf4_linear", matches, "torch.nn.modules.linear", lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)
