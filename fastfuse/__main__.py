@@ -12,6 +12,8 @@ import fastfuse
 
 
 def main(argv: list[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to stop
     p = argparse.ArgumentParser(prog="fastfuse", description=fastfuse.__doc__)
     p.add_argument("--version", action="version", version=f"fastfuse {fastfuse.__version__}")
     commands = p.add_subparsers(dest="command", required=True)
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(str(e))
     except KeyboardInterrupt:
         return 130
+    except OSError as e:
+        return _failed(f"cannot write: {e.strerror or e}")
     return 0
 
 

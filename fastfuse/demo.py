@@ -4,6 +4,7 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
@@ -57,6 +58,7 @@ def demo(image_path: str | None, tokens: int, interpret: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     image, name = load_image(image_path)
+    held_before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -69,7 +71,7 @@ def demo(image_path: str | None, tokens: int, interpret: bool) -> None:
         console.print(
             f"model        Mllama, random weights: {size.text_layers} text layers of width {size.text_hidden}, {size.vision_layers} + 1 vision layers of width {size.vision_hidden}, LoRA rank {RANK}, {size.dtype}"
         )
-        _print_memory(console, model, device)
+        _print_memory(console, model, device, held_before)
         batch.pop("tiles")
         before = answer(model, batch, tokens, progress, "its own forward")
         report = fastfuse.patch(model, verify=device.type == "cpu")
@@ -92,6 +94,8 @@ def load_image(path: str | None) -> tuple[Image.Image, str]:
         from skimage import data
 
         return Image.fromarray(data.astronaut()), "scikit-image's astronaut"
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise DemoError(f"--image {path}: not a regular file")  # reading a pipe could wait for ever
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -262,9 +266,8 @@ def print_comparison(console: Console, before: Answer, after: Answer, back: Answ
     console.print(f"unpatch      logits {'equal to the bit again' if torch.equal(back.logits, before.logits) else 'DIFFER from before'}")
     if fallbacks:
         console.print(f"fallbacks    {fallbacks}")
-    console.print(
-        f"time         prompt {before.prefill_s * 1e3:.1f} -> {after.prefill_s * 1e3:.1f} ms, token {before.decode_s * 1e3:.1f} -> {after.decode_s * 1e3:.1f} ms"
-    )
+    token = f", token {before.decode_s * 1e3:.1f} -> {after.decode_s * 1e3:.1f} ms" if len(before.tokens) > 1 else ""
+    console.print(f"time         prompt {before.prefill_s * 1e3:.1f} -> {after.prefill_s * 1e3:.1f} ms{token}")
 
 
 def _print_slice(console: Console, before: Answer, sliced: tuple[Answer, int]) -> None:
@@ -273,9 +276,9 @@ def _print_slice(console: Console, before: Answer, sliced: tuple[Answer, int]) -
     console.print(f"interpreter  {n} modules of the first decoder layer as Triton kernels: logits {apart:.2e} apart, {answer.prefill_s:.1f} s")
 
 
-def _print_memory(console: Console, model: nn.Module, device: torch.device) -> None:
+def _print_memory(console: Console, model: nn.Module, device: torch.device, held_before: int) -> None:
     predicted, dense = predict_memory(model)
-    measured = torch.cuda.memory_allocated() if device.type == "cuda" else stored_bytes(model)
+    measured = torch.cuda.memory_allocated() - held_before if device.type == "cuda" else stored_bytes(model)
     console.print(f"memory       predicted {predicted / 2**20:.1f} MiB of weights, measured {measured / 2**20:.1f} MiB; without NF4 {dense / 2**20:.1f} MiB")
 
 

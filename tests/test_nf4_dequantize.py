@@ -71,7 +71,7 @@ def test_every_torchao_scaler(w_dtype, backend, device):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_registered_op(storage, device):
     weight = NF4View.of(quantize(random_weight(64, 256, device=device), storage))
-    torch.library.opcheck(torch.ops.fastfuse.nf4_dequantize, (*weight.parts(), torch.bfloat16))
+    torch.library.opcheck(torch.ops.fastfuse.nf4_dequantize, (*weight.parts(), torch.bfloat16, False))
 
 
 def test_refuses_other_dtypes():

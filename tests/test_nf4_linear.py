@@ -9,7 +9,7 @@ from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
 from fastfuse import tune
-from fastfuse.ops import nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
+from fastfuse.ops import nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
 from fastfuse.quant import NF4View
 
 ROW_MAJOR = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": False})
@@ -217,9 +217,9 @@ def test_backward_keeps_no_dequantized_weight(device):
     assert saved and max(saved) <= 256 * 256 // 2  # the packed bytes, which the module holds anyway
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("interpret", [False, True])
 @pytest.mark.parametrize("case", ["plain", "strided", "expanded", "empty", "no adapter", "mixed dtypes"])
-def test_registered_op(case, backend, device):
+def test_registered_op(case, interpret, device):
     x, weight, a, b, bias = inputs(6, 64, 64, device=device)
     if case == "strided":
         x = torch.randn(6, 2, 64, device=device)[:, 0].requires_grad_()
@@ -232,11 +232,10 @@ def test_registered_op(case, backend, device):
     if case == "mixed dtypes":
         x, bias = x.detach().half().requires_grad_(), bias.detach().half().requires_grad_()
     parts = NF4View.of(weight).parts()
-    with fastfuse.backend(backend):
-        torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *parts, a, b, 2.0, bias))
-        low = None if a is None else torch.randn(x.shape[0], 8, device=device)
-        dy = torch.randn(x.shape[0], 64, device=device, dtype=x.dtype)
-        torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, (dy, *parts, low, a))
+    torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *parts, a, b, 2.0, bias, interpret))
+    low = None if a is None else torch.randn(x.shape[0], 8, device=device)
+    dy = torch.randn(x.shape[0], 64, device=device, dtype=x.dtype)
+    torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, (dy, *parts, low, a, interpret))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -306,6 +305,11 @@ def bad_calls():
         "adapter dtype": (lambda: nf4_lora_linear(x, w, a.double(), b, 1.0), fastfuse.Unsupported, "lora_a is torch.float64"),
         "device": (lambda: nf4_linear(x.to("meta"), w), ValueError, "x is on meta, weight on cpu"),
         "not a tensor": (lambda: nf4_linear([1.0], w), TypeError, "x is a list"),
+        "bias list": (lambda: nf4_linear(x, w, [1.0]), TypeError, "nf4_linear: bias is a list"),
+        "no lora_a": (lambda: nf4_lora_linear(x, w, None, b, 1.0), TypeError, "lora_a is a NoneType"),
+        "scaling": (lambda: nf4_lora_linear(x, w, a, b, torch.ones(1)), TypeError, "scaling is a Tensor, not a number"),
+        "sparse": (lambda: nf4_linear(x.to_sparse(), w), fastfuse.Unsupported, "x has layout torch.sparse_coo"),
+        "backend argument": (lambda: nf4_linear(x, w, backend="cuda"), ValueError, "nf4_linear: backend is 'cuda', not one of auto, triton, torch"),
         "not quantized": (lambda: nf4_linear(x, nn.Linear(64, 96).weight), TypeError, "neither NF4View, Params4bit nor NF4Tensor"),
         "backend": (lambda: fastfuse.backend("cuda").__enter__(), ValueError, "'cuda' is none of auto, triton, torch"),
     }
@@ -319,9 +323,27 @@ def test_refusals(case):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_forward_mode_is_refused_not_zero(backend, device):
+    x, weight, _, _, _ = inputs(3, 64, 64, device=device)
+    with fastfuse.backend(backend), pytest.raises(fastfuse.Unsupported, match="forward-mode differentiation is not covered"):
+        torch.func.jvp(lambda x: nf4_linear(x, weight), (x,), (torch.ones_like(x),))
+    with fastfuse.backend("torch"):
+        tangent = torch.func.jvp(lambda x: nf4_linear(x, weight), (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ host_dequantize(weight, torch.float32).T)
+
+
+def test_backend_argument_is_for_one_call(device):
+    x, weight, a, b, _ = inputs(3, 64, 64, device=device)
+    for backend in ("torch", "auto", "triton"):
+        y = nf4_lora_linear(x, weight, a, b, 1.0, backend=backend)
+        torch.testing.assert_close(y, nf4_linear_ref(x, NF4View.of(weight), a, b, 1.0))
+    torch.testing.assert_close(nf4_dequantize(weight, backend="triton"), nf4_dequantize(weight))
+
+
 def test_backend_is_restored_after_an_error():
     with pytest.raises(RuntimeError, match="inside"), fastfuse.backend("torch"):
         raise RuntimeError("inside")
     from fastfuse.ops import _op
 
-    assert _op.current_backend() == "auto"
+    assert _op._backend == "auto"

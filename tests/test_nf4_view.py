@@ -80,6 +80,8 @@ def test_unreadable_storages():
     nested.quant_state.state2.blocksize = 128
     assert refusal(nested) == "BLOCK_SIZE"
 
+    assert refusal(quantize(random_weight(64, 256), "torchao").t()) == "TRANSPOSED"
+
     class DTensor:
         pass
 

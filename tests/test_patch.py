@@ -1,5 +1,6 @@
 """patch(model) over real PEFT, bitsandbytes and torchao layers: the same answers, and nothing left behind."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -389,7 +390,9 @@ def test_options():
     [
         ({"on_unsupported": "maybe"}, ValueError, "on_unsupported is 'maybe'"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
-        ({"ops": ["nf4_linear", "nope"]}, ValueError, "ops has nope, known are nf4_linear, nf4_lora_linear"),
+        ({"ops": ["nf4_linear", "nope"]}, ValueError, "ops has 'nope', known are nf4_linear, nf4_lora_linear"),
+        ({"ops": 3}, TypeError, "ops is a int"),
+        ({"include": [3]}, TypeError, "not a int"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -397,8 +400,10 @@ def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         fastfuse.patch(model, **options)
     assert fastfuse.status(model).counts == {"unpatched": 4}
-    with pytest.raises(TypeError, match="model is a list"):
+    with pytest.raises(TypeError, match="patch: model is a list"):
         fastfuse.patch([model])
+    with pytest.raises(TypeError, match="status: model is a NoneType"):
+        fastfuse.status(None)
 
 
 def test_nothing_to_patch_is_said_aloud():
@@ -587,7 +592,7 @@ def test_a_chip_without_kernels_is_skipped_at_once(monkeypatch):
     """A model on a GPU that no row covers keeps working: it is not patched, and the report says why."""
     from fastfuse.ops import _op
 
-    monkeypatch.setattr(_op, "check_device", lambda op, device: fastfuse.tune.covering_arch("nf4_linear", "sm_75"))
+    monkeypatch.setattr(_op, "check_device", lambda op, device, backend: fastfuse.tune.covering_arch("nf4_linear", "sm_75"))
     monkeypatch.setitem(_host.readable.__globals__, "check_device", _op.check_device)
     report = fastfuse.patch(quantized("bitsandbytes"))
     assert {(e.status, e.code) for e in report.entries} == {("skipped", "ARCH")} and "no kernel covers sm_75" in str(report)
@@ -651,3 +656,48 @@ def test_dropout_training_keeps_no_more_than_unpatched():
         fastfuse.patch(model)
         packed = sum(t.numel() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) for t in (m.weight, m.weight.quant_state.absmax))
         assert kept() <= before + packed + 4096  # references to the weight itself, which is there anyway
+
+
+def test_threads_do_not_share_a_backend():
+    from fastfuse.ops import _op
+
+    model, x = lora("bitsandbytes"), torch.randn(2, 128)
+    want = model(x)
+    fastfuse.patch(model, backend="torch")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda _: model(x), range(60)))
+    assert _op._backend == "auto"
+    for out in outputs:
+        torch.testing.assert_close(out, want)
+
+
+def test_patched_finds_its_modules_under_new_names():
+    base = quantized("bitsandbytes")
+    base.is_loaded_in_4bit = True
+    with fastfuse.patched(base):
+        get_peft_model(base, LoraConfig(r=4, target_modules=["up"]))
+    assert not any("_fastfuse" in m.__dict__ or "forward" in m.__dict__ for m in base.modules())
+
+
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_torchao_bias_in_another_dtype_keeps_the_hosts_result(wrap):
+    model = quantized("torchao") if wrap == "bare" else lora("torchao")
+    layer = model.up if wrap == "bare" else model.base_model.model.up
+    x = torch.randn(3, 128).half()
+    want = layer(x)
+    fastfuse.patch(model)
+    with pytest.warns(UserWarning, match="DTYPE"):
+        got = layer(x)
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_compute_dtype_without_kernels():
+    model, x = quantized("bitsandbytes"), torch.randn(3, 128)
+    model.up.compute_dtype = torch.float64
+    want = model.up(x)
+    fastfuse.patch(model)
+    with pytest.warns(UserWarning, match="DTYPE"):
+        got = model.up(x)
+    # bitsandbytes' own CPU path leaves a float64 weight unwritten, which the poisoned memory here shows as NaN.
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert fastfuse.status(model).fallbacks == {"DTYPE": 1}

@@ -47,7 +47,7 @@ def backend(name: str) -> Iterator[None]:
 
     auto: Triton kernels on a GPU, the PyTorch reference on a CPU. triton: the kernels, on a CPU through Triton's
     interpreter (slow; needs TRITON_INTERPRET=1 before fastfuse is imported). torch: the eager reference everywhere.
-    The choice is process-wide while the block lasts. Raises ValueError for another name, Unsupported where it cannot run.
+    The choice is process-wide while the block lasts, other threads included; the argument backend= of an op is not. Raises ValueError for another name, Unsupported where it cannot run.
     """
     global _backend
     check(name in BACKENDS, f"backend: {name!r} is none of {', '.join(BACKENDS)}")
@@ -58,23 +58,28 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def current_backend() -> str:
-    return _backend
+def route(op: str, x: Tensor, name: str | None) -> str:
+    """Where a call goes: "reference" (the eager formula), "op" (the registered op) or "interpreter" (the op's kernels, on a CPU).
 
-
-def uses_reference(op: str, x: Tensor) -> bool:
-    """True where the caller chose the eager reference. Raises Unsupported where the chosen backend cannot run x."""
-    if _backend == "torch":
-        return True
+    name: the caller's choice of backend, the one in force where None. Raises ValueError or Unsupported where it cannot run.
+    """
+    name = name or _backend
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: backend is {name!r}, not one of {', '.join(BACKENDS)}")
+    if name == "torch":
+        return "reference"
+    if torch.autograd.forward_ad._current_level >= 0:  # the op would silently drop the tangent
+        raise Unsupported(f"{op}: forward-mode differentiation is not covered: use fastfuse.backend('torch')", "FORWARD_AD")
     if x.device.type == "cuda":
         check_triton(op)
-    elif x.device.type not in ("cpu", "meta") and _backend == "auto":
-        return True  # a device without kernels of ours: eager PyTorch runs wherever PyTorch does
-    elif _backend == "triton":
+    elif x.device.type not in ("cpu", "meta") and name == "auto":
+        return "reference"  # a device without kernels of ours: eager PyTorch runs wherever PyTorch does
+    elif name == "triton":
         check_triton(op)
         if not INTERPRET:
             raise Unsupported(f"{op}: backend 'triton' on a {x.device.type} tensor needs TRITON_INTERPRET=1 set before import", "NO_GPU")
-    return False
+        return "interpreter"
+    return "op"
 
 
 def check_triton(op: str) -> None:
@@ -82,32 +87,31 @@ def check_triton(op: str) -> None:
         raise Unsupported(f"{op}: backend 'triton' needs the triton package, which is not installed", "NO_TRITON")
 
 
-def check_device(op: str, device: torch.device) -> None:
-    """Raise Unsupported where the backend in force has no kernel of `op` for this device."""
-    if device.type == "cuda" and _backend != "torch":
+def check_device(op: str, device: torch.device, name: str) -> None:
+    """Raise Unsupported where backend `name` has no kernel of `op` for this device."""
+    if device.type == "cuda" and name != "torch":
         check_triton(op)
         tune.covering_arch(op, tune.arch_of(device))
 
 
-def backend_for(device: torch.device) -> str:
-    """What would run on this device now, in words."""
-    if _backend == "torch":
+def backend_for(device: torch.device, name: str = "auto") -> str:
+    """What backend `name` runs on this device, in words."""
+    if name == "torch" or (device.type != "cuda" and name == "auto"):
         return "torch"
-    if device.type == "cuda":
-        return "triton"
-    return "triton (interpreter)" if _backend == "triton" else "torch"
+    return "triton" if device.type == "cuda" else "triton (interpreter)"
 
 
 def fused_op(name: str, reference: Callable) -> Callable:
     """Register a Triton launcher as torch.ops.fastfuse.<name>, an opaque op for autograd and torch.compile.
 
     The eager reference does three more jobs: it is the CPU implementation, the fake kernel that torch.compile
-    traces, and the truth the tests compare with. The first argument of both must be a tensor.
+    traces, and the truth the tests compare with. The first argument of both is a tensor; the last is `interpret`, which
+    sends a CPU call through the launcher, in Triton's interpreter.
     """
 
     def register(launch: Callable) -> torch.library.CustomOpDef:
         def on_cpu(*args):
-            return (launch if _backend == "triton" and INTERPRET else reference)(*args)
+            return (launch if args[-1] else reference)(*args)
 
         op = torch.library.custom_op(f"fastfuse::{name}", _no_autocast(_on_device(launch)), mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(_no_autocast(on_cpu))

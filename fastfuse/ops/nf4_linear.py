@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
-from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, backend, current_backend, fused_op, nbytes, rows, uses_reference
+from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, fused_op, nbytes, route, rows
 from fastfuse.quant.nf4 import NF4View
 
 if HAS_TRITON:
@@ -18,56 +18,69 @@ if HAS_TRITON:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def nf4_dequantize(weight, dtype: torch.dtype | None = None) -> Tensor:
+def nf4_dequantize(weight, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
     """The weight [N, K] as numbers, equal to the bit to what bitsandbytes or torchao gives.
 
     weight: Params4bit, NF4Tensor or NF4View.  dtype: bf16, fp16 or fp32; the weight's own where None.
+    backend: as fastfuse.backend, for this call.
     Raises TypeError, ValueError or Unsupported as NF4View.of, and Unsupported for another dtype.
     """
     weight = NF4View.of(weight)
     dtype = dtype or weight.dtype
     if dtype not in DTYPES:
         raise Unsupported(f"nf4_dequantize: dtype is {dtype}, covered are bf16, fp16 and fp32")
-    if uses_reference("nf4_dequantize", weight.packed):
+    chosen = route("nf4_dequantize", weight.packed, backend)
+    if chosen == "reference":
         return nf4_dequantize_ref(weight, dtype)
-    return _nf4_dequantize(*weight.parts(), dtype)
+    return _nf4_dequantize(*weight.parts(), dtype, chosen == "interpreter")
 
 
-def nf4_linear(x: Tensor, weight, bias: Tensor | None = None) -> Tensor:
+def nf4_linear(x: Tensor, weight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """y = x W^T + bias, W in NF4.
 
     x: (..., K), weight: [N, K] as NF4View.of takes it, bias: (N,)  ->  (..., N) in x's dtype; gradients for x and bias.
-    x may be bf16, fp16 or fp32 with any strides; a last dim that is not contiguous is copied.
-    Raises ValueError naming both facts where shapes or devices disagree, Unsupported for a dtype no kernel covers.
+    x may be bf16, fp16 or fp32 with any strides; a last dim that is not contiguous is copied. Under autocast x follows
+    its dtype. backend: as fastfuse.backend, for this call.
+    Raises TypeError or ValueError naming both facts where arguments disagree, Unsupported for a dtype, a chip or a
+    transform (forward-mode differentiation) that no kernel covers.
     """
-    return _public("nf4_linear", x, weight, None, None, 1.0, bias)
+    return _public("nf4_linear", x, weight, None, None, 1.0, bias, backend)
 
 
-def nf4_lora_linear(x: Tensor, weight, lora_a: Tensor, lora_b: Tensor, scaling: float, *, bias: Tensor | None = None) -> Tensor:
+def nf4_lora_linear(x: Tensor, weight, lora_a: Tensor, lora_b: Tensor, scaling: float, *, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     """y = x W^T + scaling * (x A^T) B^T + bias, W in NF4 (QLoRA, https://arxiv.org/abs/2305.14314).
 
     x: (..., K), weight: [N, K], lora_a: A (R, K), lora_b: B (N, R), bias: (N,)  ->  (..., N) in x's dtype;
     gradients for x, A, B and bias. A and B may have another dtype than x (PEFT keeps them in fp32): the low-rank
-    path then runs in the wider of the two. Errors as nf4_linear.
+    path then runs in the wider of the two. scaling is a number, not a tensor. Otherwise as nf4_linear.
     """
-    return _public("nf4_lora_linear", x, weight, lora_a, lora_b, scaling, bias)
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"nf4_lora_linear: {name} is a {type(t).__name__}, not a tensor")
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"nf4_lora_linear: scaling is a {type(scaling).__name__}, not a number")
+    return _public("nf4_lora_linear", x, weight, lora_a, lora_b, scaling, bias, backend)
 
 
-def _public(op: str, x, weight, lora_a, lora_b, scaling, bias) -> Tensor:
+def _public(op: str, x, weight, lora_a, lora_b, scaling, bias, backend) -> Tensor:
     weight = NF4View.of(weight)
     _check(op, x, weight, lora_a, lora_b, bias)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, lora_a, lora_b, bias = (t if t is None else t.to(dtype) for t in (x, lora_a, lora_b, bias))
-    if uses_reference(op, x):
+    chosen = route(op, x, backend)
+    if chosen == "reference":
         return nf4_linear_ref(x, weight, lora_a, lora_b, scaling, bias)
-    return _nf4_linear(x, *weight.parts(), lora_a, lora_b, float(scaling), bias)[0]
+    return _nf4_linear(x, *weight.parts(), lora_a, lora_b, float(scaling), bias, chosen == "interpreter")[0]
 
 
 def _check(op: str, x: Tensor, weight: NF4View, lora_a: Tensor | None, lora_b: Tensor | None, bias: Tensor | None) -> None:
     # Messages are built only where they are raised: formatting a symbolic size would break torch.compile's graph.
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x is a {type(x).__name__}, not a tensor")
+    for name, t in (("x", x), ("bias", bias)):
+        if not isinstance(t, Tensor) and (t is not None or name == "x"):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+    if x.layout != torch.strided:
+        raise Unsupported(f"{op}: x has layout {x.layout}, torch.strided is covered")
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, weight takes {K} features (N, K = {N}, {K})")
@@ -150,14 +163,28 @@ def nf4_linear_bwd_cost(
 
 
 def _dequantize_reference(
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, dtype: torch.dtype
+    packed: Tensor,
+    code: Tensor,
+    scales: Sequence[Tensor],
+    block_size: int,
+    shape: Sequence[int],
+    w_dtype: torch.dtype,
+    dtype: torch.dtype,
+    interpret: bool,
 ) -> Tensor:
     return nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dtype)
 
 
 @fused_op("nf4_dequantize", reference=_dequantize_reference)
 def _nf4_dequantize(
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, dtype: torch.dtype
+    packed: Tensor,
+    code: Tensor,
+    scales: Sequence[Tensor],
+    block_size: int,
+    shape: Sequence[int],
+    w_dtype: torch.dtype,
+    dtype: torch.dtype,
+    interpret: bool,
 ) -> Tensor:
     return _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dtype)
 
@@ -187,7 +214,7 @@ def _decode_branch(weight: NF4View, dtype: torch.dtype) -> str:
 def _linear_reference(
     x: Tensor,
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype)
     return nf4_linear_ref(x, weight, lora_a, lora_b, scaling, bias), _low_rank(x, lora_a)
@@ -206,7 +233,7 @@ def _low_rank(x: Tensor, lora_a: Tensor | None) -> Tensor:
 def _nf4_linear(
     x: Tensor,
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, x A^T)."""
     weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype)
@@ -254,7 +281,7 @@ def _dense(x: Tensor, w: Tensor, xa: Tensor, lora_b: Tensor | None, scaling: flo
 def _dx_reference(
     dy: Tensor,
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
-    dxa: Tensor | None, lora_a: Tensor | None,
+    dxa: Tensor | None, lora_a: Tensor | None, interpret: bool,
 ) -> Tensor:  # fmt: skip
     dx = dy @ nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dy.dtype)
     return dx if lora_a is None else (dx + dxa @ lora_a.to(dxa.dtype)).to(dy.dtype)
@@ -264,7 +291,7 @@ def _dx_reference(
 def _nf4_linear_dx(
     dy: Tensor,
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
-    dxa: Tensor | None, lora_a: Tensor | None,
+    dxa: Tensor | None, lora_a: Tensor | None, interpret: bool,
 ) -> Tensor:  # fmt: skip
     """dX = dY W + d(x A^T) A, all 2-D. The weight is decoded again: nothing dequantized outlives a call."""
     w = _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dy.dtype)
@@ -276,20 +303,14 @@ def _nf4_linear_dx(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, lora_a, lora_b, ctx.scaling, bias = inputs
+    x, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, lora_a, lora_b, ctx.scaling, bias, ctx.interpret = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.backend = current_backend()  # the gradient is often taken after the block that chose it
     ctx.set_materialize_grads(False)
     low_rank = (None, None) if lora_a is None else (x, output[1])  # dX alone needs neither
     ctx.save_for_backward(packed, code, lora_a, lora_b, *low_rank, *scales)
 
 
 def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
-    with backend(ctx.backend):
-        return _gradients(ctx, dy, dxa)
-
-
-def _gradients(ctx, dy: Tensor | None, dxa: Tensor | None):
     """dx, da, db and dbias, each only where asked for. dxa arrives only where a gradient is differentiated again."""
     packed, code, lora_a, lora_b, x, xa, *scales = ctx.saved_tensors
     needs_x, needs_a, needs_b, needs_bias = (ctx.needs_input_grad[i] for i in (0, 7, 8, 10))
@@ -309,14 +330,14 @@ def _gradients(ctx, dy: Tensor | None, dxa: Tensor | None):
         if needs_b:
             db = ((wide.T @ xa) * ctx.scaling).to(lora_b.dtype)
     if needs_x:
-        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a).view(*lead, K)
+        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a, ctx.interpret).view(*lead, K)
     if needs_bias:
         dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, None, None, [None] * len(scales), None, None, None, da, db, None, dbias
+    return dx, None, None, [None] * len(scales), None, None, None, da, db, None, dbias, None
 
 
 def _dx_setup_context(ctx, inputs, output) -> None:
-    _dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a = inputs
+    _dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a, ctx.interpret = inputs
     ctx.save_for_backward(dxa, lora_a, packed, code, *scales)
 
 
@@ -324,12 +345,12 @@ def _dx_backward(ctx, grad: Tensor):
     """dX is linear in dY, in dxa and in A: so is the way back."""
     dxa, lora_a, packed, code, *scales = ctx.saved_tensors
     grad = grad.contiguous()
-    d_dy = _nf4_linear(grad, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, None, None, 1.0, None)[0]
+    d_dy = _nf4_linear(grad, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, None, None, 1.0, None, ctx.interpret)[0]
     d_dxa = d_a = None
     if lora_a is not None:
         d_dxa = (grad @ lora_a.to(grad.dtype).T).to(dxa.dtype)
         d_a = (dxa.to(grad.dtype).T @ grad).to(lora_a.dtype)
-    return d_dy, None, None, [None] * len(scales), None, None, None, d_dxa, d_a
+    return d_dy, None, None, [None] * len(scales), None, None, None, d_dxa, d_a, None
 
 
 _nf4_linear.register_autograd(_backward, setup_context=_setup_context)

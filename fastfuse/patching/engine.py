@@ -18,7 +18,6 @@ from torch import nn
 
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, backend_for, check, check_triton
-from fastfuse.ops._op import backend as use_backend
 from fastfuse.patching.hosts import HOSTS
 from fastfuse.patching.hosts._host import Host, Record, foreign_forward, forward_slot, own_forward, readable
 from fastfuse.patching.report import Entry, PatchReport
@@ -46,7 +45,12 @@ def patch(
     Patching twice changes nothing. What a fused op does not cover at a call runs the module's own forward, counted in
     `status(model)`.  Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
     """
-    check(isinstance(model, nn.Module), f"patch: model is a {type(model).__name__}, not a torch.nn.Module", TypeError)
+    return _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run)[0]
+
+
+def _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run) -> tuple[PatchReport, list[nn.Module]]:
+    """The report, and the modules this call patched."""
+    _check_model("patch", model)
     check(on_unsupported in ("skip", "warn", "raise"), f"patch: on_unsupported is {on_unsupported!r}, not 'skip', 'warn' or 'raise'")
     check(backend in BACKENDS, f"patch: backend is {backend!r}, not one of {', '.join(BACKENDS)}")
     plan = _plan(model, _op_names(ops), _matcher(include, True), _matcher(exclude, False), backend)
@@ -65,11 +69,13 @@ def patch(
             for p in todo:
                 _uninstall(p.module)
             raise Unsupported(f"patch: {bad[0].name}: {bad[0].reason}", "MISMATCH")
-    return PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
+    report = PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
+    return report, [p.module for p in plan if p.entry.status == "patched"]
 
 
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back. The order relative to other wrappers does not matter."""
+    _check_model("unpatch", model)
     names, wanted = _op_names(ops), _matcher(include, True)
     entries = []
     for name, module, record in _records(model):
@@ -84,18 +90,28 @@ def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
-    """`with patched(model) as report:` patches for the block alone; takes patch's options. Earlier patches stay."""
-    report = patch(model, **options)
-    mine = {e.name for e in report.entries if e.status == "patched"}
+def patched(
+    model: nn.Module,
+    *,
+    ops: str | Iterable[str] | None = None,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    on_unsupported: str = "skip",
+    backend: str = "auto",
+    verify: bool = False,
+) -> Iterator[PatchReport]:
+    """`with patched(model) as report:` patches for the block alone, with patch's options. Earlier patches stay."""
+    report, mine = _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run=False)
     try:
         yield report
     finally:
-        unpatch(model, include=lambda name, module: name in mine)
+        for module in mine:
+            _uninstall(module)
 
 
 def status(model: nn.Module) -> PatchReport:
     """What is patched now, and how often each patched module ran its own forward instead, by reason."""
+    _check_model("status", model)
     hosts = {id(module): host for _, module, host in _candidates(model)}
     entries = []
     for name, module in model.named_modules():
@@ -141,23 +157,22 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
     for name, module in model.named_modules(remove_duplicate=False):
         aliases[id(module)].append(name)
     plan = []
-    with use_backend(backend):
-        for name, module, host in _candidates(model):
-            names = aliases[id(module)]
-            entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
-            asked = host.op in ops and any(included(n, module) for n in names) and not any(excluded(n, module) for n in names)
-            if (record := module.__dict__.get("_fastfuse")) is not None:
-                entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
-            elif not asked:
-                entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
-            elif (author := foreign_forward(host, module)) is not None:
-                entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
-            elif (found := readable(host, module)[1]) is not None:
-                entry = replace(entry, status="skipped", code=found[0], reason=found[1])
-            else:
-                _check_interpreter(host, module, backend)
-                entry = _with_obstacle(host, module, entry, backend)
-            plan.append(_Planned(module, host, _with_layout(host, module, entry)))
+    for name, module, host in _candidates(model):
+        names = aliases[id(module)]
+        entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
+        asked = host.op in ops and any(included(n, module) for n in names) and not any(excluded(n, module) for n in names)
+        if (record := module.__dict__.get("_fastfuse")) is not None:
+            entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
+        elif not asked:
+            entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
+        elif (author := foreign_forward(host, module)) is not None:
+            entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
+        elif (found := readable(host, module, backend)[1]) is not None:
+            entry = replace(entry, status="skipped", code=found[0], reason=found[1])
+        else:
+            _check_interpreter(host, module, backend)
+            entry = _with_obstacle(host, module, entry, backend)
+        plan.append(_Planned(module, host, _with_layout(host, module, entry)))
     return plan
 
 
@@ -170,16 +185,15 @@ def _check_interpreter(host: Host, module: nn.Module, backend: str) -> None:
 
 def _with_obstacle(host: Host, module: nn.Module, entry: Entry, backend: str) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    with use_backend(backend):
-        weight, found = readable(host, module)
-        found = host.obstacle(module, None) or found
-        if weight is not None:
-            entry = replace(entry, backend=backend_for(weight.device))
+    weight, found = readable(host, module, backend)
+    found = host.obstacle(module, None) or found
+    if weight is not None:
+        entry = replace(entry, backend=backend_for(weight.device, backend))
     return entry if found is None else replace(entry, code=found[0], reason=f"runs its own forward for now: {found[1]}")
 
 
 def _with_layout(host: Host, module: nn.Module, entry: Entry) -> Entry:
-    weight, _ = readable(host, module)
+    weight, _ = readable(host, module, "torch")
     return entry if weight is None else replace(entry, layout=weight.layout)
 
 
@@ -245,19 +259,29 @@ def _mismatch(p: _Planned) -> str | None:
     return None if err <= allowed else f"differs from its own forward by {err:.1e} relative, rounding explains {allowed:.1e}"
 
 
+def _check_model(function: str, model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is a {type(model).__name__}, not a torch.nn.Module")
+
+
 def _op_names(ops: str | Iterable[str] | None) -> set[str]:
     known = {host.op for host in HOSTS}
     if ops is None:
         return known
+    if not isinstance(ops, Iterable):
+        raise TypeError(f"patch: ops is a {type(ops).__name__}, not a name or several")
     names = {ops} if isinstance(ops, str) else set(ops)
-    check(names <= known, f"patch: ops has {', '.join(sorted(names - known))}, known are {', '.join(sorted(known))}")
+    check(names <= known, f"patch: ops has {', '.join(sorted(map(repr, names - known)))}, known are {', '.join(sorted(known))}")
     return names
 
 
 def _matcher(wanted: Filter | None, default: bool) -> Callable[[str, nn.Module], bool]:
     if wanted is None:
         return lambda name, module: default
-    tests = [wanted] if isinstance(wanted, str) or callable(wanted) else list(wanted)
+    tests = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+    for t in tests:
+        if not isinstance(t, str) and not callable(t):
+            raise TypeError(f"patch: include and exclude take globs or functions (name, module) -> bool, not a {type(t).__name__}")
     return lambda name, module: any(t(name, module) if callable(t) else fnmatch.fnmatchcase(name, t) for t in tests)
 
 

@@ -92,6 +92,8 @@ def is_torchao(weight) -> bool:
 def _of_torchao(weight) -> NF4View:
     if weight.dim() != 2:
         raise Unsupported(f"NF4View: the NF4Tensor has shape {tuple(weight.shape)}, 2 dimensions are covered", "SHAPE")
+    if weight.stride() != (weight.shape[1], 1):
+        raise Unsupported(f"NF4View: the NF4Tensor is a view with strides {weight.stride()}, its bytes are in another order", "TRANSPOSED")
     if weight.scaler_block_size != 256:
         raise Unsupported(f"NF4View: scaler_block_size is {weight.scaler_block_size}, 256 is covered", "BLOCK_SIZE")
     scales = (weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn
 
 from fastfuse.errors import Unsupported
-from fastfuse.ops._op import backend, check_device
+from fastfuse.ops._op import check_device
 from fastfuse.quant.nf4 import NF4View
 
 # Reasons a user asked for: counted, but not worth a warning. The base layer underneath is patched by itself.
@@ -26,7 +26,7 @@ class Host:
     matches: recognises the module by its parts. written_by: prefix of the modules whose forward this host knows; a
     subclass with a forward of its own is left alone. view: the NF4 weight, read anew at every call; raises where there is
     none. obstacle: (module, input or None) -> (code, reason) that makes a call run the module's own forward, None where
-    nothing is in the way; without an input it answers for the module alone. fused: (module, input, weight) -> output.
+    nothing is in the way; without an input it answers for the module alone. fused: (module, input, weight, backend) -> output.
     forward: what is bound in place of the module's. probe_dtype: what the module computes in.
     """
 
@@ -36,7 +36,7 @@ class Host:
     written_by: str
     view: Callable[[nn.Module], NF4View]
     obstacle: Callable[[nn.Module, Tensor | None], tuple[str, str] | None]
-    fused: Callable[[nn.Module, Tensor, NF4View], Tensor]
+    fused: Callable[[nn.Module, Tensor, NF4View, str], Tensor]
     forward: Callable
     probe_dtype: Callable[[nn.Module], torch.dtype]
 
@@ -59,11 +59,11 @@ class Record:
         return type(None), ()
 
 
-def readable(host: Host, module: nn.Module) -> tuple[NF4View | None, tuple[str, str] | None]:
-    """The module's NF4 weight, or (code, reason) why no kernel can read it where it is."""
+def readable(host: Host, module: nn.Module, backend: str) -> tuple[NF4View | None, tuple[str, str] | None]:
+    """The module's NF4 weight, or (code, reason) why `backend` cannot read it where it is."""
     try:
         weight = host.view(module)
-        check_device("nf4_linear", weight.device)
+        check_device("nf4_linear", weight.device, backend)
         return weight, None
     except Unsupported as e:
         return None, (e.code, str(e).removeprefix("NF4View: "))
@@ -76,25 +76,20 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, *args, **kwargs)
-    if record.backend == "auto":
-        return _run(host, self, record, args, kwargs)
-    with backend(record.backend):
-        return _run(host, self, record, args, kwargs)
-
-
-def _run(host: Host, self: nn.Module, record: Record, args: tuple, kwargs: dict) -> Tensor:
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         found = "ARGUMENTS", "called with something else than one tensor"
+    elif torch.autograd.forward_ad._current_level >= 0:
+        found = "FORWARD_AD", "forward-mode differentiation is not covered"
     elif (found := host.obstacle(self, args[0])) is None:
-        weight, found = readable(host, self)
+        weight, found = readable(host, self, record.backend)
         if found is None and args[0].shape[-1:] != weight.shape[1:]:
             found = "SHAPE", "the input's last dim is not the weight's K"
         if found is None:
-            return host.fused(self, args[0], weight)
+            return host.fused(self, args[0], weight, record.backend)
     if not torch.compiler.is_compiling():
         code, reason = found
         if not record.fallbacks[code] and code not in EXPECTED:
-            warnings.warn(f"fastfuse: {type(self).__name__} runs its own forward: {code}: {reason}", stacklevel=4)
+            warnings.warn(f"fastfuse: {type(self).__name__} runs its own forward: {code}: {reason}", stacklevel=3)
         record.fallbacks[code] += 1
     return own_forward(self)(*args, **kwargs)
 

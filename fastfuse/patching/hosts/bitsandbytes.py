@@ -16,8 +16,8 @@ def matches(module: nn.Module) -> bool:
 def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
     if x is None:
         return None
-    if x.dtype not in DTYPES:
-        return "DTYPE", f"the input is {x.dtype}"
+    if x.dtype not in DTYPES or compute_dtype(self, x) not in DTYPES:
+        return "DTYPE", f"the input is {x.dtype}, the layer computes in {self.compute_dtype}"
     if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != compute_dtype(self, x):
         return "AUTOCAST", "autocast's dtype is not the layer's compute_dtype"
     return None
@@ -31,8 +31,8 @@ def compute_dtype(self: nn.Module, x: Tensor) -> torch.dtype:
     return self.compute_dtype or x.dtype
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
-    return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias).to(x.dtype)
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
+    return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias, backend=backend).to(x.dtype)
 
 
 def forward(self: nn.Module, *args, **kwargs) -> Tensor:

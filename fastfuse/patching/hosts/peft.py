@@ -63,9 +63,9 @@ def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
     return None if a.weight.dtype in DTYPES else ("DTYPE", f"the adapter is {a.weight.dtype}")
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
     name = self.active_adapters[0]
-    return nf4_lora_linear(x, weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=self.base_layer.bias)
+    return nf4_lora_linear(x, weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=self.base_layer.bias, backend=backend)
 
 
 def forward(self: nn.Module, *args, **kwargs) -> Tensor:

@@ -17,11 +17,13 @@ def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
         return "AUTOCAST", f"the input is {x.dtype} under autocast to another dtype"
+    if self.bias is not None and self.bias.dtype != x.dtype:  # added as it is: the result takes the wider dtype
+        return "DTYPE", f"the input is {x.dtype}, the bias {self.bias.dtype}"
     return None if x.dtype in DTYPES else ("DTYPE", f"the input is {x.dtype}")
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View) -> Tensor:
-    return nf4_linear(x, weight, self.bias)
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
+    return nf4_linear(x, weight, self.bias, backend=backend)
 
 
 def forward(self: nn.Module, *args, **kwargs) -> Tensor:
