@@ -29,3 +29,15 @@ def worse_than_eager(fused: Tensor, eager: Tensor, exact: Tensor) -> str | None:
 def assert_no_worse(fused: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
     reason = worse_than_eager(fused, eager, exact)
     assert reason is None, f"{what}: {reason}"
+
+
+def assert_rounding_apart(got: Tensor, want: Tensor, K: int, products: int = 1) -> None:
+    """Two correct results of a chain of `products` matrix products over K may differ by rounding alone.
+
+    Relative in 2-norm, each product adds at most the larger of eps of the dtype (weights and outputs round to it) and
+    eps(fp32) * sqrt(K) (fp32 sums in another order).
+    """
+    assert got.dtype == want.dtype and got.shape == want.shape
+    allowed = products * max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps * K**0.5)
+    apart = (got.double() - want.double()).norm() / want.double().norm()
+    assert apart <= allowed, f"{apart:.2e} apart relative, rounding explains {allowed:.2e}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import GPU
-from numerics import assert_no_worse
+from numerics import assert_no_worse, assert_rounding_apart
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from weights import quantize
@@ -86,9 +86,9 @@ def test_same_answers_and_gradients(host, backend):
     got, got_grads = gradients(model, x)
     assert len(report.patched) == 4 and {e.op for e in report.entries} == {"nf4_linear", "nf4_lora_linear"}
     assert fastfuse.status(model).fallbacks == {}
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_rounding_apart(got, want, K=256, products=2)
     for g, w in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+        assert_rounding_apart(g, w, K=256, products=4)
     fastfuse.unpatch(model)
     assert torch.equal(model(x), want)
 
@@ -165,7 +165,7 @@ def test_adapter_life_cycle(host):
     fastfuse.patch(model)
 
     def same(**expected_fallbacks):
-        torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-5)
+        assert_rounding_apart(model(x), twin(x), K=256, products=2)
 
     def both(act):
         for m in (model, twin):
@@ -214,7 +214,7 @@ def test_dropout_is_the_modules_own_in_training(training):
         warnings.simplefilter("always")
         report = fastfuse.patch(model)
         torch.manual_seed(3)
-        assert torch.allclose(model(x), want, atol=1e-5)
+        assert_rounding_apart(model(x), want, K=256, products=2)
         model(x)
     assert sum("DROPOUT" in str(w.message) for w in caught) == (2 if training else 0)  # once a module, not once a call
     assert fastfuse.status(model).fallbacks == ({"DROPOUT": 4} if training else {})
@@ -328,9 +328,9 @@ def test_compile_fullgraph(host, backend):
     fastfuse.patch(model, backend=backend)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got, got_grads = gradients(compiled, x)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_rounding_apart(got, want, K=256, products=2)
     for g, w in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+        assert_rounding_apart(g, w, K=256, products=4)
     fastfuse.unpatch(model)
     torch.testing.assert_close(compiled(x), want)
 
@@ -346,7 +346,7 @@ def test_autocast(host, x_dtype):
             warnings.simplefilter("ignore")  # an fp32 input under autocast runs the module's own forward
             got = layer(x)
     assert got.dtype == want.dtype
-    torch.testing.assert_close(got, want, rtol=2**-7, atol=want.abs().max().item() * 2**-7)
+    assert_rounding_apart(got, want, K=256)
 
 
 def test_checkpointing_and_training_loop():
