@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import triton
@@ -98,9 +98,6 @@ def _linear(arch: str) -> Iterator[Specimen]:
         tile = row["tile"]
         for layout, x, adapter in variants:
             yield linear_specimen(arch, tile, layout, x, adapter)
-    one = linear_specimen(arch, rows[0]["tile"], "nested", "bf16", "bf16")  # Triton compiles arguments equal to 1 anew
-    one.signature.pop("M"), one.signature.pop("R")
-    yield replace(one, name=one.name + " M=1 R=1", constants={**one.constants, "M": 1, "R": 1})
 
 
 def linear_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str) -> Specimen:

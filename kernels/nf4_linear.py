@@ -6,7 +6,7 @@ import triton.language as tl
 from fastfuse.kernels.nf4 import block_scale, decode
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R"])  # else one token, 16 and 17 are three compilations of the same code
 def nf4_linear_fwd_kernel(
     x_ptr, packed_ptr, scales, lora, bias_ptr, out_ptr,
     stride_xm,

@@ -33,7 +33,7 @@ def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(repor
     mine = [r for r in reports if r["arch"] == arch]
     rows = [r for r in json.loads((ROOT / "fastfuse/tune/nf4_linear.json").read_text()) if r["arch"] == arch and r["tile"]]
     assert sum(r["op"] == "nf4_dequantize" for r in mine) == 9
-    assert sum(r["op"] == "nf4_linear" for r in mine) == 6 * len(rows) + 1 > 1
+    assert sum(r["op"] == "nf4_linear" for r in mine) == 6 * len(rows) > 0
     assert {r["name"]: r["found"] for r in mine if r["found"]} == {}
 
 

@@ -1,5 +1,7 @@
 """On a GPU: bf16 and fp16 at the model's own shapes, every row of this chip, CUDA graphs, compile, and the patched model."""
 
+import functools
+
 import pytest
 import torch
 from numerics import assert_no_worse, assert_rounding_apart
@@ -15,26 +17,32 @@ pytestmark = pytest.mark.gpu
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (1280, 1280), (5120, 1280)]
 
 
+@functools.lru_cache(maxsize=40)
+def weight_of(N, K, storage, dtype):
+    return quantize(random_weight(N, K, dtype, "cuda"), storage)
+
+
 def layer(N, K, storage, dtype, R=16, lora_dtype=None):
-    weight = quantize(random_weight(N, K, dtype, "cuda"), storage)
     a = torch.randn(R, K, device="cuda", dtype=lora_dtype or dtype) / K**0.5
     b = torch.randn(N, R, device="cuda", dtype=lora_dtype or dtype)
-    return weight, a.requires_grad_(), b.requires_grad_()
+    return weight_of(N, K, storage, dtype), a.requires_grad_(), b.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_dequantize_equals_the_host_library_to_the_bit(storage, dtype):
     for N, K in SHAPES[:3]:
-        weight = quantize(random_weight(N, K, dtype, "cuda"), storage)
+        weight = weight_of(N, K, storage, dtype)
         assert torch.equal(nf4_dequantize(weight, dtype), host_dequantize(weight, dtype)), (N, K)
 
 
+PAIRS = [*((s, torch.bfloat16, d) for s in STORAGES for d in (torch.bfloat16, torch.float32)), ("nested", torch.float16, torch.float16)]
+
+
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 64, 100, 256, 700, 701, 2048])
-@pytest.mark.parametrize("dtype, lora_dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage, dtype, lora_dtype", PAIRS, ids=str)
 def test_forward_and_backward(storage, dtype, lora_dtype, M):
-    for N, K in SHAPES[:1] if M > 100 else SHAPES:
+    for N, K in SHAPES if M in (1, 100) else SHAPES[:1]:
         weight, a, b = layer(N, K, storage, dtype, lora_dtype=lora_dtype)
         x = torch.randn(M, K, device="cuda", dtype=dtype, requires_grad=True)
         dy = torch.randn(M, N, device="cuda", dtype=dtype)
