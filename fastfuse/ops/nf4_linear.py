@@ -111,7 +111,7 @@ def nf4_dequantize_ref(weight: NF4View, dtype: torch.dtype) -> Tensor:
     if n % size:  # the last block is cut short
         w = w[:n] * scale.repeat_interleave(size)[:n]
     else:
-        w = (w.view(-1, size) * scale[:, None]).view(-1)
+        w.view(-1, size).mul_(scale[:, None])  # in place: a second tensor of this size costs a CPU more than the product
     return w.to(dtype).view(weight.shape)
 
 
