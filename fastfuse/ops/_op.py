@@ -47,7 +47,8 @@ def backend(name: str) -> Iterator[None]:
 
     auto: Triton kernels on a GPU, the PyTorch reference on a CPU. triton: the kernels, on a CPU through Triton's
     interpreter (slow; needs TRITON_INTERPRET=1 before fastfuse is imported). torch: the eager reference everywhere.
-    The choice is process-wide while the block lasts, other threads included; the argument backend= of an op is not. Raises ValueError for another name, Unsupported where it cannot run.
+    The choice is process-wide while the block lasts, other threads included; the argument backend= of an op is not.
+    Raises ValueError for another name; a call raises Unsupported where the choice cannot run.
     """
     global _backend
     check(name in BACKENDS, f"backend: {name!r} is none of {', '.join(BACKENDS)}")

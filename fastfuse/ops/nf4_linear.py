@@ -131,11 +131,19 @@ def nf4_linear_ref(
 ) -> Tensor:
     """The formula, eager. The delta is added before the one rounding to x's dtype."""
     y = F.linear(x, nf4_dequantize_ref(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if lora_a is None else _add_delta(y, _low_rank(x, lora_a), lora_b, scaling)
+
+
+def _low_rank(x: Tensor, lora_a: Tensor | None) -> Tensor:
+    """x A^T, (..., R), in the wider of the two dtypes; (..., 0) without an adapter."""
     if lora_a is None:
-        return y
+        return x.new_empty((*x.shape[:-1], 0))
     dtype = torch.promote_types(x.dtype, lora_a.dtype)
-    delta = F.linear(F.linear(x.to(dtype), lora_a.to(dtype)), lora_b.to(dtype)) * scaling
-    return (y + delta).to(x.dtype)
+    return F.linear(x.to(dtype), lora_a.to(dtype))
+
+
+def _add_delta(y: Tensor, xa: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return (y + F.linear(xa, lora_b.to(xa.dtype)) * scaling).to(y.dtype)
 
 
 def nf4_dequantize_cost(weight, dtype: torch.dtype) -> Cost:
@@ -216,17 +224,9 @@ def _linear_reference(
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype)
-    return nf4_linear_ref(x, weight, lora_a, lora_b, scaling, bias), _low_rank(x, lora_a)
-
-
-def _low_rank(x: Tensor, lora_a: Tensor | None) -> Tensor:
-    """x A^T, [M, R], in the wider of the two dtypes; kept for the backward."""
-    x = x.reshape(-1, x.shape[-1])
-    if lora_a is None:
-        return x.new_empty((x.shape[0], 0))
-    dtype = torch.promote_types(x.dtype, lora_a.dtype)
-    return F.linear(x.to(dtype), lora_a.to(dtype))
+    y = nf4_linear_ref(x, NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), bias=bias)
+    xa = _low_rank(x, lora_a)
+    return y if lora_a is None else _add_delta(y, xa, lora_b, scaling), xa
 
 
 @fused_op("nf4_linear", reference=_linear_reference)
@@ -235,24 +235,25 @@ def _nf4_linear(
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, x A^T)."""
+    """(y, x A^T): the second is kept for the backward."""
     weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype)
     N, K = weight.shape
-    x2, xa = rows(x), _low_rank(x, lora_a)
-    M, R = x2.shape[0], xa.shape[1]
+    xa = _low_rank(x, lora_a)
+    x2, xa2 = rows(x), xa.flatten(0, -2) if xa.dim() > 1 else xa[None]
+    M, R = xa2.shape
     dtype, decode = "fp32" if x.dtype == torch.float32 else "16-bit", _decode_branch(weight, x.dtype)
     tile = tune.pick("nf4_linear", tune.arch_of(x.device), dtype=dtype, decode=decode, M=M, N=N, K=K)
     if M == 0:
         return x.new_empty((*x.shape[:-1], N)), xa
     if tile is None or K % tile["BLOCK_K"]:
-        return _dense(x2, _dequantize(weight, x.dtype), xa, lora_b, scaling, bias).view(*x.shape[:-1], N), xa
+        return _dense(x2, _dequantize(weight, x.dtype), xa2, lora_b, scaling, bias).view(*x.shape[:-1], N), xa
     work = _kernel_dtype(x.dtype)
     x2 = x2.to(work)
     out = torch.empty((M, N), dtype=work, device=x.device)
     lora = None
     if R:
         low = _kernel_dtype(xa.dtype)
-        lora = (xa.to(low), lora_b.to(low).contiguous())
+        lora = (xa2.to(low).contiguous(), lora_b.to(low).contiguous())
     grid = (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),)
     nf4_linear_fwd_kernel[grid](
         x2, weight.packed, weight.scales, lora, None if bias is None else bias.to(work).contiguous(), out,
@@ -271,9 +272,9 @@ def _dense(x: Tensor, w: Tensor, xa: Tensor, lora_b: Tensor | None, scaling: flo
     bias = None if bias is None else bias.to(x.dtype)
     if lora_b is None:
         return F.linear(x, w, bias)
-    b = lora_b.to(xa.dtype) * scaling
     if xa.dtype != x.dtype:
-        return (F.linear(x, w, bias) + F.linear(xa, b)).to(x.dtype)
+        return _add_delta(F.linear(x, w, bias), xa, lora_b, scaling)
+    b = lora_b.to(xa.dtype) * scaling
     y = xa @ b.T if bias is None else torch.addmm(bias, xa, b.T)
     return y.addmm_(x, w.T)
 
@@ -321,10 +322,11 @@ def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
     lead = dy.shape[:-1]
     dy = dy.reshape(-1, N).contiguous()  # a gradient of .sum() is expanded, with strides of 0
     if lora_a is not None:
+        xa = xa.reshape(-1, xa.shape[-1])
         wide = dy.to(xa.dtype)
         if needs_x or needs_a:
             through_b = wide @ (lora_b.to(xa.dtype) * ctx.scaling)
-            dxa = through_b if dxa is None else through_b + dxa
+            dxa = through_b if dxa is None else through_b + dxa.reshape(xa.shape)
         if needs_a:
             da = (dxa.T @ x.reshape(-1, K).to(xa.dtype)).to(lora_a.dtype)
         if needs_b:
