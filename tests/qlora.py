@@ -1,0 +1,59 @@
+"""Small models as people have them: PEFT LoRA over bitsandbytes or torchao NF4, and the layers by themselves."""
+
+import bitsandbytes as bnb
+import torch
+from accelerate.hooks import ModelHook
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from weights import quantize
+
+HOSTS = ("bitsandbytes", "torchao")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(128, 256)
+        self.down = nn.Linear(256, 128, bias=False)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def quantized(host: str, dtype=torch.float32, storage="nested") -> nn.Module:
+    model = Block().to(dtype)
+    for name in ("up", "down"):
+        linear = getattr(model, name)
+        if host == "torchao":
+            linear.weight = nn.Parameter(quantize(linear.weight.detach(), "torchao"), requires_grad=False)
+            continue
+        made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
+        made.weight, made.bias = quantize(linear.weight.detach(), storage), linear.bias
+        made.support_avx512bf16_for_cpu = False  # else the unpatched layer repacks its weight for good in eval mode
+        setattr(model, name, made)
+    return model
+
+
+def lora(host: str, dtype=torch.float32, **config) -> nn.Module:
+    model = quantized(host, dtype)
+    model.is_loaded_in_4bit = host == "bitsandbytes"
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["up", "down"], init_lora_weights=False, **config))
+
+
+def gradients(model, x):
+    out = model(x)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    return out, torch.autograd.grad(out.square().sum(), leaves)
+
+
+class Doubling(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        return output * 2
