@@ -1,4 +1,4 @@
-"""The one error of fastfuse's own."""
+"""The errors of fastfuse's own."""
 
 
 class Unsupported(NotImplementedError):
@@ -7,3 +7,7 @@ class Unsupported(NotImplementedError):
     def __init__(self, message: str, code: str = "UNSUPPORTED"):
         super().__init__(message)
         self.code = code
+
+
+class InvalidArgument(ValueError, AssertionError):
+    """A ValueError where torchtune has a bare `assert`: code that catches AssertionError keeps working."""

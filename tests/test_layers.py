@@ -1,11 +1,11 @@
-"""Imports point one way: kernels -> ops -> modules -> models -> patching, left never imports right; device code knows no torch."""
+"""Imports point one way: kernels -> ops -> modules -> models -> checkpoints, generation -> patching; left never imports right; device code knows no torch."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["kernels", "ops", "modules", "models", "patching"]
-LEAVES = {"errors": set(), "quant": {"errors", "quant"}, "tune": {"errors", "tune"}}  # beside ops: what each may import of fastfuse
+LAYERS = ["kernels", "ops", "modules", "models", "checkpoints", "generation", "patching"]
+LEAVES = {"errors": set(), "quant": {"errors", "quant"}, "tune": {"errors", "tune"}, "data": {"errors", "data"}}  # beside ops: what each may import of fastfuse
 
 
 def imported(path: Path) -> set[str]:

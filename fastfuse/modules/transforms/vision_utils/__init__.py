@@ -1,0 +1,1 @@
+"""torchtune's import paths for the geometry of images in fastfuse.data."""

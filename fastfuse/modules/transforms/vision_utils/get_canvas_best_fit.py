@@ -1,0 +1,2 @@
+from fastfuse.data.images import find_supported_resolutions as find_supported_resolutions
+from fastfuse.data.images import get_canvas_best_fit as get_canvas_best_fit

@@ -1,0 +1,1 @@
+from fastfuse.data.images import tile_crop as tile_crop
