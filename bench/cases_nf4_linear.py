@@ -162,7 +162,7 @@ def _as_torchao(view: NF4View):
         from torchao.dtypes import nf4tensor as nf4_tensor
     N, K = view.shape
     meta = nf4_tensor.SubclassTensorArgs(torch.Size((N, K)), (K, 1), 0, view.dtype, view.device, False)
-    return nf4_tensor.NF4Tensor(meta, BLOCK, N * K // BLOCK, 256, *view.scales, view.packed, nf4=view.code)
+    return nf4_tensor.NF4Tensor(meta, BLOCK, N * K // BLOCK, view.scale_block, *view.scales, view.packed, nf4=view.code)
 
 
 _AS_HOST = {"bitsandbytes": _as_bitsandbytes, "torchao": _as_torchao}

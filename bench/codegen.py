@@ -30,7 +30,9 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Shared memory one block may use: CUDA programming guide, technical specifications per compute capability; CDNA3 ISA.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 # absmax | index, code, absmax, offset | scaler, factor, mean
-LAYOUTS = {"flat": ("*fp32",), "nested": ("*u8", "*fp32", "*fp32", "*fp32"), "torchao": ("*i8", "*{w}", "*{w}")}
+LAYOUTS = {"flat": ("*fp32",), "nested": ("*u8", "*fp32", "*fp32", "*fp32"), "torchao": ("*i8", "*{w}", "*{w}"), "torchao/200": ("*i8", "*{w}", "*{w}")}
+# Blocks that share one factor: QLoRA of the vision encoder asks for 200, which is no shift.
+SCALE_BLOCKS = {"torchao/200": 200}
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def specimens() -> Iterator[Specimen]:
 def _dequantize(arch: str) -> Iterator[Specimen]:
     for layout, types in LAYOUTS.items():
         for out in ("bf16", "fp16", "fp32"):
-            signature = {"packed_ptr": "*u8", "scales": _layout(types, out), "out_ptr": f"*{out}", "n_elements": "i32"}
-            constants = {"BLOCK_SIZE": 64, "BLOCKS": 64, "DECODE": _branch(arch, out)}
+            signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(types, out), "out_ptr": f"*{out}", "n_elements": "i32"}
+            constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": 64, "DECODE": _branch(arch, layout, out)}
             yield Specimen("nf4_dequantize", f"{layout} {out}", arch, nf4_dequantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False})
 
 
@@ -92,6 +94,7 @@ def _linear(arch: str) -> Iterator[Specimen]:
         ("nested", "bf16", "-"),
         ("torchao", "bf16", "fp32"),
         ("torchao", "bf16", "bf16"),
+        ("torchao/200", "bf16", "bf16"),
         ("flat", "fp16", "fp16"),
     ]
     for row in rows:
@@ -101,9 +104,10 @@ def _linear(arch: str) -> Iterator[Specimen]:
 
 
 def linear_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str) -> Specimen:
-    signature = {"x_ptr": f"*{x}", "packed_ptr": "*u8", "scales": _layout(LAYOUTS[layout], x), "out_ptr": f"*{x}", "scaling": "fp32"}
+    signature = {"x_ptr": f"*{x}", "packed_ptr": "*u8", "code_ptr": _code(layout, x), "scales": _layout(LAYOUTS[layout], x)}
+    signature |= {"out_ptr": f"*{x}", "scaling": "fp32"}
     signature |= dict.fromkeys(("stride_xm", "M", "N", "K", "R"), "i32")
-    constants = {"BLOCK_SIZE": 64, "DECODE": _branch(arch, x), **tile["constants"]}
+    constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x), **tile["constants"]}
     if adapter == "-":
         constants["lora"] = None
         signature["bias_ptr"] = f"*{x}"
@@ -121,8 +125,12 @@ def _layout(types: tuple, w: str) -> tuple:
     return tuple(t.format(w=w) for t in types)
 
 
-def _branch(arch: str, out: str) -> str:
-    return "prmt" if arch.startswith("sm_") and out != "fp32" else "gather"
+def _code(layout: str, w: str) -> str:
+    return f"*{w}" if layout.startswith("torchao") else "*fp32"
+
+
+def _branch(arch: str, layout: str, out: str) -> str:
+    return "prmt" if arch.startswith("sm_") and (out == "bf16" or (out == "fp16" and not layout.startswith("torchao"))) else "gather"
 
 
 def compile_specimen(s: Specimen):

@@ -1,13 +1,14 @@
 """NF4 decoding shared by the kernels: codebooks, block scales, and two ways from 4-bit codes to numbers.
 
 A packed byte holds two codes, the even element in the high nibble. Two decode branches:
-    "gather"  portable: table look-up with tl.gather, the scale multiplied in fp32. Runs in the interpreter.
-    "prmt"    NVIDIA: one inline-asm block turns 4 bytes into 8 numbers with byte permutes, no table in memory.
+    "gather"  portable: look-up with tl.gather in the weight's own table, the scale multiplied in fp32. Runs in the interpreter.
+    "prmt"    NVIDIA: one inline-asm block turns 4 bytes into 8 numbers with byte permutes, the table a constant of the code.
 
 How a block scale is stored is told by the number of tensors in `scales`:
     1  (absmax,)                                fp32                              bitsandbytes, flat
     4  (index, code, absmax, offset)            uint8, fp32 x 3                   bitsandbytes, nested
     3  (scaler, factor, mean)                   int8, weight dtype x 2            torchao
+SCALE_BLOCK blocks share one absmax (of 4) or factor (of 3).
 """
 
 import struct
@@ -106,16 +107,16 @@ def exact_asm(torchao: bool, w_dtype: str, out_dtype: str) -> str:
 
 
 # Kernels see module globals only as tl.constexpr, whose value then is part of the compile cache's key.
-# torchao's weight rounds to its own dtype, so byte permutes serve it only where that is the result's dtype.
-_STORED = [(False, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "bf16", "bf16"), (True, "fp16", "fp16")]
+# torchao's weight rounds to its own dtype, so byte permutes serve it only where that is the result's dtype. And only for bf16: a bf16
+# checkpoint loaded into an fp16 or fp32 weight leaves a bf16 table there, up to 2^-9 off, which a constant could not know of.
+_STORED = [(False, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "bf16", "bf16")]
 _SCALED = tl.constexpr({key: scaled_asm(*key) for key in _STORED})
 _EXACT = tl.constexpr({key: exact_asm(*key) for key in _STORED})
-_VALUES = tl.constexpr({(t, d): codebook_values(t, d) for t in (False, True) for d in ("fp32", "fp16", "bf16")})
 
 
 @triton.constexpr_function
-def _code_value(i, torchao, w_dtype):
-    return _VALUES.value[torchao, str(w_dtype)][i]
+def _log2(power):
+    return power.bit_length() - 1
 
 
 @triton.constexpr_function
@@ -142,32 +143,30 @@ def round_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def block_scale(scales, block):
+def block_scale(scales, block, SCALE_BLOCK: tl.constexpr):
     """The fp32 scale of each block index, by the host library's own recipe, each step rounded where it rounds."""
+    group = block // SCALE_BLOCK if SCALE_BLOCK & (SCALE_BLOCK - 1) else block >> _log2(SCALE_BLOCK)
     if len(scales) == 1:
         return tl.load(scales[0] + block)
     elif len(scales) == 4:
         code = tl.load(scales[1] + tl.load(scales[0] + block).to(tl.int32))
         # The offset is loaded per element: a splat among the decode's inputs keeps the weight out of the
         # matrix unit's register operand (store to shared memory, barrier, load instead).
-        return code * tl.load(scales[2] + (block >> 8)) + tl.load(scales[3] + block * 0)
+        return code * tl.load(scales[2] + group) + tl.load(scales[3] + block * 0)
     else:
         DTYPE: tl.constexpr = scales[1].dtype.element_ty
         scaler = tl.load(scales[0] + block).to(tl.float32)
-        factor = tl.load(scales[1] + (block >> 8)).to(tl.float32)
+        factor = tl.load(scales[1] + group).to(tl.float32)
         mean = tl.load(scales[2] + block * 0).to(tl.float32)
         return round_to(round_to(tl.div_rn(scaler, factor), DTYPE) + mean, DTYPE)
 
 
 @triton.jit
-def _gather(packed, scale, scales, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """round(code * scale) in fp32, [ROWS, 2 * BYTES], by table look-up."""
+def _gather(packed, scale, code_ptr, scales, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """round(code * scale) in fp32, [ROWS, 2 * BYTES], by look-up in the weight's own table."""
     TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
     W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
-    entry = tl.arange(0, 16)
-    table = tl.zeros((16,), tl.float32)
-    for i in tl.static_range(16):
-        table = tl.where(entry == i, _code_value(i, TORCHAO_LAYOUT, W_DTYPE), table)
+    table = tl.load(code_ptr + tl.arange(0, 16)).to(tl.float32)
     codes = tl.join((packed >> 4).to(tl.int32), (packed & 15).to(tl.int32)).reshape(ROWS * BYTES * 2)
     w = tl.gather(table, codes, 0).reshape(ROWS, 2 * BYTES) * scale
     return round_to(w, W_DTYPE)
@@ -180,7 +179,7 @@ def _spread(scale, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def decode(packed, scale, scales, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
+def decode(packed, scale, code_ptr, scales, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
     """Scaled weights for a matrix product: packed uint8 [ROWS, BYTES], scale fp32 [ROWS, GROUPS] -> OUT [ROWS, 2 * BYTES]."""
     TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
     W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
@@ -195,11 +194,15 @@ def decode(packed, scale, scales, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS:
         odd = (pairs >> 16).to(tl.int16).to(OUT, bitcast=True)
         return tl.join(even, odd).reshape(ROWS, 2 * BYTES)
     else:
-        return _gather(packed, _spread(scale, ROWS, GROUPS, 2 * BYTES), scales, ROWS, BYTES).to(OUT)
+        return _gather(packed, _spread(scale, ROWS, GROUPS, 2 * BYTES), code_ptr, scales, ROWS, BYTES).to(OUT)
 
 
 @triton.jit
-def nf4_dequantize_kernel(packed_ptr, scales, out_ptr, n_elements, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr):
+def nf4_dequantize_kernel(
+    packed_ptr, code_ptr, scales, out_ptr,
+    n_elements,
+    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
     """out[i] = round(codebook[code[i]] * scale[i // BLOCK_SIZE]), equal to the bit to the host library's.
 
     Program p writes BLOCKS quantization blocks, starting at block p * BLOCKS. Compile without floating-point fusion:
@@ -212,7 +215,7 @@ def nf4_dequantize_kernel(packed_ptr, scales, out_ptr, n_elements, BLOCK_SIZE: t
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     packed = tl.load(packed_ptr + byte, mask=byte < (n_elements + 1) // 2, other=0)
-    scale = block_scale(scales, tl.minimum(block, (n_elements - 1) // BLOCK_SIZE))[:, None]
+    scale = block_scale(scales, tl.minimum(block, (n_elements - 1) // BLOCK_SIZE), SCALE_BLOCK)[:, None]
     if DECODE == "prmt":
         pairs = tl.inline_asm_elementwise(
             _exact_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,f,f,f,f",
@@ -221,5 +224,5 @@ def nf4_dequantize_kernel(packed_ptr, scales, out_ptr, n_elements, BLOCK_SIZE: t
         tl.store(out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + byte, pairs, mask=byte < n_elements // 2)
     else:
         offs = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-        w = _gather(packed, scale, scales, BLOCKS, BYTES)
+        w = _gather(packed, scale, code_ptr, scales, BLOCKS, BYTES)
         tl.store(out_ptr + offs, w.to(OUT), mask=offs < n_elements)

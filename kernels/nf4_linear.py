@@ -8,11 +8,11 @@ from fastfuse.kernels.nf4 import block_scale, decode
 
 @triton.jit(do_not_specialize=["M", "R"])  # else one token, 16 and 17 are three compilations of the same code
 def nf4_linear_fwd_kernel(
-    x_ptr, packed_ptr, scales, lora, bias_ptr, out_ptr,
+    x_ptr, packed_ptr, code_ptr, scales, lora, bias_ptr, out_ptr,
     stride_xm,
     M, N, K, R,
     scaling,
-    BLOCK_SIZE: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum_k x[m, k] W[n, k]  +  scaling * sum_r xa[m, r] B[n, r]  +  bias[n],   lora = (xa [M, R], B [N, R]) or None.
@@ -44,8 +44,8 @@ def nf4_linear_fwd_kernel(
         x_ptrs = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
     for k in range(0, K, BLOCK_K):
         packed = tl.load(packed_ptrs + k // 2)
-        scale = block_scale(scales, (first + k) // BLOCK_SIZE)
-        w = decode(packed, scale, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+        scale = block_scale(scales, (first + k) // BLOCK_SIZE, SCALE_BLOCK)
+        w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
         x = tl.load(x_ptrs + k)
         if TRANSPOSED:
             acc = tl.dot(w, x, acc, input_precision="ieee")

@@ -32,15 +32,15 @@ def reports(tmp_path_factory):
 def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(reports, arch):
     mine = [r for r in reports if r["arch"] == arch]
     rows = [r for r in json.loads((ROOT / "fastfuse/tune/nf4_linear.json").read_text()) if r["arch"] == arch and r["tile"]]
-    assert sum(r["op"] == "nf4_dequantize" for r in mine) == 9
-    assert sum(r["op"] == "nf4_linear" for r in mine) == 6 * len(rows) > 0
+    assert sum(r["op"] == "nf4_dequantize" for r in mine) == 12
+    assert sum(r["op"] == "nf4_linear" for r in mine) == 7 * len(rows) > 0
     assert {r["name"]: r["found"] for r in mine if r["found"]} == {}
 
 
 def test_sm_90_feeds_wgmma_from_registers(reports):
     """The decoded weight never goes through shared memory: a table or scale the compiler sees as a splat would undo it."""
     transposed = [r for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear" and " 16x" not in r["name"]]
-    assert len(transposed) == 12
+    assert len(transposed) == 14
     for r in transposed:
         assert r["counts"].get("HGMMA from registers", 0) >= 4, r["name"]
         assert r["counts"].get("STS", 0) <= 24, f"{r['name']}: {r['counts']}"
@@ -54,9 +54,12 @@ def test_matrix_units_are_used(reports, arch, instruction):
 
 
 def test_decode_stays_cheap(reports):
-    """At most 10.5 instructions a weight in the main loop on sm_90 (6.3 to 10.1 when written): a select tree takes 22."""
+    """At most 10.5 instructions a weight in the main loop on sm_90 (6.3 to 10.1 when written): a select tree takes 22.
+
+    One more where the scales' groups are no power of two (7.9 to 11.0): a division by 200 for every 64 weights.
+    """
     per = {r["name"]: r["per_weight"] for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear"}
-    assert all(p is not None and 5 < p < 10.5 for p in per.values()), per
+    assert all(p is not None and 5 < p < 10.5 + ("torchao/200" in name) for name, p in per.items()), per
 
 
 def test_wide_stores(reports):

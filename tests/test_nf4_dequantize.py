@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from numerics import assert_no_worse
+from torch import nn
+from torchao.quantization import to_nf4
 from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
@@ -30,6 +33,53 @@ def test_block_sizes_and_blocks_that_cross_rows(storage, block_size, kernels, de
     weight = quantize(random_weight(50, 200, torch.float16, device), storage, block_size)  # 10,000 elements: the last block is cut short
     for dtype in DTYPES:
         assert torch.equal(nf4_dequantize(weight, dtype), host_dequantize(weight, dtype)), dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_block", [64, 128, 200, 256])
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_torchao_scale_blocks(backend, scale_block, dtype, device):
+    """QLoRA of the vision encoder shares a factor among 200 blocks of 64."""
+    N = 400 if scale_block == 200 else 256
+    weight = to_nf4(random_weight(N, 256, dtype, device), 64, scale_block)
+    assert weight.quantization_factor.numel() > 1
+    with fastfuse.backend(backend):
+        for out in DTYPES:
+            assert torch.equal(nf4_dequantize(weight, out), host_dequantize(weight, out)), out
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_nested_scale_blocks(backend, device):
+    """300 blocks in groups of 128: the last group is cut short."""
+    weight = quantize(random_weight(75, 256, torch.float32, device), "nested")
+    state = weight.quant_state
+    state.state2.blocksize, state.state2.absmax = 128, torch.tensor([0.5, 1.25, 3.0], device=device)
+    with fastfuse.backend(backend):
+        assert torch.equal(nf4_dequantize(weight), host_dequantize(weight, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loaded", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_table_of_a_checkpoint_in_another_dtype(backend, loaded, dtype, device):
+    """Loading a bf16 weight into an fp32 NF4 parameter leaves bf16's table there: -0.6953125 for -0.6962."""
+    weight = quantize(random_weight(256, 128, dtype, device), "torchao")
+    weight.copy_(random_weight(256, 128, loaded, device))
+    with fastfuse.backend(backend):
+        for out in DTYPES:
+            assert torch.equal(nf4_dequantize(weight, out), host_dequantize(weight, out)), out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weight_of_a_module_cast_to_another_dtype(dtype, device):
+    """Its numbers are still what it was quantized to, rounded once; torchao's own rounds each scale as well."""
+    layer = nn.Linear(128, 256, bias=False, device=device)
+    layer.weight = nn.Parameter(quantize(random_weight(256, 128, torch.float32, device), "torchao"))
+    want = layer.weight.get_original_weight()
+    layer.to(dtype)
+    for backend in ("torch", "auto", "triton"):
+        assert torch.equal(nf4_dequantize(layer.weight, dtype, backend=backend), want.to(dtype))
+    assert_no_worse(nf4_dequantize(layer.weight, dtype), host_dequantize(layer.weight, dtype), want)
 
 
 def test_odd_number_of_elements(kernels, device):
@@ -68,9 +118,9 @@ def test_every_torchao_scaler(w_dtype, backend, device):
         assert torch.equal(nf4_dequantize(weight), host_dequantize(weight, w_dtype))
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", [*STORAGES, "by 200"])
 def test_registered_op(storage, device):
-    weight = NF4View.of(quantize(random_weight(64, 256, device=device), storage))
+    weight = NF4View.of(to_nf4(random_weight(100, 128), 64, 200) if storage == "by 200" else quantize(random_weight(64, 256, device=device), storage))
     torch.library.opcheck(torch.ops.fastfuse.nf4_dequantize, (*weight.parts(), torch.bfloat16, False))
 
 

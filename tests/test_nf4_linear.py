@@ -5,6 +5,7 @@ import torch
 from numerics import assert_no_worse, assert_rounding_apart
 from torch import nn
 from torch.nn import functional as F
+from torchao.quantization import to_nf4
 from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
@@ -76,6 +77,17 @@ def test_kernel_scale_blocks(block_size, kernels, device):
     for tile in (TWO_SCALES_A_STEP, TRANSPOSED):
         with tune.pin("nf4_linear", tile):
             check_against_float64(*inputs(5, 64, 384, storage="nested", block_size=block_size, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [TWO_SCALES_A_STEP, TRANSPOSED, None], ids=["row-major", "transposed", "dense"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_factors_shared_by_200_blocks(backend, tile, dtype, device):
+    """torchao's scaler_block_size 200, as QLoRA of the vision encoder has it: two groups here, the border inside a row."""
+    x, _, a, b, bias = inputs(17, 100, 256, dtype=dtype, device=device)
+    weight = to_nf4(random_weight(100, 256, dtype, device), 64, 200)
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile):
+        check_against_float64(x, weight, a, b, bias)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import to_nf4
 from weights import STORAGES, quantize, random_weight
 
 from fastfuse import Unsupported
@@ -22,7 +23,7 @@ def test_views_not_copies(storage):
     assert view.packed.data_ptr() == bytes_of.data_ptr()
     scales = weight.quantized_scalers if storage == "torchao" else weight.quant_state.absmax
     assert view.scales[0] is scales
-    assert view.shape == (64, 256) and view.block_size == 64
+    assert view.shape == (64, 256) and view.block_size == 64 and view.scale_block == 256
     assert view.nbytes == sum(t.numel() * t.element_size() for t in (view.packed, view.code, *view.scales))
     assert NF4View.of(view) is view
     assert torch.equal(nf4_dequantize(NF4View(*view.parts())), nf4_dequantize(weight))
@@ -42,6 +43,20 @@ def test_bytes_stored_as_floats(storage_dtype):
 def test_parameter_and_transposed_weight():
     weight = quantize(random_weight(64, 256), "torchao")
     assert NF4View.of(nn.Parameter(weight, requires_grad=False)).shape == (64, 256)
+
+
+def test_scale_blocks_of_other_sizes():
+    weight = to_nf4(random_weight(100, 128), 32, 200)
+    view = NF4View.of(weight)
+    assert view.scale_block == 200 and view.scales[1].numel() == 2 and NF4View(*view.parts()).scale_block == 200
+
+
+def test_dtype_is_that_of_the_stored_scales():
+    """module.to(dtype) changes what an NF4Tensor shows and nothing it holds."""
+    layer = nn.Linear(256, 64, bias=False)
+    layer.weight = nn.Parameter(quantize(random_weight(64, 256), "torchao"))
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and NF4View.of(layer.weight).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -76,10 +91,6 @@ def test_unreadable_storages():
     packed = quantize(random_weight(64, 64), "flat")
     packed.quant_state.packing_format_for_cpu = True
     assert refusal(packed) == "CPU_PACKED_BNB"
-    nested = quantize(random_weight(64, 64), "nested")
-    nested.quant_state.state2.blocksize = 128
-    assert refusal(nested) == "BLOCK_SIZE"
-
     assert refusal(quantize(random_weight(64, 256), "torchao").t()) == "TRANSPOSED"
 
     class DTensor:
@@ -103,5 +114,9 @@ def test_hand_made_views_are_checked():
         dataclasses.replace(view, packed=view.packed.repeat_interleave(2)[::2])
     with pytest.raises(ValueError, match="2 scale tensors, expected 1, 3 or 4"):
         dataclasses.replace(view, scales=view.scales[:2])
+    with pytest.raises(ValueError, match=r"scales\[2\] has 1 entries, a weight of shape \(64, 256\) needs 2"):
+        dataclasses.replace(view, scale_block=200)
+    with pytest.raises(ValueError, match="scale_block is 0, expected at least 1"):
+        dataclasses.replace(view, scale_block=0)
     with pytest.raises(Unsupported, match="block_size is 48"):
         dataclasses.replace(view, block_size=48)

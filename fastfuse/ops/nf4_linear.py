@@ -121,9 +121,9 @@ def _block_scales(weight: NF4View) -> Tensor:
         return weight.scales[0]
     if len(weight.scales) == 4:
         index, code, absmax, offset = weight.scales
-        return code.index_select(0, index.int()) * absmax.repeat_interleave(256)[: index.numel()] + offset
+        return code.index_select(0, index.int()) * absmax.repeat_interleave(weight.scale_block)[: index.numel()] + offset
     scaler, factor, mean = weight.scales  # each step rounds to the weight's dtype
-    return scaler / factor.repeat_interleave(256)[: scaler.numel()] + mean
+    return scaler / factor.repeat_interleave(weight.scale_block)[: scaler.numel()] + mean
 
 
 def nf4_linear_ref(
@@ -177,10 +177,11 @@ def _dequantize_reference(
     block_size: int,
     shape: Sequence[int],
     w_dtype: torch.dtype,
+    scale_block: int,
     dtype: torch.dtype,
     interpret: bool,
 ) -> Tensor:
-    return nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dtype)
+    return nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), dtype)
 
 
 @fused_op("nf4_dequantize", reference=_dequantize_reference)
@@ -191,10 +192,11 @@ def _nf4_dequantize(
     block_size: int,
     shape: Sequence[int],
     w_dtype: torch.dtype,
+    scale_block: int,
     dtype: torch.dtype,
     interpret: bool,
 ) -> Tensor:
-    return _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dtype)
+    return _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), dtype)
 
 
 def _dequantize(weight: NF4View, dtype: torch.dtype) -> Tensor:
@@ -204,7 +206,10 @@ def _dequantize(weight: NF4View, dtype: torch.dtype) -> Tensor:
     blocks = max(4096 // weight.block_size, 1)
     grid = (-(-n // (blocks * weight.block_size)),)
     decode = _decode_branch(weight, dtype) if n % 2 == 0 else "gather"
-    nf4_dequantize_kernel[grid](weight.packed, weight.scales, out, n, weight.block_size, blocks, decode, num_warps=4, enable_fp_fusion=False)
+    nf4_dequantize_kernel[grid](
+        weight.packed, weight.code, weight.scales, out, n,
+        weight.block_size, weight.scale_block, blocks, decode, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out.to(dtype)
 
 
@@ -213,18 +218,18 @@ def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _decode_branch(weight: NF4View, dtype: torch.dtype) -> str:
-    """Byte permutes on NVIDIA for 16-bit results; torchao's weight must be rounded to its own dtype first, so only into that."""
+    """Byte permutes on NVIDIA for 16-bit results; of torchao's weights for those kernels/nf4.py holds the table of."""
     if INTERPRET or torch.version.hip or dtype == torch.float32:
         return "gather"
-    return "prmt" if len(weight.scales) != 3 or weight.dtype == dtype else "gather"
+    return "prmt" if len(weight.scales) != 3 or weight.dtype == dtype == torch.bfloat16 else "gather"
 
 
 def _linear_reference(
     x: Tensor,
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
+    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = nf4_linear_ref(x, NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), bias=bias)
+    y = nf4_linear_ref(x, NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), bias=bias)
     xa = _low_rank(x, lora_a)
     return y if lora_a is None else _add_delta(y, xa, lora_b, scaling), xa
 
@@ -232,11 +237,11 @@ def _linear_reference(
 @fused_op("nf4_linear", reference=_linear_reference)
 def _nf4_linear(
     x: Tensor,
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
+    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None, interpret: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, x A^T): the second is kept for the backward."""
-    weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype)
+    weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block)
     N, K = weight.shape
     xa = _low_rank(x, lora_a)
     x2, xa2 = rows(x), xa.flatten(0, -2) if xa.dim() > 1 else xa[None]
@@ -256,9 +261,9 @@ def _nf4_linear(
         lora = (xa2.to(low).contiguous(), lora_b.to(low).contiguous())
     grid = (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),)
     nf4_linear_fwd_kernel[grid](
-        x2, weight.packed, weight.scales, lora, None if bias is None else bias.to(work).contiguous(), out,
+        x2, weight.packed, weight.code, weight.scales, lora, None if bias is None else bias.to(work).contiguous(), out,
         x2.stride(0), M, N, K, R, scaling,
-        BLOCK_SIZE=block_size, DECODE=decode, **tile.launch(),
+        BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, **tile.launch(),
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], N), xa
 
@@ -281,21 +286,21 @@ def _dense(x: Tensor, w: Tensor, xa: Tensor, lora_b: Tensor | None, scaling: flo
 
 def _dx_reference(
     dy: Tensor,
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
+    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
     dxa: Tensor | None, lora_a: Tensor | None, interpret: bool,
 ) -> Tensor:  # fmt: skip
-    dx = dy @ nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dy.dtype)
+    dx = dy @ nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), dy.dtype)
     return dx if lora_a is None else (dx + dxa @ lora_a.to(dxa.dtype)).to(dy.dtype)
 
 
 @fused_op("nf4_linear_dx", reference=_dx_reference)
 def _nf4_linear_dx(
     dy: Tensor,
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype,
+    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
     dxa: Tensor | None, lora_a: Tensor | None, interpret: bool,
 ) -> Tensor:  # fmt: skip
     """dX = dY W + d(x A^T) A, all 2-D. The weight is decoded again: nothing dequantized outlives a call."""
-    w = _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype), dy.dtype)
+    w = _dequantize(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), dy.dtype)
     if lora_a is None:
         return dy @ w
     if dxa.dtype != dy.dtype:
@@ -304,7 +309,7 @@ def _nf4_linear_dx(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, lora_a, lora_b, ctx.scaling, bias, ctx.interpret = inputs
+    x, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, ctx.scale_block, lora_a, lora_b, ctx.scaling, bias, ctx.interpret = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
     low_rank = (None, None) if lora_a is None else (x, output[1])  # dX alone needs neither
@@ -314,7 +319,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
     """dx, da, db and dbias, each only where asked for. dxa arrives only where a gradient is differentiated again."""
     packed, code, lora_a, lora_b, x, xa, *scales = ctx.saved_tensors
-    needs_x, needs_a, needs_b, needs_bias = (ctx.needs_input_grad[i] for i in (0, 7, 8, 10))
+    needs_x, needs_a, needs_b, needs_bias = (ctx.needs_input_grad[i] for i in (0, 8, 9, 11))
     N, K = ctx.shape
     dx = da = db = dbias = None
     if dy is None:
@@ -332,14 +337,14 @@ def _backward(ctx, dy: Tensor | None, dxa: Tensor | None):
         if needs_b:
             db = ((wide.T @ xa) * ctx.scaling).to(lora_b.dtype)
     if needs_x:
-        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a, ctx.interpret).view(*lead, K)
+        dx = _nf4_linear_dx(dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, ctx.scale_block, dxa, lora_a, ctx.interpret).view(*lead, K)
     if needs_bias:
         dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, None, None, [None] * len(scales), None, None, None, da, db, None, dbias, None
+    return dx, None, None, [None] * len(scales), None, None, None, None, da, db, None, dbias, None
 
 
 def _dx_setup_context(ctx, inputs, output) -> None:
-    _dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, dxa, lora_a, ctx.interpret = inputs
+    _dy, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, ctx.scale_block, dxa, lora_a, ctx.interpret = inputs
     ctx.save_for_backward(dxa, lora_a, packed, code, *scales)
 
 
@@ -347,12 +352,12 @@ def _dx_backward(ctx, grad: Tensor):
     """dX is linear in dY, in dxa and in A: so is the way back."""
     dxa, lora_a, packed, code, *scales = ctx.saved_tensors
     grad = grad.contiguous()
-    d_dy = _nf4_linear(grad, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, None, None, 1.0, None, ctx.interpret)[0]
+    d_dy = _nf4_linear(grad, packed, code, scales, ctx.block_size, ctx.shape, ctx.w_dtype, ctx.scale_block, None, None, 1.0, None, ctx.interpret)[0]
     d_dxa = d_a = None
     if lora_a is not None:
         d_dxa = (grad @ lora_a.to(grad.dtype).T).to(dxa.dtype)
         d_a = (dxa.to(grad.dtype).T @ grad).to(lora_a.dtype)
-    return d_dy, None, None, [None] * len(scales), None, None, None, d_dxa, d_a, None
+    return d_dy, None, None, [None] * len(scales), None, None, None, None, d_dxa, d_a, None
 
 
 _nf4_linear.register_autograd(_backward, setup_context=_setup_context)

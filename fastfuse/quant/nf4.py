@@ -15,13 +15,14 @@ class NF4View:
     """A weight [N, K] in NF4: views of the host library's own storage, nothing copied, nothing re-quantized.
 
     packed: uint8 [ceil(N K / 2)], row-major, the even element in the high nibble.
-    code: [16], the values the codes stand for: the host library's own, which the kernels hold as constants.
+    code: [16], the values the codes stand for: the host library's own.
     scales, one entry per block of block_size consecutive elements (blocks may cross rows):
         (absmax fp32,)                                            bitsandbytes, flat
         (index uint8, code fp32 [256], absmax fp32, offset fp32)  bitsandbytes, nested: code[index] * absmax + offset
         (scaler int8, factor, mean)                               torchao: scaler / factor + mean in the weight's dtype
-      where absmax and factor have one entry per 256 blocks.
-    dtype: what the weight was quantized from, and what torchao rounds in.
+      where absmax and factor have one entry per scale_block blocks: 256, unless torchao was asked for another number.
+    dtype: what the weight was quantized from, and what torchao rounds in. It is its scales' dtype: module.to(dtype) changes only the
+        one that an NF4Tensor shows.
     """
 
     packed: Tensor
@@ -30,10 +31,13 @@ class NF4View:
     block_size: int
     shape: tuple[int, int]
     dtype: torch.dtype
+    scale_block: int = 256
 
     def __post_init__(self):
         if self.block_size < 32 or self.block_size & (self.block_size - 1):
             raise Unsupported(f"NF4View: block_size is {self.block_size}, powers of two from 32 are covered", "BLOCK_SIZE")
+        if self.scale_block < 1:
+            raise ValueError(f"NF4View: scale_block is {self.scale_block}, expected at least 1")
         if len(self.scales) not in (1, 3, 4):
             raise ValueError(f"NF4View: {len(self.scales)} scale tensors, expected 1, 3 or 4")
         n = self.shape[0] * self.shape[1]
@@ -41,7 +45,8 @@ class NF4View:
         if self.packed.shape != ((n + 1) // 2,) or self.packed.dtype != torch.uint8:
             have = f"{self.packed.dtype} {tuple(self.packed.shape)}"
             raise ValueError(f"NF4View: packed is {have}, a weight of shape {tuple(self.shape)} needs torch.uint8 {((n + 1) // 2,)}")
-        sizes = {1: (blocks,), 3: (blocks, -(-blocks // 256), 1), 4: (blocks, 256, -(-blocks // 256), 1)}[len(self.scales)]
+        groups = -(-blocks // self.scale_block)
+        sizes = {1: (blocks,), 3: (blocks, groups, 1), 4: (blocks, 256, groups, 1)}[len(self.scales)]
         for i, (part, size) in enumerate(zip(self.scales, sizes, strict=True)):
             if part.numel() != size:
                 raise ValueError(f"NF4View: scales[{i}] has {part.numel()} entries, a weight of shape {tuple(self.shape)} needs {size}")
@@ -82,7 +87,7 @@ class NF4View:
 
     def parts(self) -> tuple:
         """The fields in order, as an op's schema takes them; NF4View(*parts) undoes it."""
-        return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype
+        return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype, self.scale_block
 
 
 def is_torchao(weight) -> bool:
@@ -94,10 +99,8 @@ def _of_torchao(weight) -> NF4View:
         raise Unsupported(f"NF4View: the NF4Tensor has shape {tuple(weight.shape)}, 2 dimensions are covered", "SHAPE")
     if weight.stride() != (weight.shape[1], 1):
         raise Unsupported(f"NF4View: the NF4Tensor is a view with strides {weight.stride()}, its bytes are in another order", "TRANSPOSED")
-    if weight.scaler_block_size != 256:
-        raise Unsupported(f"NF4View: scaler_block_size is {weight.scaler_block_size}, 256 is covered", "BLOCK_SIZE")
     scales = (weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
-    return NF4View(weight.quantized_data, weight.nf4, scales, weight.block_size, tuple(weight.shape), weight.dtype)
+    return NF4View(weight.quantized_data, weight.nf4, scales, weight.block_size, tuple(weight.shape), weight.nf4.dtype, weight.scaler_block_size)
 
 
 def _of_bitsandbytes(weight) -> NF4View:
@@ -110,11 +113,9 @@ def _of_bitsandbytes(weight) -> NF4View:
         raise Unsupported(f"NF4View: quant_type is {state.quant_type!r}, 'nf4' is covered", "QUANT_TYPE")
     if len(state.shape) != 2:
         raise Unsupported(f"NF4View: the quantized weight has shape {tuple(state.shape)}, 2 dimensions are covered", "SHAPE")
-    scales = (state.absmax,)
+    scales, scale_block = (state.absmax,), 256
     if state.nested:
-        if state.state2.blocksize != 256:
-            raise Unsupported(f"NF4View: nested blocksize is {state.state2.blocksize}, 256 is covered", "BLOCK_SIZE")
-        scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
+        scales, scale_block = (state.absmax, state.state2.code, state.state2.absmax, state.offset), state.state2.blocksize
     # quant_storage may be a float dtype, in which some byte patterns are NaN: only ever look at bytes.
     packed = weight.data.detach().view(-1).view(torch.uint8)
-    return NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype)
+    return NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype, scale_block)
