@@ -1,0 +1,26 @@
+"""The building blocks of the architecture, with torchtune's signatures and state-dict keys."""
+
+from fastfuse.modules.attention import MultiHeadAttention as MultiHeadAttention
+from fastfuse.modules.common_utils import delete_kv_caches as delete_kv_caches
+from fastfuse.modules.common_utils import disable_kv_cache as disable_kv_cache
+from fastfuse.modules.common_utils import local_kv_cache as local_kv_cache
+from fastfuse.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook as reparametrize_as_dtype_state_dict_post_hook
+from fastfuse.modules.feed_forward import FeedForward as FeedForward
+from fastfuse.modules.kv_cache import KVCache as KVCache
+from fastfuse.modules.layer_norm import Fp32LayerNorm as Fp32LayerNorm
+from fastfuse.modules.position_embeddings import Llama3ScaledRoPE as Llama3ScaledRoPE
+from fastfuse.modules.position_embeddings import RotaryPositionalEmbeddings as RotaryPositionalEmbeddings
+from fastfuse.modules.position_embeddings import VisionRotaryPositionalEmbeddings as VisionRotaryPositionalEmbeddings
+from fastfuse.modules.rms_norm import RMSNorm as RMSNorm
+from fastfuse.modules.rms_norm import rms_norm as rms_norm
+from fastfuse.modules.tanh_gate import TanhGate as TanhGate
+from fastfuse.modules.tied_linear import TiedLinear as TiedLinear
+from fastfuse.modules.tile_position_embeddings import TiledTokenPositionalEmbedding as TiledTokenPositionalEmbedding
+from fastfuse.modules.tile_position_embeddings import TilePositionalEmbedding as TilePositionalEmbedding
+from fastfuse.modules.tile_position_embeddings import TokenPositionalEmbedding as TokenPositionalEmbedding
+from fastfuse.modules.transformer import TransformerCrossAttentionLayer as TransformerCrossAttentionLayer
+from fastfuse.modules.transformer import TransformerDecoder as TransformerDecoder
+from fastfuse.modules.transformer import TransformerSelfAttentionLayer as TransformerSelfAttentionLayer
+from fastfuse.modules.vision_transformer import CLSEmbedding as CLSEmbedding
+from fastfuse.modules.vision_transformer import CLSProjection as CLSProjection
+from fastfuse.modules.vision_transformer import VisionTransformer as VisionTransformer

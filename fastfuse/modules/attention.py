@@ -1,0 +1,119 @@
+"""Multi-head attention with grouped keys, rotary positions, a static cache, and cross-attention."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.modules.attention_utils import sdpa_or_flex_attention
+from fastfuse.modules.kv_cache import KVCache
+
+log = logging.getLogger(__name__)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of x over itself, over y, or over a cache, with num_kv_heads <= num_heads (https://arxiv.org/abs/2305.13245).
+
+    q_proj, k_proj, v_proj, output_proj: modules over the last dim. pos_embeddings rotates queries and keys before
+    q_norm and k_norm, which normalise each head. is_causal applies where neither a mask nor an enabled cache is there.
+    Raises ValueError where num_kv_heads does not divide num_heads, num_heads does not divide embed_dim, attn_dropout
+    is outside 0..1, or only one of q_norm and k_norm is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_proj: nn.Module,
+        k_proj: nn.Module,
+        v_proj: nn.Module,
+        output_proj: nn.Module,
+        pos_embeddings: nn.Module | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        kv_cache: KVCache | None = None,
+        max_seq_len: int = 4096,
+        is_causal: bool = True,
+        attn_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+        if not 0.0 <= attn_dropout <= 1.0:
+            raise ValueError(f"attn_dropout ({attn_dropout}) must be between 0.0 and 1.0")
+        if (q_norm is None) != (k_norm is None):
+            raise ValueError(f"q and k norm must be set together: {'q_norm' if q_norm is None else 'k_norm'} is None")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.embed_dim = embed_dim
+        self.attn_dropout = attn_dropout
+        self.head_dim = head_dim
+        self.max_seq_len = max_seq_len
+        self.is_causal = is_causal
+        self.kv_cache = kv_cache
+        self.q_proj = q_proj
+        self.k_proj = k_proj
+        self.v_proj = v_proj
+        self.output_proj = output_proj
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.pos_embeddings = pos_embeddings
+        self.cache_enabled = False
+        self._attention_call = sdpa_or_flex_attention
+
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
+        """Give the layer an enabled cache, beside its key projection; a cache that is there already stays, with a warning."""
+        if self.kv_cache is not None:
+            log.warning("Key value caches are already setup. You cannot call ``setup_caches()`` twice. Skipping.")
+            return
+        weight = getattr(self.k_proj, "weight", None)
+        device = weight.device if isinstance(weight, Tensor) else None
+        with torch.device(device or torch.get_default_device()):
+            self.kv_cache = KVCache(batch_size, max_seq_len, self.num_kv_heads, self.head_dim, dtype)
+        self.cache_enabled = True
+
+    def reset_cache(self) -> None:
+        """Raises RuntimeError without a cache."""
+        if self.kv_cache is None:
+            raise RuntimeError("Key value caches are not setup. Call ``setup_caches()`` first.")
+        self.kv_cache.reset()
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        """x: [b, s_x, embed_dim], y: [b, s_y, embed_dim], the source of keys and values (x itself for self-attention), or None
+        to attend to the cache alone  ->  [b, s_x, embed_dim].
+
+        mask: [b or 1, s_x, s_k], bool (True may attend) or float (added to the scores); s_k is s_y, or the cache's length
+        where one is enabled. input_pos: int [b or 1, s_x] or [s_x], the positions of the tokens; their indices where None.
+        Raises ValueError without y and without an enabled cache.
+        """
+        cache = self.kv_cache if self.cache_enabled else None
+        if y is None and cache is None:
+            raise ValueError("Must provide y input or use kv_cache to enable streaming decoding")
+        q = self._heads(self.q_proj(x), self.num_heads, input_pos, self.q_norm)
+        if y is None:
+            k, v = cache.k_cache, cache.v_cache
+        else:
+            k = self._heads(self.k_proj(y), self.num_kv_heads, input_pos, self.k_norm)
+            v = self.v_proj(y).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+            if cache is not None:
+                k, v = cache.update(k, v)
+        out = self._attention_call(
+            q, k, v,
+            mask=mask,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            is_causal=cache is None and mask is None and self.is_causal,
+        )  # fmt: skip
+        return self.output_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor, heads: int, input_pos: Tensor | None, norm: nn.Module | None) -> Tensor:
+        """[b, s, heads * head_dim] -> [b, heads, s, head_dim], rotated, then normalised."""
+        h = projected.unflatten(-1, (heads, self.head_dim))
+        if self.pos_embeddings is not None:
+            h = self.pos_embeddings(h, input_pos=input_pos)
+        h = h.transpose(1, 2)
+        return h if norm is None else norm(h)

@@ -1,0 +1,300 @@
+"""Transformer layers and the decoder they form."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.errors import InvalidArgument
+from fastfuse.modules.attention import MultiHeadAttention
+from fastfuse.modules.kv_cache import KVCache
+
+
+class TransformerSelfAttentionLayer(nn.Module):
+    """h = x + sa_scale(attn(sa_norm(x)));  out = h + mlp_scale(mlp(mlp_norm(h))).
+
+    A norm or scale left out is the identity. mask_mod, if given, is called as mask_mod(mask=, bsz=, seq_len=) and
+    returns the mask to use.
+    """
+
+    def __init__(
+        self,
+        attn: MultiHeadAttention,
+        mlp: nn.Module,
+        *,
+        sa_norm: nn.Module | None = None,
+        mlp_norm: nn.Module | None = None,
+        sa_scale: nn.Module | None = None,
+        mlp_scale: nn.Module | None = None,
+        mask_mod: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__()
+        self.attn = attn
+        self.mlp = mlp
+        self.sa_norm = sa_norm or nn.Identity()
+        self.mlp_norm = mlp_norm or nn.Identity()
+        self.sa_scale = sa_scale or nn.Identity()
+        self.mlp_scale = mlp_scale or nn.Identity()
+        self.mask_mod = mask_mod
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int, decoder_max_seq_len: int) -> None:
+        """A cache of decoder_max_seq_len tokens."""
+        self.attn.setup_cache(batch_size, dtype, max_seq_len=decoder_max_seq_len)
+
+    def caches_are_setup(self) -> bool:
+        return self.attn.kv_cache is not None
+
+    def caches_are_enabled(self) -> bool:
+        return self.attn.cache_enabled
+
+    def reset_cache(self) -> None:
+        self.attn.reset_cache()
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, **kwargs: object) -> Tensor:
+        """x: [b, s, d]  ->  [b, s, d]; mask and input_pos as MultiHeadAttention.forward, other keywords are ignored."""
+        normed = self.sa_norm(x)
+        if self.mask_mod is not None:
+            mask = self.mask_mod(mask=mask, bsz=x.shape[0], seq_len=x.shape[1])
+        h = x + self.sa_scale(self.attn(normed, normed, mask=mask, input_pos=input_pos))
+        return h + self.mlp_scale(self.mlp(self.mlp_norm(h)))
+
+
+class TransformerCrossAttentionLayer(nn.Module):
+    """h = x + ca_scale(attn(ca_norm(x), encoder_input));  out = h + mlp_scale(mlp(mlp_norm(h))).
+
+    Tokens that may see no encoder token: with empty_rows="zero" (torchtune, Meta) they pass through unchanged, with
+    empty_rows="uniform" (transformers) they attend to every encoder token and only their MLP is left out.
+    Raises ValueError where attn has positional embeddings or empty_rows is neither.
+    """
+
+    def __init__(
+        self,
+        attn: MultiHeadAttention,
+        mlp: nn.Module,
+        *,
+        ca_norm: nn.Module | None = None,
+        mlp_norm: nn.Module | None = None,
+        ca_scale: nn.Module | None = None,
+        mlp_scale: nn.Module | None = None,
+        empty_rows: Literal["zero", "uniform"] = "zero",
+    ):
+        super().__init__()
+        if attn.pos_embeddings is not None:
+            kind = type(attn.pos_embeddings).__name__
+            raise InvalidArgument(f"Doesn't support positional embeddings for cross attention, because q and k are different sequences: attn has {kind}")
+        if empty_rows not in ("zero", "uniform"):
+            raise ValueError(f"empty_rows is {empty_rows!r}, expected 'zero' or 'uniform'")
+        self.attn = attn
+        self.mlp = mlp
+        self.ca_norm = ca_norm or nn.Identity()
+        self.mlp_norm = mlp_norm or nn.Identity()
+        self.ca_scale = ca_scale or nn.Identity()
+        self.mlp_scale = mlp_scale or nn.Identity()
+        self.empty_rows = empty_rows
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int, decoder_max_seq_len: int) -> None:
+        """A cache of encoder_max_seq_len tokens."""
+        self.attn.setup_cache(batch_size, dtype, max_seq_len=encoder_max_seq_len)
+
+    def caches_are_setup(self) -> bool:
+        return self.attn.kv_cache is not None
+
+    def caches_are_enabled(self) -> bool:
+        return self.attn.cache_enabled
+
+    def reset_cache(self) -> None:
+        self.attn.reset_cache()
+
+    def _skip_mask(self, mask: Tensor | None) -> Tensor | None:
+        """bool [b, s, 1]: the tokens that may see nothing; None without a mask."""
+        if mask is None:
+            return None
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        return hidden.all(-1, keepdim=True)
+
+    def _everything(self, mask: Tensor, encoder_input: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What a row that may see nothing attends to, [s_e] in the mask's dtype: every token, of a cache those it holds."""
+        if self.empty_rows == "zero" or cache is None:
+            return mask.new_ones(mask.shape[-1])
+        held = cache.cache_pos[0] + (0 if encoder_input is None else encoder_input.shape[1])
+        visible = torch.arange(mask.shape[-1], device=mask.device) < held
+        return visible if mask.dtype == torch.bool else torch.where(visible, 0.0, -torch.inf).to(mask.dtype)
+
+    def forward(self, x: Tensor, *, encoder_input: Tensor | None = None, encoder_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        """x: [b, s, d], encoder_input: [b, s_e, d]  ->  [b, s, d]; other keywords are ignored.
+
+        encoder_mask: [b or 1, s, s_e], bool (True may attend) or float (added to the scores); s_e is the cache's length
+        where one is enabled. With an enabled cache encoder_input is appended to it, and None attends to what it holds;
+        without anything to attend to x is returned as it is.
+        """
+        cache = self.attn.kv_cache if self.attn.cache_enabled else None
+        if encoder_input is None and (cache is None or cache.is_empty):
+            return x
+        skip = self._skip_mask(encoder_mask)
+        if skip is not None:
+            # Left alone, an empty softmax is NaN in some attention kernels.
+            encoder_mask = torch.where(skip, self._everything(encoder_mask, encoder_input, cache), encoder_mask)
+        attended = self.attn(self.ca_norm(x), encoder_input, mask=encoder_mask)
+        if skip is not None and self.empty_rows == "zero":
+            attended = attended.masked_fill(skip, 0)
+        h = x + self.ca_scale(attended)
+        mlp = self.mlp(self.mlp_norm(h))
+        if skip is not None:
+            mlp = mlp.masked_fill(skip, 0)
+        return h + self.mlp_scale(mlp)
+
+
+class TransformerDecoder(nn.Module):
+    """Token embeddings, layers, a norm and an output projection; layers may be self-attention, cross-attention or fusion layers.
+
+    layers: a ModuleList, a list of modules, or one module that is copied num_layers times. output_hidden_states: the
+    indices of layers whose input is returned too, num_layers standing for the last layer's output.
+    Raises ValueError where layers and num_layers do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        tok_embeddings: nn.Module,
+        layers: nn.Module | list[nn.Module] | nn.ModuleList,
+        max_seq_len: int,
+        num_heads: int,
+        head_dim: int,
+        norm: nn.Module,
+        output: nn.Module | Callable[[Tensor], Tensor],
+        num_layers: int | None = None,
+        output_hidden_states: list[int] | None = None,
+    ):
+        super().__init__()
+        if isinstance(layers, list):
+            layers = nn.ModuleList(layers)
+        elif not isinstance(layers, nn.Module):
+            raise InvalidArgument(f"num_layers is defined, layers must be a module: layers is a {type(layers).__name__}, num_layers={num_layers}")
+        elif not isinstance(layers, nn.ModuleList):
+            if num_layers is None:
+                raise InvalidArgument(f"num_layers is not defined, layers must be a list: layers is a {type(layers).__name__}")
+            layers = nn.ModuleList([copy.deepcopy(layers) for _ in range(num_layers)])
+        self.tok_embeddings = tok_embeddings
+        self.layers = layers
+        self.norm = norm
+        self.output = output
+        self.output_hidden_states = output_hidden_states or []
+        self.max_seq_len = max_seq_len
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.causal_mask = None
+        self.num_output_chunks = 0
+        self.skip_output_layer = False
+        self.encoder_max_cache_seq_len = None
+        self.decoder_max_cache_seq_len = None
+
+    def set_num_output_chunks(self, num_output_chunks: int) -> None:
+        """Deprecated: with n > 0 the output is a list of n chunks along the tokens. LinearCrossEntropyLoss needs less memory."""
+        _warn_once("set_num_output_chunks", "set_num_output_chunks is deprecated: use LinearCrossEntropyLoss, which projects chunk by chunk itself")
+        self.num_output_chunks = num_output_chunks
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int | None = None, decoder_max_seq_len: int | None = None) -> None:
+        """Give every attention layer an enabled key-value cache, cross-attention of encoder_max_seq_len tokens, self-attention of
+        decoder_max_seq_len; max_seq_len where left out."""
+        kinds = {type_ for m in self.modules() for type_ in (TransformerCrossAttentionLayer, TransformerSelfAttentionLayer) if isinstance(m, type_)}
+        if TransformerCrossAttentionLayer in kinds:
+            self.encoder_max_cache_seq_len = encoder_max_seq_len if encoder_max_seq_len is not None else self.max_seq_len
+        if TransformerSelfAttentionLayer in kinds:
+            self.decoder_max_cache_seq_len = decoder_max_seq_len if decoder_max_seq_len is not None else self.max_seq_len
+        for layer in self.layers:
+            layer.setup_caches(batch_size, dtype, encoder_max_seq_len=self.encoder_max_cache_seq_len, decoder_max_seq_len=self.decoder_max_cache_seq_len)
+
+    def caches_are_setup(self) -> bool:
+        """Whether the layers have caches, enabled or not."""
+        return self.layers[0].caches_are_setup()
+
+    def caches_are_enabled(self) -> bool:
+        """Whether forward reads and writes the caches."""
+        return self.layers[0].caches_are_enabled()
+
+    def reset_caches(self) -> None:
+        """Forget all cached tokens, in place. Raises RuntimeError without enabled caches."""
+        if not self.caches_are_enabled():
+            raise RuntimeError("Key value caches are not setup. Call model.setup_caches first.")
+        for layer in self.layers:
+            layer.reset_cache()
+
+    def chunked_output(self, last_hidden_state: Tensor) -> list[Tensor]:
+        """Deprecated: the projection of num_output_chunks chunks along the tokens, in the model's dtype."""
+        _warn_once("chunked_output", "chunked_output is deprecated: use LinearCrossEntropyLoss, which projects chunk by chunk itself")
+        return self._chunked(last_hidden_state)
+
+    def _chunked(self, h: Tensor) -> list[Tensor]:
+        return [self.output(chunk) for chunk in h.tensor_split(self.num_output_chunks, dim=1)]
+
+    def _validate_inputs(
+        self, tokens: Tensor | None, mask: Tensor | None, encoder_input: Tensor | None, encoder_mask: Tensor | None,
+        input_pos: Tensor | None, input_embeds: Tensor | None,
+    ) -> None:  # fmt: skip
+        given = tokens if tokens is not None else input_embeds
+        if given is None:
+            raise ValueError("Either tokens or input_embeds must be provided to the decoder.")
+        if given.shape[1] > self.max_seq_len:
+            raise ValueError(f"seq_len ({given.shape[1]}) of input tensor should be smaller than max_seq_len ({self.max_seq_len})")
+        if self.caches_are_enabled():
+            setup = "KV-caches for self-attention layers are setup for inference mode"
+            if mask is None:
+                raise ValueError(f"{setup}, causal masks must be provided! Use the `mask` arg to provide a causal mask.")
+            if encoder_input is not None and encoder_mask is None:
+                cross = "KV-caches for cross-attention/fusion layers are setup for inference mode and you seem to be using encoder_input"
+                raise ValueError(f"{cross}, causal masks must be provided! Use the `encoder_mask` arg to provide a causal mask.")
+            if input_pos is None:
+                raise ValueError("KV-caches are setup for inference mode, input positions must be provided! Use the `input_pos` arg.")
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        encoder_input: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        input_embeds: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """tokens: int [b, s], or input_embeds: [b, s, d] in their place  ->  logits [b, s, v] in fp32.
+
+        mask: [b or 1, s, s_k] as MultiHeadAttention.forward; causal where None. encoder_input: [b, s_e, d] and
+        encoder_mask: [b, s, s_e] for cross-attention. input_pos: [b, s], [s], or [b] for one token each. With enabled
+        caches mask, input_pos and, beside encoder_input, encoder_mask are needed, masks as wide as the caches.
+        Returns [*hidden states, logits] with output_hidden_states, a list of chunks with num_output_chunks, the normed
+        hidden states with skip_output_layer.
+        Raises ValueError for more tokens than max_seq_len, neither tokens nor input_embeds, or what caches need and is missing.
+        """
+        self._validate_inputs(tokens, mask, encoder_input, encoder_mask, input_pos, input_embeds)
+        h = self.tok_embeddings(tokens) if input_embeds is None else input_embeds
+        hidden = []
+        for i, layer in enumerate(self.layers):
+            if i in self.output_hidden_states:
+                hidden.append(h)
+            h = layer(h, mask=mask, encoder_input=encoder_input, encoder_mask=encoder_mask, input_pos=input_pos)
+        if len(self.layers) in self.output_hidden_states:
+            hidden.append(h)
+        output = self.unembed(h)
+        return [*hidden, output] if hidden else output
+
+    def unembed(self, h: Tensor) -> Tensor | list[Tensor]:
+        """The norm and the output projection: logits in fp32 (fp64 for fp64)."""
+        h = self.norm(h)
+        if self.skip_output_layer:
+            return h
+        if self.num_output_chunks > 0:
+            return self._chunked(h)
+        logits = self.output(h)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+_warned = set()
+
+
+def _warn_once(key: str, message: str) -> None:
+    if key not in _warned and not torch.compiler.is_compiling():
+        _warned.add(key)
+        warnings.warn(message, FutureWarning, stacklevel=3)

@@ -1,0 +1,184 @@
+"""A vision transformer over tiles of images (https://arxiv.org/abs/2010.11929)."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfuse.modules.layer_norm import Fp32LayerNorm
+
+
+class CLSEmbedding(nn.Module):
+    """Puts a learned token, weight (embed_dim,), before the tokens of every tile, or after them."""
+
+    def __init__(self, embed_dim: int, append_cls_token: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(embed_dim**-0.5 * torch.randn(embed_dim))
+        self.append_cls_token = append_cls_token
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[images, n_tiles, n_tokens, embed_dim] -> [images, n_tiles, n_tokens + 1, embed_dim]"""
+        cls = self.weight.to(x.dtype).expand(*x.shape[:2], 1, -1)
+        return torch.cat([x, cls] if self.append_cls_token else [cls, x], 2)
+
+
+class CLSProjection(nn.Module):
+    """token 0 @ weight, weight (embed_dim, cls_output_dim). It reads token 0 also where the CLS token is the last."""
+
+    def __init__(self, embed_dim: int, cls_output_dim: int):
+        super().__init__()
+        self.cls_output_dim = cls_output_dim
+        self.weight = nn.Parameter(embed_dim**-0.5 * torch.randn(embed_dim, cls_output_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, n_imgs, n_tiles, n_tokens, embed_dim] -> [b, n_imgs, n_tiles, 1, cls_output_dim]"""
+        return x[:, :, :, :1] @ self.weight
+
+
+class Encoded(NamedTuple):
+    """What VisionTransformer.encode gives: x still padded to pad_tokens_to, hidden states without padding, the attention mask."""
+
+    x: Tensor
+    hidden_states: list[Tensor]
+    mask: Tensor | None
+
+
+class VisionTransformer(nn.Module):
+    """Patches of all tiles of an image as one sequence, through num_layers copies of `layer`.
+
+    A convolution makes patches, pre_tile_pos_embed, a CLS token per tile and token_pos_embedding place them; after the
+    layers come ln_post, post_tile_pos_embed and cls_projection. Without tile embeddings every tile is placed alike.
+    patch_size, tile_size: pixels. layer: called with x [images, tokens, embed_dim] (and mask=, see below), copied, so that
+    all layers start equal. out_indices: hidden states to return, k for the input of layer k, num_layers for the last
+    output. append_cls_token: CLS after the patches.
+    pad_tokens_to: zero tokens fill each tile up to a multiple, and layers get a mask that hides padding tokens and
+    tiles from each other alone, as Meta and transformers do; 1 (torchtune) neither fills nor masks. states_after_layer:
+    index k stands for the output of layer k, as in transformers 5.
+    Raises ValueError for sizes that are not positive, or more out_indices than layers.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        tile_size: int,
+        num_layers: int,
+        embed_dim: int,
+        layer: nn.Module,
+        token_pos_embedding: nn.Module,
+        pre_tile_pos_embed: nn.Module | None = None,
+        post_tile_pos_embed: nn.Module | None = None,
+        cls_projection: nn.Module | None = None,
+        out_indices: list[int] | None = None,
+        in_channels: int = 3,
+        append_cls_token: bool = False,
+        *,
+        pad_tokens_to: int = 1,
+        states_after_layer: bool = False,
+    ):
+        super().__init__()
+        if tile_size <= 0:
+            raise ValueError(f"tile_size must be > 0. Got tile_size={tile_size}")
+        if patch_size <= 0:
+            raise ValueError(f"patch_size must be > 0. Got patch_size={patch_size}")
+        if out_indices and len(out_indices) > num_layers:
+            raise ValueError(f"len(out_indices) must be <= num_layers. Got out_indices={out_indices} and num_layers={num_layers}")
+        if pad_tokens_to < 1:
+            raise ValueError(f"pad_tokens_to must be >= 1. Got pad_tokens_to={pad_tokens_to}")
+        self.patches_per_tile = (tile_size // patch_size) ** 2
+        self.out_indices = out_indices or []
+        self.pad_tokens_to = pad_tokens_to
+        self.states_after_layer = states_after_layer
+        self.pre_tile_pos_embed = pre_tile_pos_embed
+        self.post_tile_pos_embed = post_tile_pos_embed
+        self.token_pos_embedding = token_pos_embedding
+        self.cls_projection = cls_projection
+        self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
+        self.conv = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.ln_post = Fp32LayerNorm(embed_dim)
+        self.ln_pre = Fp32LayerNorm(embed_dim)
+        self.cls_token_embedding = CLSEmbedding(embed_dim, append_cls_token)
+
+    def get_image_tokens_per_tile(self) -> int:
+        """Patches and the CLS token."""
+        return self.patches_per_tile + 1
+
+    def forward(self, images: Tensor, aspect_ratio: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """images: [b, n_imgs, n_tiles, c, tile_size, tile_size], aspect_ratio: int [b, n_imgs, 2], tiles (h, w); padding tiles
+        come last.
+
+        Returns (x, hidden_states), each [b, n_imgs, n_tiles, n_tokens, embed_dim]; x is [b, n_imgs, n_tiles, 1, cls_output_dim]
+        with cls_projection. Without tile embeddings aspect_ratio may be None; with them None stands for (1, 1).
+        Raises ValueError where aspect_ratio is None, n_tiles > 1 and tiles are to be placed, or where shapes disagree.
+        """
+        x, hidden_states, _ = self.encode(images, aspect_ratio)
+        x = x[:, :, :, : self.get_image_tokens_per_tile()]
+        if self.cls_projection is not None:
+            x = self.cls_projection(x)
+        return x, hidden_states
+
+    def encode(self, images: Tensor, aspect_ratio: Tensor | None = None) -> Encoded:
+        """forward without cls_projection and with the padding tokens of pad_tokens_to, for an encoder that goes on from there."""
+        if images.dim() != 6:
+            raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, c, tile_size, tile_size)")
+        b, n_imgs, n_tiles = images.shape[:3]
+        aspect_ratio = self._ratios(images, aspect_ratio)
+        x = self.conv(images.flatten(0, 2)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, (b * n_imgs, n_tiles))
+        if self.pre_tile_pos_embed is not None:
+            x = self.pre_tile_pos_embed(x, aspect_ratio)
+        x = self.cls_token_embedding(x)
+        x = self.token_pos_embedding(x, aspect_ratio)
+        x = self.ln_pre(x)
+        n_tokens = x.shape[2]
+        x, mask = self._padded(x, aspect_ratio)
+        per_tile = x.shape[2]
+        x = x.flatten(1, 2)
+        hidden_states = []
+        for i, layer in enumerate(self.layers):
+            if i in self.out_indices and not self.states_after_layer:
+                hidden_states.append(x)
+            x = layer(x) if mask is None else layer(x, mask=mask)
+            if i in self.out_indices and self.states_after_layer:
+                hidden_states.append(x)
+        if len(self.layers) in self.out_indices:
+            hidden_states.append(x)
+        x = self.ln_post(x).unflatten(1, (n_tiles, per_tile))
+        if self.post_tile_pos_embed is not None:
+            x = self.post_tile_pos_embed(x, aspect_ratio)
+        hidden_states = [h.view(b, n_imgs, n_tiles, per_tile, -1)[:, :, :, :n_tokens] for h in hidden_states]
+        return Encoded(x.unflatten(0, (b, n_imgs)), hidden_states, mask)
+
+    def _ratios(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor | None:
+        """int [b * n_imgs, 2], or None where nothing depends on it."""
+        b, n_imgs, n_tiles = images.shape[:3]
+        tiled = self.pre_tile_pos_embed is not None or self.post_tile_pos_embed is not None or hasattr(self.token_pos_embedding, "max_num_tiles")
+        if aspect_ratio is not None:
+            if aspect_ratio.shape != (b, n_imgs, 2):
+                raise ValueError(f"aspect_ratio has shape {tuple(aspect_ratio.shape)}, images {tuple(images.shape)} need {(b, n_imgs, 2)}")
+            return aspect_ratio.reshape(-1, 2)
+        if not tiled:
+            return None
+        if n_tiles > 1:
+            raise ValueError(f"aspect_ratio was not provided, but found n_tiles>1 for images.shape={tuple(images.shape)}. Please provide aspect_ratio.")
+        return torch.ones(b * n_imgs, 2, dtype=torch.int64, device=images.device)
+
+    def _padded(self, x: Tensor, aspect_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tiles filled up to a multiple of pad_tokens_to, and the mask [images, tokens, tokens] over all tiles.
+
+        Two tokens that are both padding (of a tile, or in a padding tile) do not see each other; every other pair does.
+        """
+        if self.pad_tokens_to == 1:
+            return x, None
+        n_tiles, n_tokens = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -n_tokens % self.pad_tokens_to))
+        real = torch.arange(x.shape[2], device=x.device) < n_tokens
+        if aspect_ratio is None:
+            valid = real.expand(x.shape[0], n_tiles, -1)
+        else:
+            # The first tile of a padding image, ratio (0, 0), counts as real: a row of nothing has no softmax.
+            tiles = aspect_ratio.prod(-1).clamp(min=1)
+            valid = (torch.arange(n_tiles, device=x.device) < tiles[:, None])[:, :, None] & real
+        valid = valid.flatten(1)
+        return x, valid[:, :, None] | valid[:, None, :]

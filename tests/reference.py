@@ -1,0 +1,226 @@
+"""The formulas of the architecture written out again, plainly, in the dtype of the parameters and inputs they are given.
+
+A module passed in only holds parameters here; its forward is never called. In float64 the result is the exact one of
+assert_no_worse, in another dtype the eager one: norms, rotation and softmax in fp32, everything else rounded to the dtype.
+"""
+
+import copy
+import math
+
+import torch
+from numerics import assert_no_worse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfuse.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TanhGate,
+    TransformerCrossAttentionLayer,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
+from fastfuse.modules.model_fusion import FusionEmbedding, FusionLayer
+
+D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, FUSED = 16, 4, 2, 4, 24, 11, 3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    w = wide(x)
+    return (w / torch.sqrt((w * w).sum(-1, keepdim=True) / x.shape[-1] + eps)).to(x.dtype) * scale
+
+
+def rotate(x: Tensor, positions: Tensor, thetas: list[float]) -> Tensor:
+    """x: [b, s, heads, dim], positions: [b, s]. Pair k is one complex number and turns by position * thetas[k]."""
+    w = wide(x)
+    theta = torch.tensor(thetas, dtype=w.dtype)
+    angle = positions.to(w.dtype)[:, :, None, None] * theta
+    turned = torch.view_as_complex(w.reshape(*x.shape[:-1], -1, 2).contiguous()) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
+
+
+def plain_thetas(dim: int, base: float) -> list[float]:
+    return [base ** (-2 * k / dim) for k in range(dim // 2)]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """q: [b, s, hq, d], k, v: [b, s_k, hkv, d]  ->  [b, s, hq, d], one head at a time."""
+    group = q.shape[2] // k.shape[2]
+    heads = []
+    for h in range(q.shape[2]):
+        scores = wide(q[:, :, h]) @ wide(k[:, :, h // group]).transpose(1, 2) / math.sqrt(q.shape[3])
+        visible = torch.ones(scores.shape, dtype=torch.bool)
+        if mask is not None:
+            visible = visible & (mask if mask.dtype == torch.bool else mask > -torch.inf)
+            scores = scores if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+        if causal:
+            visible = visible.tril()
+        scores = torch.where(visible, scores, torch.full_like(scores, -1e30))
+        weights = torch.where(visible, torch.softmax(scores, -1), torch.zeros_like(scores))
+        heads.append(weights.to(v.dtype) @ v[:, :, h // group])
+    return torch.stack(heads, 2)
+
+
+def linear(m: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, m.weight, m.bias)
+
+
+def attention(m: MultiHeadAttention, x: Tensor, y: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    q = linear(m.q_proj, x).view(*x.shape[:2], m.num_heads, m.head_dim)
+    k, v = (linear(p, y).view(*y.shape[:2], m.num_kv_heads, m.head_dim) for p in (m.k_proj, m.v_proj))
+    if m.pos_embeddings is not None:
+        positions = torch.arange(x.shape[1])[None] if positions is None else positions
+        thetas = plain_thetas(m.head_dim, m.pos_embeddings.base)
+        q, k = rotate(q, positions, thetas), rotate(k, positions, thetas)
+    if m.q_norm is not None:
+        q, k = rms(q, m.q_norm.scale, m.q_norm.eps), rms(k, m.k_norm.scale, m.k_norm.eps)
+    out = softmax_attention(q, k, v, mask, causal=mask is None and m.is_causal)
+    return linear(m.output_proj, out.reshape(*x.shape[:2], -1))
+
+
+def mlp(m: FeedForward, x: Tensor) -> Tensor:
+    return linear(m.w2, F.silu(linear(m.w1, x)) * linear(m.w3, x))
+
+
+def self_layer(m, x, mask=None, positions=None):
+    n = rms(x, m.sa_norm.scale, m.sa_norm.eps)
+    h = x + attention(m.attn, n, n, mask, positions)
+    return h + mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps))
+
+
+def cross_layer(m, x, encoded=None, mask=None):
+    if encoded is None:
+        return x
+    rows = torch.ones(x.shape[:2], dtype=torch.bool)
+    if mask is not None:
+        rows = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1).expand(x.shape[:2])
+    sees = rows[..., None]
+    a = attention(m.attn, rms(x, m.ca_norm.scale, m.ca_norm.eps), encoded, mask)
+    h = x + a * torch.tanh(m.ca_scale.scale)
+    out = h + mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)) * torch.tanh(m.mlp_scale.scale)
+    return torch.where(sees, out, x)
+
+
+def embed(m: FusionEmbedding, tokens: Tensor) -> Tensor:
+    table = torch.cat([m.embedding.weight, m.fusion_embedding.weight])
+    return torch.stack([torch.stack([table[i] for i in row]) for row in tokens.tolist()])
+
+
+def decoder_states(m, tokens, mask=None, encoded=None, encoder_mask=None, positions=None) -> list[Tensor]:
+    """The input of every layer, and the last layer's output."""
+    h = embed(m.tok_embeddings, tokens)
+    states = [h]
+    for layer in m.layers:
+        if isinstance(layer, FusionLayer):
+            h = cross_layer(layer.fusion_layer, h, encoded, encoder_mask)
+            layer = layer.layer
+        h = self_layer(layer, h, mask, positions)
+        states.append(h)
+    return states
+
+
+def decoder(m, *args, **kwargs) -> Tensor:
+    return wide(linear(m.output, rms(decoder_states(m, *args, **kwargs)[-1], m.norm.scale, m.norm.eps)))
+
+
+def make_attention(*, cross: bool = False, rope: nn.Module | None = None, norms: bool | None = None, **kwargs) -> MultiHeadAttention:
+    kv_heads = kwargs.pop("num_kv_heads", KV_HEADS)
+    norms = cross if norms is None else norms
+    return MultiHeadAttention(
+        embed_dim=D,
+        num_heads=HEADS,
+        num_kv_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        q_proj=nn.Linear(D, HEADS * HEAD_DIM, bias=False),
+        k_proj=nn.Linear(D, kv_heads * HEAD_DIM, bias=False),
+        v_proj=nn.Linear(D, kv_heads * HEAD_DIM, bias=False),
+        output_proj=nn.Linear(HEADS * HEAD_DIM, D, bias=False),
+        pos_embeddings=rope,
+        q_norm=RMSNorm(HEAD_DIM, eps=1e-5) if norms else None,
+        k_norm=RMSNorm(HEAD_DIM, eps=1e-5) if norms else None,
+        is_causal=kwargs.pop("is_causal", not cross),
+        **kwargs,
+    )
+
+
+def make_mlp() -> FeedForward:
+    return FeedForward(gate_proj=nn.Linear(D, HIDDEN, bias=False), down_proj=nn.Linear(HIDDEN, D, bias=False), up_proj=nn.Linear(D, HIDDEN, bias=False))
+
+
+def make_self_layer(rope: nn.Module | None = None) -> TransformerSelfAttentionLayer:
+    rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64) if rope is None else rope
+    return shaken(TransformerSelfAttentionLayer(make_attention(rope=rope), make_mlp(), sa_norm=RMSNorm(D, 1e-5), mlp_norm=RMSNorm(D, 1e-5)))
+
+
+def make_cross_layer(**kwargs) -> TransformerCrossAttentionLayer:
+    gates = {"ca_scale": TanhGate(), "mlp_scale": TanhGate()}
+    return shaken(TransformerCrossAttentionLayer(make_attention(cross=True), make_mlp(), ca_norm=RMSNorm(D), mlp_norm=RMSNorm(D), **gates, **kwargs))
+
+
+def make_decoder(**kwargs) -> TransformerDecoder:
+    """Three layers, the second with cross-attention before it, and a fusion embedding."""
+    rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64)
+    layers = [make_self_layer(rope), FusionLayer(make_self_layer(rope), make_cross_layer()), make_self_layer(rope)]
+    rest = {"tok_embeddings": FusionEmbedding(VOCAB, FUSED, D), "norm": shaken(RMSNorm(D, 1e-5)), "output": nn.Linear(D, VOCAB, bias=False)}
+    return TransformerDecoder(layers=layers, max_seq_len=64, num_heads=HEADS, head_dim=HEAD_DIM, **rest, **kwargs)
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Gates open, scales of norms other than one, small weights larger: nothing is the identity by accident."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith("scale"):
+                p.copy_(torch.rand_like(p) + 0.4)
+            elif p.dim() == 2:
+                p.copy_(torch.randn_like(p) / p.shape[1] ** 0.5)
+    return module
+
+
+def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """run(module, **inputs) in `dtype`, its value and the gradient of every parameter and float input, no worse than formula.
+
+    `module` and `inputs` are rounded to dtype first; exact is the formula in float64 on those rounded values.
+    """
+    module = copy.deepcopy(module).to(dtype)
+    inputs = {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
+    results, upstreams = [], []
+    for call, mod, to in ((run, module, dtype), (formula, module, dtype), (formula, copy.deepcopy(module).double(), torch.float64)):
+        given = {n: t.to(to).requires_grad_() if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
+        out = call(mod, **given)
+        upstreams = upstreams or [torch.randn(out.shape, dtype=torch.float64).to(dtype) for _ in range(8)]
+        wanted = {n: p for n, p in [*mod.named_parameters(), *given.items()] if p is not None and p.requires_grad}
+        draws = [torch.autograd.grad(out, wanted.values(), u.to(out.dtype), retain_graph=True, allow_unused=True) for u in upstreams]
+        results.append((out.detach(), dict(zip(wanted, zip(*draws, strict=True), strict=True))))
+    (got, got_grads), (eager, eager_grads), (exact, exact_grads) = results
+    assert_no_worse(got, eager, exact, "value")
+    assert_gradients_no_worse(got_grads, eager_grads, exact_grads)
+
+
+def assert_gradients_no_worse(got: dict[str, tuple], eager: dict[str, tuple], exact: dict[str, tuple]) -> None:
+    """assert_no_worse for {name: gradients of several upstream gradients}, relative in 2-norm over all of them: of a few
+    numbers alone, two correct ways of rounding may well be more than a factor of two apart."""
+    errors = {}
+    for what, want in exact.items():
+        if want[0] is None:
+            assert all(g is None or not g.any() for g in got[what]), what
+        else:
+            assert all(g.dtype == e.dtype and g.shape == e.shape for g, e in zip(got[what], eager[what], strict=True)), what
+            errors[what] = _relative(got[what], want), _relative(eager[what], want)
+    eps = max(torch.finfo(g.dtype).eps for grads in got.values() for g in grads if g is not None)
+    allowed = 2 * max(e for _, e in errors.values()) + eps
+    assert allowed < 1, "a gradient that is zero but for rounding: nothing is compared"
+    bad = {what: f"{e:.2e}" for what, (e, _) in errors.items() if not e <= allowed}
+    assert not bad, f"allowed {allowed:.2e}: {bad}"
+
+
+def _relative(results: tuple, exact: tuple) -> float:
+    results, exact = torch.stack(results).double(), torch.stack(exact)
+    assert exact.norm() > 0, "a zero gradient: nothing is compared"
+    return ((results - exact).norm() / exact.norm()).item()

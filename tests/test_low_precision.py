@@ -1,0 +1,228 @@
+"""FrozenNF4Linear and the hooks that save NF4 weights as numbers."""
+
+import copy
+
+import pytest
+import torch
+from numerics import assert_no_worse
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization import NF4Tensor, to_nf4
+
+from fastfuse.errors import Unsupported
+from fastfuse.modules.low_precision import (
+    FrozenNF4Linear,
+    _register_reparametrize_state_dict_hooks,
+    _state_dict_hooks,
+    reparametrize_as_dtype_state_dict_post_hook,
+)
+from fastfuse.ops import nf4_dequantize_ref
+from fastfuse.quant import NF4View
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = {"256": (64, 256, {}), "200": (128, 200, {"scaler_block_size": 200}), "32, 64": (64, 64, {"block_size": 32, "scaler_block_size": 64})}
+
+
+@pytest.mark.parametrize("bias, after, y", [(False, 0.270849, [0.210781, -0.268746, 0.051598]), (True, 0.717028, [0.153494, -0.366691, 0.114608])])
+def test_torchtunes_values(bias, after, y):
+    torch.manual_seed(7)
+    m = FrozenNF4Linear(64, 256, bias=bias)
+    assert torch.rand(1).item() == pytest.approx(after, abs=1e-6)
+    torch.testing.assert_close(m(torch.linspace(-1, 1, 128).view(2, 64))[1, ::100], torch.tensor(y), atol=2e-6, rtol=0)
+
+
+def check(m, x):
+    """y and dx no worse than eager PyTorch's, and nothing but x has a gradient."""
+    x = x.detach().requires_grad_()
+    results = []
+    for dtype in (None, x.dtype, torch.float64):
+        leaf = x if dtype is None else x.detach().to(dtype).requires_grad_()
+        if dtype is None:
+            y = m(leaf)
+        else:
+            y = F.linear(leaf, nf4_dequantize_ref(NF4View.of(m.weight), dtype), None if m.bias is None else m.bias.to(dtype))
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        results.append((y, *torch.autograd.grad(y, leaf, dy)))
+    for what, *values in zip(("y", "dx"), *results, strict=True):
+        assert_no_worse(*values, what)
+    assert m.weight.grad is None and (m.bias is None or m.bias.grad is None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_forward_and_input_gradient(sizes, bias, dtype):
+    K, N, kwargs = SIZES[sizes]
+    m = FrozenNF4Linear(K, N, bias=bias, dtype=dtype, **kwargs)
+    check(m, torch.randn(7, K, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_kernels(sizes, dtype, kernels, device):
+    K, N, kwargs = SIZES[sizes]
+    m = FrozenNF4Linear(K, N, bias=True, device=device, dtype=dtype, **kwargs)
+    check(m, torch.randn(5, K, dtype=dtype, device=device))
+
+
+def test_output_dtype_is_promotion():
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    plain = FrozenNF4Linear(64, 256)
+    assert plain(x).dtype == torch.bfloat16
+    m = FrozenNF4Linear(64, 256, bias=True)
+    y = m(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, (x @ m.weight.to(torch.bfloat16).T) + m.bias)
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    bf16 = FrozenNF4Linear(64, 256, bias=True, dtype=torch.bfloat16)
+    assert bf16(x).dtype == torch.bfloat16 and bf16(x.float()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(x.float()).dtype == torch.float32 and plain(x.float()).dtype == torch.bfloat16
+
+
+def test_every_output_feature_is_its_own():
+    """Not shifted: feature n is row n of the weight, for one-hot inputs that read single elements."""
+    m = FrozenNF4Linear(64, 256)
+    w = m.weight.get_original_weight()
+    assert torch.equal(m(torch.eye(64)), w.T)
+    assert not torch.equal(w[:-1], w[1:])
+
+
+def test_bias_is_added():
+    m = FrozenNF4Linear(64, 256, bias=True)
+    with torch.no_grad():
+        m.bias.copy_(torch.arange(256.0))
+    assert torch.equal(m(torch.zeros(2, 64)), torch.arange(256.0).expand(2, 256))
+    assert FrozenNF4Linear(64, 256).bias is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nothing_is_trainable(bias):
+    m = FrozenNF4Linear(64, 256, bias=bias)
+    assert [n for n, _ in m.named_parameters()] == ["weight", *["bias"] * bias] == list(m.state_dict())
+    assert not any(p.requires_grad for p in m.parameters())
+    assert isinstance(m.weight, NF4Tensor) and isinstance(m.weight, nn.Parameter) and isinstance(m, nn.Linear)
+    assert m.in_features == 64 and m.out_features == 256
+    assert not m(torch.randn(2, 64)).requires_grad
+    x = torch.randn(2, 64, requires_grad=True)
+    m(x).sum().backward()
+    torch.testing.assert_close(x.grad, m.weight.get_original_weight().sum(0).expand(2, 64))
+    assert m.weight.grad is None
+
+
+def test_layouts_of_x():
+    m = FrozenNF4Linear(64, 256, bias=True)
+    for x in (torch.randn(6, 128)[:, ::2], torch.randn(2, 3, 64), torch.randn(1, 64).expand(6, 64), torch.randn(64), torch.empty(2, 0, 64)):
+        torch.testing.assert_close(m(x), F.linear(x, m.weight.get_original_weight(), m.bias))
+
+
+def test_meta_device():
+    m = FrozenNF4Linear(64, 256, bias=True, device="meta", dtype=torch.bfloat16)
+    assert m.weight.is_meta and m.bias.is_meta and m(torch.empty(3, 64, device="meta", dtype=torch.bfloat16)).shape == (3, 256)
+
+
+def test_none_is_the_default_block_size_and_refusals():
+    m = FrozenNF4Linear(64, 256, block_size=None, scaler_block_size=None)
+    assert (m.weight.block_size, m.weight.scaler_block_size) == (64, 256)
+    with pytest.raises(AssertionError, match="Number of scalers must be divisible by scaler block size, got 64 scaler_block_size 256"):
+        FrozenNF4Linear(64, 64)
+    with pytest.raises(AssertionError, match="Input tensor must be divisible by block size, got 10000 and 64"):
+        FrozenNF4Linear(100, 100)
+    with pytest.raises(TypeError, match="foo"):
+        FrozenNF4Linear(64, 256, foo=1)
+    with pytest.raises(Unsupported, match=r"x is torch\.float64"):
+        m(torch.randn(2, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_state_dict_round_trips(sizes):
+    K, N, kwargs = SIZES[sizes]
+    m, other = FrozenNF4Linear(K, N, bias=True, **kwargs), FrozenNF4Linear(K, N, bias=True, **kwargs)
+    x = torch.randn(3, K)
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other(x), m(x)) and torch.equal(other.weight.quantized_data, m.weight.quantized_data)
+    twin = copy.deepcopy(m)
+    assert torch.equal(twin(x), m(x)) and twin.weight.scaler_block_size == m.weight.scaler_block_size
+    dense = torch.randn(N, K)
+    other.load_state_dict({"weight": dense, "bias": m.bias})
+    want = to_nf4(dense, m.weight.block_size, m.weight.scaler_block_size)
+    assert isinstance(other.weight, NF4Tensor) and torch.equal(other.weight.quantized_data, want.quantized_data)
+    assert torch.equal(other(x), F.linear(x, want.get_original_weight(), m.bias))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+    m = FrozenNF4Linear(64, 256, bias=True)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = torch.compile(m, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(y, m(x))
+    dy = torch.randn(5, 256)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy @ m.weight.get_original_weight())
+
+
+class Model(nn.Module):
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.frozen = FrozenNF4Linear(64, 256, bias=True, dtype=dtype)
+        self.norm = nn.LayerNorm(64)
+        self.register_buffer("empty", torch.empty(0))
+        self.register_buffer("step", torch.tensor(3))
+
+
+@pytest.mark.parametrize("low_ram", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hook_saves_numbers(dtype, low_ram, monkeypatch):
+    monkeypatch.setattr(_state_dict_hooks, "_use_low_cpu_ram", low_ram)
+    model = Model(dtype)
+    plain = model.state_dict()
+    _register_reparametrize_state_dict_hooks(model, dtype=dtype)
+    state = model.state_dict()
+    assert list(state) == list(plain)
+    for name, value in state.items():
+        want = plain[name].get_original_weight() if name == "frozen.weight" else plain[name]
+        assert not isinstance(value, NF4Tensor) and value.dtype == want.dtype and torch.equal(value, want), name
+    other = Model(dtype)
+    other.load_state_dict(state)
+    assert torch.equal(other.frozen.weight.quantized_data, model.frozen.weight.quantized_data)
+    assert isinstance(model.frozen.weight, NF4Tensor), "the model itself keeps its NF4 weight"
+    assert all(value.device.type == "cpu" for value in state.values())
+
+
+def test_hook_edits_in_place_and_leaves_other_values():
+    model = Model()
+    state = model.state_dict() | {"extra": "text"}
+    norm = state["norm.weight"]
+    assert reparametrize_as_dtype_state_dict_post_hook(model, state, "prefix", dtype=torch.float32, offload_to_cpu=False, other=1) is None
+    assert state["frozen.weight"].dtype == torch.float32 and state["norm.weight"] is norm and state["extra"] == "text"
+    assert torch.equal(state["frozen.weight"], model.frozen.weight.to(torch.float32))
+    state = model.state_dict()
+    reparametrize_as_dtype_state_dict_post_hook(model, state)
+    assert state["frozen.weight"].dtype == torch.bfloat16
+    state = model.state_dict()
+    reparametrize_as_dtype_state_dict_post_hook(model, state, dtype=torch.float64)
+    assert torch.equal(state["frozen.weight"], model.frozen.weight.to(torch.float64))
+
+
+def test_low_ram_hook_maps_files_that_have_no_name(monkeypatch, tmp_path):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = Model()
+    state = model.state_dict() | {"extra": "text"}
+    hook = _state_dict_hooks._low_ram_reparametrize_as_dtype_state_dict_post_hook
+    hook(model, state)
+    assert state["extra"] == "text" and state["norm.weight"].is_shared() and list(tmp_path.iterdir()) == []
+    kept = model.state_dict()
+    weight = kept["norm.weight"]
+    hook(model, kept, offload_to_cpu=False)
+    assert kept["norm.weight"] is weight and torch.equal(kept["frozen.weight"], model.frozen.weight.get_original_weight())
+
+
+def test_low_ram_hook_is_refused_on_windows(monkeypatch):
+    monkeypatch.setattr(_state_dict_hooks, "_use_low_cpu_ram", True)
+    monkeypatch.setattr(_state_dict_hooks.sys, "platform", "win32")
+    with pytest.raises(RuntimeError, match="Windows"):
+        _register_reparametrize_state_dict_hooks(nn.Linear(2, 2))
