@@ -1,0 +1,1 @@
+"""Model builders, with torchtune's signatures."""

@@ -1,0 +1,44 @@
+"""The one place that decides what kind of linear layer a builder puts where."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastfuse.modules.low_precision import FrozenNF4Linear
+from fastfuse.modules.peft import DoRALinear, LoRALinear
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What LoRA builders are told about adapters: the fields are their keyword arguments."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    use_dora: bool = False
+    quantize_base: bool = False
+    quantization_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def linear(self, in_dim: int, out_dim: int, *, bias: bool = False) -> nn.Module:
+        """A linear layer with an adapter, over an NF4 weight with quantize_base."""
+        kind = DoRALinear if self.use_dora else LoRALinear
+        return kind(
+            in_dim, out_dim, rank=self.rank, alpha=self.alpha, dropout=self.dropout, use_bias=bias, quantize_base=self.quantize_base, **self.quantization_kwargs
+        )
+
+    def plain(self, in_dim: int, out_dim: int, *, bias: bool = False) -> nn.Module:
+        """A linear layer without an adapter, in NF4 with quantize_base."""
+        if self.quantize_base:
+            return FrozenNF4Linear(in_dim, out_dim, bias=bias, **self.quantization_kwargs)
+        return nn.Linear(in_dim, out_dim, bias=bias)
+
+    def chosen(self, names: list[str]) -> Callable[..., nn.Module]:
+        """make(name, in_dim, out_dim, bias=): with an adapter where the name is among `names`."""
+        return lambda name, in_dim, out_dim, bias=False: (self.linear if name in names else self.plain)(in_dim, out_dim, bias=bias)
+
+
+def dense(name: str, in_dim: int, out_dim: int, bias: bool = False) -> nn.Module:
+    """The plain builders' choice, with the signature of Adapters.chosen."""
+    return nn.Linear(in_dim, out_dim, bias=bias)

@@ -1,0 +1,241 @@
+"""Builders of CLIP's vision transformer over tiled images (https://arxiv.org/abs/2103.00020), plain and with LoRA.
+
+With LoRA attention is bidirectional, as it is without: torchtune's builders leave it causal there. causal_attention=True
+gives that back, for adapters that were trained with it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fastfuse.errors import InvalidArgument
+from fastfuse.models._linear import Adapters, dense
+from fastfuse.modules import (
+    CLSProjection,
+    FeedForward,
+    Fp32LayerNorm,
+    MultiHeadAttention,
+    TiledTokenPositionalEmbedding,
+    TilePositionalEmbedding,
+    TokenPositionalEmbedding,
+    TransformerSelfAttentionLayer,
+    VisionRotaryPositionalEmbeddings,
+    VisionTransformer,
+)
+from fastfuse.modules.low_precision import FrozenNF4Linear
+from fastfuse.modules.low_precision import _state_dict_hooks as nf4_hooks
+from fastfuse.modules.peft import LORA_ATTN_MODULES
+
+
+def clip_vision_encoder(
+    tile_size: int,
+    patch_size: int,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+    cls_output_dim: int = 512,
+    attn_bias: bool = True,
+    use_rope: bool = False,
+    out_indices: list[int] | None = None,
+    output_cls_projection: bool = False,
+    max_num_tiles: int = 4,
+    in_channels: int = 3,
+    append_cls_token: bool = False,
+    use_tile_pos_embed: bool = True,
+    *,
+    hidden_dim: int | None = None,
+    norm_eps: float = 1e-5,
+    pad_tokens_to: int = 1,
+    states_after_layer: bool = False,
+    aspect_ratios: Sequence[Sequence[int]] | None = None,
+) -> VisionTransformer:
+    """A VisionTransformer with CLIP's layers; tile embeddings where use_tile_pos_embed and max_num_tiles > 1.
+
+    activation: a class called without arguments. hidden_dim: width of the MLP, 4 * embed_dim where None. use_rope adds
+    VisionRotaryPositionalEmbeddings. pad_tokens_to, states_after_layer: as VisionTransformer; aspect_ratios: as
+    TilePositionalEmbedding.
+    Raises ValueError where num_heads does not divide embed_dim.
+    """
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
+    head_dim = embed_dim // num_heads
+    cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
+    rope = None
+    if use_rope:
+        rope = VisionRotaryPositionalEmbeddings(patch_size, tile_size, head_dim, append_cls_token=append_cls_token)
+    attention = clip_attention(embed_dim=embed_dim, num_heads=num_heads, attn_bias=attn_bias, pos_embeddings=rope)
+    mlp = clip_mlp(embed_dim, embed_dim, hidden_dim or 4 * embed_dim, activation())
+    return _vision_transformer(
+        attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+        max_num_tiles if use_tile_pos_embed else 1, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
+    )  # fmt: skip
+
+
+def lora_clip_vision_encoder(
+    lora_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    *,
+    tile_size: int,
+    patch_size: int,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+    cls_output_dim: int = 512,
+    attn_bias: bool = False,
+    out_indices: list[int] | None = None,
+    output_cls_projection: bool = False,
+    max_num_tiles: int = 4,
+    in_channels: int = 3,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    hidden_dim: int | None = None,
+    norm_eps: float = 1e-5,
+    pad_tokens_to: int = 1,
+    states_after_layer: bool = False,
+    aspect_ratios: Sequence[Sequence[int]] | None = None,
+    causal_attention: bool = False,
+    **quantization_kwargs: Any,
+) -> VisionTransformer:
+    """clip_vision_encoder with adapters on the attention projections that lora_modules names, and on the MLP.
+
+    attn_bias is False where left out, other than in clip_vision_encoder. With quantize_base its state dict holds bf16 in
+    place of NF4. quantization_kwargs: block_size, scaler_block_size.
+    Raises ValueError where num_heads does not divide embed_dim, or lora_modules is empty.
+    """
+    if embed_dim % num_heads:
+        raise InvalidArgument(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
+    hidden_dim = hidden_dim or 4 * embed_dim
+    cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
+    adapters = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_dora": use_dora, "quantize_base": quantize_base}
+    attention = lora_clip_attention(
+        lora_modules, embed_dim=embed_dim, head_dim=embed_dim // num_heads, num_heads=num_heads, num_kv_heads=num_heads,
+        attn_bias=attn_bias, is_causal=causal_attention, **adapters, **quantization_kwargs,
+    )  # fmt: skip
+    if apply_lora_to_mlp:
+        mlp = lora_clip_mlp(in_dim=embed_dim, out_dim=embed_dim, hidden_dim=hidden_dim, activation=activation(), **adapters, **quantization_kwargs)
+    else:
+        mlp = clip_mlp(embed_dim, embed_dim, hidden_dim, activation(), quantize_base=quantize_base, **quantization_kwargs)
+    vision = _vision_transformer(
+        attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+        max_num_tiles, False, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
+    )  # fmt: skip
+    if quantize_base:
+        vision._register_state_dict_hook(partial(nf4_hooks.reparametrize_as_dtype_state_dict_post_hook, offload_to_cpu=True))
+    return vision
+
+
+def _vision_transformer(
+    attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+    max_num_tiles, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
+) -> VisionTransformer:  # fmt: skip
+    layer = TransformerSelfAttentionLayer(attention, mlp, sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps), mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps))
+    pre = post = None
+    if max_num_tiles > 1:
+        pre = TilePositionalEmbedding(max_num_tiles, embed_dim, aspect_ratios=aspect_ratios)
+        post = TilePositionalEmbedding(max_num_tiles, embed_dim, aspect_ratios=aspect_ratios)
+        token = TiledTokenPositionalEmbedding(max_num_tiles, embed_dim, tile_size, patch_size, aspect_ratios=aspect_ratios)
+    else:
+        token = TokenPositionalEmbedding(embed_dim, tile_size, patch_size)
+    return VisionTransformer(
+        patch_size=patch_size,
+        tile_size=tile_size,
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        layer=layer,
+        token_pos_embedding=token,
+        pre_tile_pos_embed=pre,
+        post_tile_pos_embed=post,
+        cls_projection=cls_projection,
+        out_indices=out_indices,
+        in_channels=in_channels,
+        append_cls_token=append_cls_token,
+        pad_tokens_to=pad_tokens_to,
+        states_after_layer=states_after_layer,
+    )
+
+
+def clip_attention(*, embed_dim: int, num_heads: int, attn_bias: bool = False, pos_embeddings: nn.Module | None = None, make=dense) -> MultiHeadAttention:
+    """Bidirectional attention; make(name, in_dim, out_dim, bias=) builds the projections."""
+    return MultiHeadAttention(
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=embed_dim // num_heads,
+        q_proj=make("q_proj", embed_dim, embed_dim, bias=attn_bias),
+        k_proj=make("k_proj", embed_dim, embed_dim, bias=attn_bias),
+        v_proj=make("v_proj", embed_dim, embed_dim, bias=attn_bias),
+        output_proj=make("output_proj", embed_dim, embed_dim, bias=attn_bias),
+        pos_embeddings=pos_embeddings,
+        is_causal=False,
+    )
+
+
+def lora_clip_attention(
+    lora_modules: list[LORA_ATTN_MODULES],
+    *,
+    embed_dim: int,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    attn_dropout: float = 0.0,
+    attn_bias: bool = False,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    is_causal: bool = False,
+    **quantization_kwargs: Any,
+) -> MultiHeadAttention:
+    """Attention, bidirectional unless is_causal, with an adapter on the projections that lora_modules names.
+
+    Raises ValueError where lora_modules is empty.
+    """
+    if not lora_modules:
+        raise ValueError(f"Must pass one or more of {LORA_ATTN_MODULES} as lora_modules, got {lora_modules}")
+    make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base, quantization_kwargs).chosen(lora_modules)
+    return MultiHeadAttention(
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        q_proj=make("q_proj", embed_dim, num_heads * head_dim, bias=attn_bias),
+        k_proj=make("k_proj", embed_dim, num_kv_heads * head_dim, bias=attn_bias),
+        v_proj=make("v_proj", embed_dim, num_kv_heads * head_dim, bias=attn_bias),
+        output_proj=make("output_proj", embed_dim, embed_dim, bias=attn_bias),
+        is_causal=is_causal,
+        attn_dropout=attn_dropout,
+    )
+
+
+def clip_mlp(in_dim: int, out_dim: int, hidden_dim: int, activation: nn.Module, quantize_base: bool = False, **quantization_kwargs: Any) -> FeedForward:
+    """Two linear layers with biases; FrozenNF4Linear with quantize_base."""
+    make = partial(FrozenNF4Linear, **quantization_kwargs) if quantize_base else nn.Linear
+    gate, down = make(in_dim, hidden_dim, bias=True), make(hidden_dim, out_dim, bias=True)
+    return FeedForward(gate_proj=gate, down_proj=down, activation=activation)
+
+
+def lora_clip_mlp(
+    *,
+    in_dim: int,
+    out_dim: int,
+    hidden_dim: int,
+    activation: nn.Module,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    **quantization_kwargs: Any,
+) -> FeedForward:
+    """Two linear layers with biases, an adapter on each."""
+    make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base, quantization_kwargs).linear
+    gate, down = make(in_dim, hidden_dim, bias=True), make(hidden_dim, out_dim, bias=True)
+    return FeedForward(gate_proj=gate, down_proj=down, activation=activation)

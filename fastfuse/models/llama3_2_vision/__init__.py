@@ -1,0 +1,31 @@
+"""Llama 3.2 Vision: a CLIP encoder over tiles, a projection head, and Llama 3 with interspersed cross-attention."""
+
+from fastfuse.models.llama3_2_vision._component_builders import llama3_2_vision_decoder as llama3_2_vision_decoder
+from fastfuse.models.llama3_2_vision._component_builders import llama3_2_vision_encoder as llama3_2_vision_encoder
+from fastfuse.models.llama3_2_vision._component_builders import llama3_2_vision_projection_head as llama3_2_vision_projection_head
+from fastfuse.models.llama3_2_vision._component_builders import lora_llama3_2_vision_decoder as lora_llama3_2_vision_decoder
+from fastfuse.models.llama3_2_vision._component_builders import lora_llama3_2_vision_encoder as lora_llama3_2_vision_encoder
+from fastfuse.models.llama3_2_vision._component_builders import (
+    lora_llama3_2_vision_projection_head as lora_llama3_2_vision_projection_head,
+)
+from fastfuse.models.llama3_2_vision._config import CONFIGS as CONFIGS
+from fastfuse.models.llama3_2_vision._config import Llama3VisionConfig as Llama3VisionConfig
+from fastfuse.models.llama3_2_vision._config import build as build
+from fastfuse.models.llama3_2_vision._config import build_lora as build_lora
+from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_hf_to_tune as llama3_vision_hf_to_tune
+from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_meta_to_tune as llama3_vision_meta_to_tune
+from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_to_hf as llama3_vision_tune_to_hf
+from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_to_meta as llama3_vision_tune_to_meta
+from fastfuse.models.llama3_2_vision._encoder import Llama3VisionEncoder as Llama3VisionEncoder
+from fastfuse.models.llama3_2_vision._encoder import Llama3VisionProjectionHead as Llama3VisionProjectionHead
+from fastfuse.models.llama3_2_vision._model_builders import TrainableParams as TrainableParams
+from fastfuse.models.llama3_2_vision._model_builders import llama3_2_vision_11b as llama3_2_vision_11b
+from fastfuse.models.llama3_2_vision._model_builders import llama3_2_vision_90b as llama3_2_vision_90b
+from fastfuse.models.llama3_2_vision._model_builders import lora_llama3_2_vision_11b as lora_llama3_2_vision_11b
+from fastfuse.models.llama3_2_vision._model_builders import lora_llama3_2_vision_90b as lora_llama3_2_vision_90b
+from fastfuse.models.llama3_2_vision._model_builders import qlora_llama3_2_vision_11b as qlora_llama3_2_vision_11b
+from fastfuse.models.llama3_2_vision._model_builders import qlora_llama3_2_vision_90b as qlora_llama3_2_vision_90b
+from fastfuse.models.llama3_2_vision._profiles import PROFILES as PROFILES
+from fastfuse.models.llama3_2_vision._profiles import Profile as Profile
+from fastfuse.models.llama3_2_vision._transform import Llama3VisionTransform as Llama3VisionTransform
+from fastfuse.models.llama3_2_vision._transform import llama3_2_vision_transform as llama3_2_vision_transform

@@ -1,0 +1,310 @@
+"""Model sizes as rows of data, and a model from a row."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastfuse.models.llama3_2_vision._component_builders import (
+    ASPECT_RATIOS,
+    llama3_2_vision_decoder,
+    llama3_2_vision_encoder,
+    lora_llama3_2_vision_decoder,
+    lora_llama3_2_vision_encoder,
+)
+from fastfuse.models.llama3_2_vision._profiles import Profile
+from fastfuse.modules.model_fusion import DeepFusionModel
+
+
+@dataclass(frozen=True)
+class Llama3VisionConfig:
+    """Everything that makes one Llama-3.2-Vision-shaped model different from another. Names as the builders' keywords."""
+
+    tile_size: int = 560
+    patch_size: int = 14
+    max_num_tiles: int = 4
+    in_channels: int = 3
+    aspect_ratios: tuple[tuple[int, int], ...] = tuple(ASPECT_RATIOS)
+    clip_embed_dim: int = 1280
+    clip_num_heads: int = 16
+    clip_num_layers: int = 32
+    clip_hidden_dim: int = 5120
+    clip_hidden_states: tuple[int, ...] = (3, 7, 15, 23, 30)
+    num_layers_projection: int = 8
+    clip_norm_eps: float = 1e-5
+    vocab_size: int = 128_256
+    num_special_tokens: int = 8
+    num_layers: int = 32  # self-attention layers
+    fusion_interval: int = 4
+    cross_attention_layers: tuple[int, ...] | None = None  # counted among all layers; None: by fusion_interval
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    embed_dim: int = 4096
+    intermediate_dim: int = 14_336
+    max_seq_len: int = 131_072
+    encoder_max_seq_len: int = 128_080  # 20 images of 4 tiles of 1601 tokens
+    rope_base: float = 500_000.0
+    rope_scaling: dict[str, float] | None = field(default_factory=dict)  # Llama3ScaledRoPE's keywords; None: not scaled
+    norm_eps: float = 1e-5
+    image_token_id: int = 128_256
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.tile_size // self.patch_size) ** 2 + 1
+
+    def replace(self, **changes: Any) -> "Llama3VisionConfig":
+        """The same with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Keywords of llama3_2_vision_encoder."""
+        return {
+            "patch_size": self.patch_size,
+            "num_heads": self.clip_num_heads,
+            "clip_embed_dim": self.clip_embed_dim,
+            "clip_num_layers": self.clip_num_layers,
+            "clip_hidden_states": list(self.clip_hidden_states),
+            "num_layers_projection": self.num_layers_projection,
+            "decoder_embed_dim": self.embed_dim,
+            "tile_size": self.tile_size,
+            "max_num_tiles": self.max_num_tiles,
+            "in_channels": self.in_channels,
+            "clip_hidden_dim": self.clip_hidden_dim,
+            "norm_eps": self.clip_norm_eps,
+            "aspect_ratios": list(self.aspect_ratios),
+        }
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Keywords of llama3_2_vision_decoder."""
+        return {
+            "vocab_size": self.vocab_size,
+            "num_layers": self.num_layers,
+            "fusion_interval": self.fusion_interval,
+            "num_special_tokens": self.num_special_tokens,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "embed_dim": self.embed_dim,
+            "max_seq_len": self.max_seq_len,
+            "encoder_max_seq_len": self.encoder_max_seq_len,
+            "rope_base": self.rope_base,
+            "intermediate_dim": self.intermediate_dim,
+            "norm_eps": self.norm_eps,
+            "rope_scaling": self.rope_scaling,
+            "cross_attention_layers": self.cross_attention_layers,
+        }
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict for transformers' config.json."""
+        cross = self.cross_attention_layers
+        if cross is None:
+            fused = [i for i in range(self.num_layers) if (i + 1) % self.fusion_interval == 0]
+            cross = tuple(i + before for before, i in enumerate(fused))
+        published = self.vocab_size > 128_004  # the vocabulary that has Llama 3's special tokens
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_base}
+        if self.rope_scaling is not None:
+            scaling = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192} | self.rope_scaling
+            rope |= {"rope_type": "llama3"} | {theirs: scaling[ours] for ours, theirs in _ROPE_SCALING.items()}
+        return {
+            "architectures": ["MllamaForConditionalGeneration"],
+            "model_type": "mllama",
+            "image_token_index": self.image_token_id,
+            "vision_config": {
+                "model_type": "mllama_vision_model",
+                "image_size": self.tile_size,
+                "patch_size": self.patch_size,
+                "max_num_tiles": self.max_num_tiles,
+                "num_channels": self.in_channels,
+                "supported_aspect_ratios": [list(r) for r in self.aspect_ratios],
+                "hidden_size": self.clip_embed_dim,
+                "attention_heads": self.clip_num_heads,
+                "num_hidden_layers": self.clip_num_layers,
+                "intermediate_size": self.clip_hidden_dim,
+                "intermediate_layers_indices": list(self.clip_hidden_states),
+                "num_global_layers": self.num_layers_projection,
+                "norm_eps": self.clip_norm_eps,
+                "hidden_act": "gelu",
+                "vision_output_dim": self.clip_embed_dim * (len(self.clip_hidden_states) + 1),
+            },
+            "text_config": {
+                "model_type": "mllama_text_model",
+                "vocab_size": self.vocab_size,
+                "hidden_size": self.embed_dim,
+                "intermediate_size": self.intermediate_dim,
+                "num_hidden_layers": self.num_layers + len(cross),
+                "num_attention_heads": self.num_heads,
+                "num_key_value_heads": self.num_kv_heads,
+                "cross_attention_layers": list(cross),
+                "max_position_embeddings": self.max_seq_len,
+                "rms_norm_eps": self.norm_eps,
+                "rope_parameters": rope,
+                "hidden_act": "silu",
+                "bos_token_id": 128_000 if published else 0,
+                "eos_token_id": 128_001 if published else None,
+                "pad_token_id": 128_004 if published else None,
+            },
+        }
+
+    @staticmethod
+    def from_meta(params: dict[str, Any]) -> "Llama3VisionConfig":
+        """From the dict in Meta's params.json, which leaves the vision encoder's sizes to the code: they are 11B's and 90B's.
+
+        Raises ValueError where a key is missing.
+        """
+        missing = [k for k in ("dim", "n_layers", "n_heads", "vocab_size", "vision_chunk_size", "vision_num_cross_attention_layers") if k not in params]
+        if missing:
+            raise ValueError(f"params: {', '.join(missing)} missing, these are not the parameters of a Llama 3.2 Vision model")
+        hidden = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * params["dim"] / 3))
+        multiple = params.get("multiple_of", 256)
+        tile, tiles = params["vision_chunk_size"], params.get("vision_max_num_chunks", 4)
+        return Llama3VisionConfig(
+            tile_size=tile,
+            max_num_tiles=tiles,
+            vocab_size=params["vocab_size"],
+            num_layers=params["n_layers"],
+            fusion_interval=-(-params["n_layers"] // params["vision_num_cross_attention_layers"]),
+            num_heads=params["n_heads"],
+            num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+            embed_dim=params["dim"],
+            intermediate_dim=multiple * -(-hidden // multiple),
+            encoder_max_seq_len=20 * tiles * ((tile // 14) ** 2 + 1),
+            rope_base=params.get("rope_theta", 500_000.0),
+            rope_scaling={} if params.get("use_scaled_rope") else None,
+            norm_eps=params.get("norm_eps", 1e-5),
+            image_token_id=params["vocab_size"],
+        )
+
+    @staticmethod
+    def from_hf(config: Any) -> "Llama3VisionConfig":
+        """From transformers' MllamaConfig, as an object or as the dict in config.json.
+
+        Raises ValueError for what the architecture here has no place for: another activation, another rope scaling than
+        llama3's, tiles that are not square.
+        """
+        whole = config if isinstance(config, dict) else config.to_dict()
+        if "vision_config" not in whole or "text_config" not in whole:
+            raise ValueError(f"config has model_type {whole.get('model_type')!r}, expected 'mllama' with vision_config and text_config")
+        vision, text = whole["vision_config"], whole["text_config"]
+        _expect(vision, "hidden_act", ("gelu",), "gelu")
+        _expect(text, "hidden_act", ("silu",), "silu")
+        heads, hidden = text["num_attention_heads"], text["hidden_size"]
+        _expect(text, "head_dim", (None, hidden // heads), None)
+        cross = text.get("cross_attention_layers")
+        cross = (3, 8, 13, 18, 23, 28, 33, 38) if cross is None else tuple(cross)
+        rope = text.get("rope_parameters") or {**(text.get("rope_scaling") or {}), "rope_theta": text.get("rope_theta", 500_000.0)}
+        tile, patch = _square(vision, "image_size"), _square(vision, "patch_size")
+        states = vision.get("intermediate_layers_indices")
+        return Llama3VisionConfig(
+            tile_size=tile,
+            patch_size=patch,
+            max_num_tiles=vision["max_num_tiles"],
+            in_channels=vision["num_channels"],
+            aspect_ratios=tuple(tuple(r) for r in vision.get("supported_aspect_ratios") or ASPECT_RATIOS),
+            clip_embed_dim=vision["hidden_size"],
+            clip_num_heads=vision.get("attention_heads") or vision["num_attention_heads"],
+            clip_num_layers=vision["num_hidden_layers"],
+            clip_hidden_dim=vision["intermediate_size"],
+            clip_hidden_states=(3, 7, 15, 23, 30) if states is None else tuple(states),
+            num_layers_projection=vision["num_global_layers"],
+            clip_norm_eps=vision["norm_eps"],
+            vocab_size=text["vocab_size"],
+            num_layers=text["num_hidden_layers"] - len(cross),
+            cross_attention_layers=cross,
+            num_heads=heads,
+            num_kv_heads=text["num_key_value_heads"],
+            embed_dim=hidden,
+            intermediate_dim=text["intermediate_size"],
+            max_seq_len=text["max_position_embeddings"],
+            encoder_max_seq_len=20 * vision["max_num_tiles"] * ((tile // patch) ** 2 + 1),
+            rope_base=rope.get("rope_theta", 500_000.0),
+            rope_scaling=_rope_scaling(rope),
+            norm_eps=text["rms_norm_eps"],
+            image_token_id=whole.get("image_token_index", whole.get("image_token_id", text["vocab_size"])),
+        )
+
+
+def _expect(config: dict, key: str, covered: tuple, default: Any) -> None:
+    if config.get(key, default) not in covered:
+        raise ValueError(f"config: {key} is {config[key]!r}, covered: {', '.join(map(repr, covered))}")
+
+
+def _square(config: dict, key: str) -> int:
+    sides = config[key]
+    if isinstance(sides, int):
+        return sides
+    if len(set(sides)) != 1:
+        raise ValueError(f"config: {key} is {sides}, tiles and patches are square here")
+    return sides[0]
+
+
+_ROPE_SCALING = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+
+
+def _rope_scaling(rope: dict) -> dict[str, float] | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config: rope_type is {kind!r}, covered: 'default', 'llama3'")
+    return {ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()}
+
+
+CONFIGS = {
+    "11b": Llama3VisionConfig(),
+    "90b": Llama3VisionConfig(num_layers=80, num_heads=64, embed_dim=8192, intermediate_dim=28_672),
+}
+
+
+def build(
+    config: Llama3VisionConfig,
+    *,
+    profile: str | Profile = "torchtune",
+    decoder_trainable: bool = False,
+    encoder_trainable: bool = True,
+    fusion_trainable: bool = True,
+) -> DeepFusionModel:
+    """The model of a config, with random weights."""
+    encoder = llama3_2_vision_encoder(**config.encoder_arguments(), profile=profile)
+    decoder = llama3_2_vision_decoder(**config.decoder_arguments(), profile=profile)
+    return DeepFusionModel(
+        decoder=decoder, encoder=encoder, decoder_trainable=decoder_trainable, encoder_trainable=encoder_trainable, fusion_trainable=fusion_trainable
+    )
+
+
+def build_lora(
+    config: Llama3VisionConfig,
+    lora_attn_modules: list[str],
+    *,
+    profile: str | Profile = "torchtune",
+    decoder_lora: bool = False,
+    encoder_lora: bool = True,
+    fusion_lora: bool = True,
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    causal_attention: bool = False,
+    **quantization_kwargs: Any,
+) -> DeepFusionModel:
+    """The model of a config with adapters in the parts that are chosen. quantization_kwargs are for the encoder's NF4 weights."""
+    shared = {
+        "lora_attn_modules": lora_attn_modules,
+        "apply_lora_to_mlp": apply_lora_to_mlp,
+        "apply_lora_to_output": apply_lora_to_output,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_dora": use_dora,
+        "quantize_base": quantize_base,
+        "profile": profile,
+        "fusion_lora": fusion_lora,
+    }
+    encoder = lora_llama3_2_vision_encoder(encoder_lora, **shared, **config.encoder_arguments(), causal_attention=causal_attention, **quantization_kwargs)
+    decoder = lora_llama3_2_vision_decoder(decoder_lora, **shared, **config.decoder_arguments())
+    return DeepFusionModel(decoder=decoder, encoder=encoder, decoder_trainable=decoder_lora, encoder_trainable=encoder_lora, fusion_trainable=fusion_lora)

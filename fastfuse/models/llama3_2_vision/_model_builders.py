@@ -1,0 +1,121 @@
+"""Builders of the published models."""
+
+from enum import Enum
+from functools import partial
+
+from fastfuse.errors import InvalidArgument
+from fastfuse.models.llama3_2_vision._config import CONFIGS, build, build_lora
+from fastfuse.models.llama3_2_vision._profiles import Profile
+from fastfuse.modules.model_fusion import DeepFusionModel
+from fastfuse.modules.peft import LORA_ATTN_MODULES
+
+
+class TrainableParams(Enum):
+    """How a part of the model is trained."""
+
+    FULL = "full"
+    LORA = "lora"
+    FROZEN = "frozen"
+
+
+def llama3_2_vision_11b(
+    decoder_trainable: bool = False,
+    encoder_trainable: bool = True,
+    fusion_trainable: bool = True,
+    image_size: int = 560,
+    *,
+    profile: str | Profile = "torchtune",
+) -> DeepFusionModel:
+    """Llama 3.2 Vision 11B, with random weights. image_size: tile side in pixels, 560 for Instruct, 448 for the base model."""
+    return _full("11b", decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile)
+
+
+def llama3_2_vision_90b(
+    decoder_trainable: bool = False,
+    encoder_trainable: bool = True,
+    fusion_trainable: bool = True,
+    image_size: int = 560,
+    *,
+    profile: str | Profile = "torchtune",
+) -> DeepFusionModel:
+    """Llama 3.2 Vision 90B, with random weights. Arguments as llama3_2_vision_11b."""
+    return _full("90b", decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile)
+
+
+def _full(size, decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile) -> DeepFusionModel:
+    return build(
+        CONFIGS[size].replace(tile_size=image_size),
+        profile=profile,
+        decoder_trainable=decoder_trainable,
+        encoder_trainable=encoder_trainable,
+        fusion_trainable=fusion_trainable,
+    )
+
+
+def lora_llama3_2_vision_11b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    decoder_trainable: str = "frozen",
+    encoder_trainable: str = "lora",
+    fusion_trainable: str = "lora",
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    image_size: int = 560,
+    *,
+    profile: str | Profile = "torchtune",
+) -> DeepFusionModel:
+    """Llama 3.2 Vision 11B with adapters in the parts whose X_trainable is "lora"; "frozen" parts have none.
+
+    quantize_base: NF4 weights under and beside the adapters; torchao's scaler blocks are of 200 in the encoder, 256 in the decoder.
+    Raises ValueError for another word, and for "full", which torchtune has taken out.
+    """
+    return _lora("11b", **locals())
+
+
+def lora_llama3_2_vision_90b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    decoder_trainable: str = "frozen",
+    encoder_trainable: str = "lora",
+    fusion_trainable: str = "lora",
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    image_size: int = 560,
+    *,
+    profile: str | Profile = "torchtune",
+) -> DeepFusionModel:
+    """Llama 3.2 Vision 90B with adapters. Arguments as lora_llama3_2_vision_11b."""
+    return _lora("90b", **locals())
+
+
+def _lora(size, lora_attn_modules, decoder_trainable, encoder_trainable, fusion_trainable, image_size, quantize_base, **adapters) -> DeepFusionModel:
+    parts = {"decoder_trainable": decoder_trainable, "encoder_trainable": encoder_trainable, "fusion_trainable": fusion_trainable}
+    parts = {name: TrainableParams(word.lower()) for name, word in parts.items()}
+    full = [name for name, part in parts.items() if part is TrainableParams.FULL]
+    if full:
+        raise InvalidArgument(
+            f"We've temporarily removed support for mixed LoRA + Full Finetuning yet, {', '.join(full)} must be 'lora' or 'frozen', not 'full'"
+        )
+    return build_lora(
+        CONFIGS[size].replace(tile_size=image_size),
+        lora_attn_modules,
+        decoder_lora=parts["decoder_trainable"] is TrainableParams.LORA,
+        encoder_lora=parts["encoder_trainable"] is TrainableParams.LORA,
+        fusion_lora=parts["fusion_trainable"] is TrainableParams.LORA,
+        quantize_base=quantize_base,
+        # 25,600 blocks of a 1280 x 1280 weight are no multiple of 256.
+        scaler_block_size=200 if quantize_base else None,
+        **adapters,
+    )
+
+
+qlora_llama3_2_vision_11b = partial(lora_llama3_2_vision_11b, quantize_base=True)
+qlora_llama3_2_vision_90b = partial(lora_llama3_2_vision_90b, quantize_base=True)

@@ -1,0 +1,97 @@
+"""Small transformers Mllama models with every parameter random, and batches of real photos for them."""
+
+import torch
+from PIL import Image
+from skimage import data
+from torch import nn
+from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessorPil
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
+
+VOCAB, IMAGE, TILE = 96, 96, 56
+
+
+def config(cross=(1, 3), layers=5, **text) -> MllamaConfig:
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": layers, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "cross_attention_layers": list(cross), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 64},
+    } | text  # fmt: skip
+    vision = MllamaVisionConfig(
+        hidden_size=32, intermediate_size=72, attention_heads=4, num_hidden_layers=4, num_global_layers=2, image_size=TILE, patch_size=14,
+        intermediate_layers_indices=[0, 2, 3], vision_output_dim=32 * 4,
+    )  # fmt: skip
+    return MllamaConfig(vision_config=vision, text_config=MllamaTextConfig(**text), image_token_index=IMAGE)
+
+
+def build(made: MllamaConfig, seed: int = 0) -> MllamaForConditionalGeneration:
+    torch.manual_seed(seed)
+    made._attn_implementation = "eager"
+    model = MllamaForConditionalGeneration(made).eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gate" in name and p.numel() == 1:
+                p.fill_(torch.empty(1).uniform_(0.2, 0.8).item())
+            elif "norm" in name and name.endswith("weight"):
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(std=p.shape[-1] ** -0.5 if p.dim() > 1 else 0.2)
+    return model
+
+
+PHOTOS = {"coffee": data.coffee, "astronaut": data.astronaut, "chelsea": data.chelsea}
+
+
+def batch(samples: list[list[str]], text: int = 12) -> dict[str, torch.Tensor]:
+    """One row per sample, its photos by name; every image token is followed by a few words."""
+    processor = MllamaImageProcessorPil(size={"height": TILE, "width": TILE}, max_image_tiles=4)
+    generator = torch.Generator().manual_seed(1)
+    ids = []
+    for photos in samples:
+        words = torch.randint(3, VOCAB, (text,), generator=generator).tolist()
+        row = [1]
+        for i in range(len(photos)):
+            row += [IMAGE, *words[3 * i : 3 * i + 3]]
+        row += words[3 * len(photos) :]
+        ids.append(row[:text])
+    made = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids), text, dtype=torch.int64)}
+    if any(samples):
+        pixels = processor([[Image.fromarray(PHOTOS[name]()) for name in photos] for photos in samples], return_tensors="pt")
+        sparse = [get_cross_attention_token_mask(row, IMAGE) for row in ids]
+        dense = convert_sparse_cross_attention_mask_to_dense(sparse, pixels["num_tiles"], max_num_tiles=4, length=text)
+        made |= {
+            "pixel_values": pixels["pixel_values"],
+            "aspect_ratio_ids": pixels["aspect_ratio_ids"],
+            "aspect_ratio_mask": pixels["aspect_ratio_mask"],
+            "cross_attention_mask": torch.as_tensor(dense),
+        }
+    return made
+
+
+def as_fastfuse(given: dict[str, torch.Tensor], made: MllamaConfig) -> dict:
+    """The same batch as fastfuse's models take it."""
+    if "pixel_values" not in given:
+        return {"tokens": given["input_ids"]}
+    ratios = torch.tensor([[0, 0], *made.vision_config.supported_aspect_ratios])
+    n = (TILE // 14) ** 2 + 1
+    mask = given["cross_attention_mask"].bool().repeat_interleave(n, dim=3).flatten(2)
+    return {
+        "tokens": given["input_ids"],
+        "encoder_input": {"images": given["pixel_values"], "aspect_ratio": ratios[given["aspect_ratio_ids"]]},
+        "encoder_mask": mask,
+    }
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values for every parameter of a fastfuse model, gates open."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:  # gates, norms, biases
+                p.copy_(torch.rand(p.shape, generator=generator) + (0.2 if p.numel() == 1 else 0.5))
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
+    return model

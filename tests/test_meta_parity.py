@@ -1,0 +1,123 @@
+"""Meta's reference model, small and random, in fastfuse under the profile "meta": the same logits on real photos.
+
+The reference comes in the wheel llama-models. It is written for fairscale's parallel layers, for which plain ones stand in.
+"""
+
+import importlib
+import importlib.util
+import sys
+import types
+
+import mllama
+import pytest
+import torch
+from torch import nn
+
+from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build, llama3_vision_meta_to_tune, llama3_vision_tune_to_meta
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_models") is None, reason="the wheel llama-models is not installed")
+
+CONFIG = Llama3VisionConfig(
+    tile_size=mllama.TILE, clip_embed_dim=32, clip_num_heads=4, clip_num_layers=4, clip_hidden_dim=128, clip_hidden_states=(0, 2, 3),
+    num_layers_projection=2, vocab_size=mllama.VOCAB, num_layers=4, fusion_interval=2, num_heads=8, num_kv_heads=2, embed_dim=64,
+    intermediate_dim=192, max_seq_len=64, encoder_max_seq_len=272, image_token_id=mllama.VOCAB,
+)  # fmt: skip
+
+
+def _linear(n_in, n_out, bias=True, **parallel):
+    return nn.Linear(n_in, n_out, bias=bias)
+
+
+@pytest.fixture(scope="module")
+def meta():
+    """Meta's module multimodal.model, on one process."""
+    stand_ins = {name: types.ModuleType(name) for name in ("fairscale", "fairscale.nn", "fairscale.nn.model_parallel", "torchvision")}
+    initialize = types.ModuleType("fairscale.nn.model_parallel.initialize")
+    initialize.get_model_parallel_world_size = lambda: 1
+    layers = types.ModuleType("fairscale.nn.model_parallel.layers")
+    layers.ColumnParallelLinear = layers.RowParallelLinear = _linear
+    layers.VocabParallelEmbedding = lambda n, d, init_method: nn.Embedding(n, d)
+    transforms = types.ModuleType("torchvision.transforms")
+    transforms.functional = types.ModuleType("torchvision.transforms.functional")
+    stand_ins |= {m.__name__: m for m in (initialize, layers, transforms)}
+    stand_ins["fairscale.nn.model_parallel"].initialize = initialize
+    stand_ins["torchvision"].transforms = transforms
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        module = importlib.import_module("llama_models.llama3.multimodal.model")
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = old
+    module.reduce_from_tensor_model_parallel_region = module.gather_from_tensor_model_parallel_region = lambda t: t
+    return module
+
+
+def reference(meta, seed=0) -> nn.Module:
+    args = meta.ModelArgs(
+        dim=64, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=mllama.VOCAB, multiple_of=64, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True,
+        max_batch_size=4, max_seq_len=64, vision_chunk_size=mllama.TILE, vision_max_num_chunks=4,
+    )  # fmt: skip
+    args.vision_num_cross_attention_layers = 2
+    whole = nn.Module()
+    whole.vision_model = nn.Module()
+    whole.vision_model.vision_encoder = meta.VisionEncoder(
+        4, image_size=mllama.TILE, width=32, layers=4, heads=4, n_global_layers=2, global_model=True, return_intermediate=[0, 2, 3]
+    )
+    whole.vision_model.vision_projection = nn.Linear(32 * 4, 64)
+    whole.text_model = meta.CrossAttentionTransformerText(args)
+    mllama.randomize(whole, seed)
+    return whole.eval()
+
+
+def logits_of(whole, tokens, images, aspect_ratio, visible):
+    """As Meta's CrossAttentionTransformer puts the parts together. visible: [b, s, images, tiles]."""
+    text = whole.text_model
+    text.setup_cache(4, "cpu", torch.float32)
+    vision = whole.vision_model.vision_projection(whole.vision_model.vision_encoder(images, aspect_ratio))
+    caches = torch.stack([layer.compute_xattn_kv_cache(vision.flatten(1, 3)) for layer in text.cross_attention_layers])
+    hidden = torch.where(visible.bool(), 0.0, torch.finfo(torch.float32).min)
+    s = tokens.shape[1]
+    mask, rows = text._get_xattn_mask(num_tokens=s, text_device="cpu", text_dtype=torch.float32, vision_tokens=vision, cross_attention_masks=hidden)
+    return text(torch.arange(s), text.get_partially_trainable_embedding(tokens), mask, rows, caches)
+
+
+def batch_of(samples):
+    made = mllama.config()
+    given = mllama.batch(samples)
+    ours = mllama.as_fastfuse(given, made)
+    ratios = ours["encoder_input"]["aspect_ratio"]
+    ratios[ratios == 0] = 1  # padding images count as one tile for Meta
+    theirs = (given["input_ids"], given["pixel_values"], ratios, given["cross_attention_mask"])
+    return ours, theirs
+
+
+@pytest.mark.parametrize("samples", [[["coffee"]], [["coffee"], ["astronaut", "chelsea"], []]], ids=["one image", "1, 2 and 0 images"])
+def test_logits_equal_meta(meta, samples):
+    theirs = reference(meta)
+    ours = build(CONFIG, profile="meta").eval()
+    ours.load_state_dict(llama3_vision_meta_to_tune(theirs.state_dict()))
+    mine, others = batch_of(samples)
+    with torch.no_grad():
+        got, expected = ours(**mine), logits_of(theirs, *others)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_default_profile_is_not_metas(meta):
+    """torchtune's model does not fill tiles up to 8 tokens: close, not equal."""
+    theirs = reference(meta)
+    ours = build(CONFIG).eval()
+    ours.load_state_dict(llama3_vision_meta_to_tune(theirs.state_dict()))
+    mine, others = batch_of([["coffee"]])
+    with torch.no_grad():
+        assert (ours(**mine) - logits_of(theirs, *others)).abs().max() > 1e-3
+
+
+def test_metas_state_dict_comes_back_to_the_bit(meta):
+    theirs = reference(meta).state_dict()
+    back = llama3_vision_tune_to_meta(llama3_vision_meta_to_tune(theirs))
+    assert set(back) == {k for k in theirs if "rope" not in k}
+    assert all(torch.equal(back[k], theirs[k]) for k in back)
