@@ -1,0 +1,129 @@
+"""From a folder of weights to a model that answers: config, builder and checkpoint together."""
+
+import json
+from functools import partial
+
+import mllama
+import pytest
+import torch
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from fastfuse.checkpoints import load_model, save_checkpoint
+from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora
+from fastfuse.modules.peft import LoRALinear
+
+SAMPLES = [["coffee"], ["astronaut", "chelsea"], []]
+PARAMS = {  # params.json of the published 11B model
+    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, "multiple_of": 1024,
+    "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True, "vision_chunk_size": 560, "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random Mllama, and the folder transformers saved it into, in shards."""
+    theirs = mllama.build(mllama.config((1, 3), 4))
+    folder = tmp_path_factory.mktemp("mllama")
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return theirs, folder
+
+
+def test_what_transformers_saves_gives_the_same_logits(saved):
+    theirs, folder = saved
+    ours = load_model(folder, profile="transformers")
+    assert not ours.training
+    batch = mllama.batch(SAMPLES)
+    with torch.no_grad():
+        got, expected = ours(**mllama.as_fastfuse(batch, theirs.config)), theirs(**batch).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_and_back_it_is_the_same_file_to_the_bit(saved, tmp_path):
+    theirs, folder = saved
+    ours = load_model(folder, profile="transformers")
+    save_checkpoint(ours, tmp_path, config=json.loads((folder / "config.json").read_text()), max_shard_size=100_000)
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    want, got = theirs.state_dict(), again.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_rows_that_fit_no_grid_are_refused_with_the_profile_that_holds_them(saved):
+    with pytest.raises(ValueError, match="the `transformers` profile"):
+        load_model(saved[1])
+
+
+def test_a_lora_model_starts_as_its_base(saved):
+    theirs, folder = saved
+    make = partial(build_lora, lora_attn_modules=["q_proj", "v_proj"], decoder_lora=True, apply_lora_to_mlp=True)
+    ours = load_model(folder, profile="transformers", build=make)
+    assert sum(isinstance(m, LoRALinear) for m in ours.modules()) > 20
+    batch = mllama.batch(SAMPLES)
+    with torch.no_grad():
+        got, expected = ours(**mllama.as_fastfuse(batch, theirs.config)), theirs(**batch).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_dtype_is_of_every_parameter_and_rotary_tables_stay_fp32(saved):
+    ours = load_model(saved[1], profile="transformers", dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert ours.decoder.layers[0].attn.pos_embeddings.cache.dtype == torch.float32
+    with torch.no_grad():
+        logits = ours(**mllama.as_fastfuse(mllama.batch([[]]), saved[0].config))
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_published_sizes_from_either_config():
+    assert Llama3VisionConfig.from_meta(PARAMS) == CONFIGS["11b"]
+    large = PARAMS | {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096, "vision_num_cross_attention_layers": 20}
+    assert Llama3VisionConfig.from_meta(large) == CONFIGS["90b"]
+    published = MllamaConfig().to_dict()  # transformers' defaults are 11B's base model, but for the rope scaling
+    published["text_config"]["rope_parameters"] = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = Llama3VisionConfig.from_hf(published)
+    scaling = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+    cross = (3, 8, 13, 18, 23, 28, 33, 38)
+    assert config == CONFIGS["11b"].replace(tile_size=448, encoder_max_seq_len=20 * 4100, rope_scaling=scaling, cross_attention_layers=cross)
+
+
+@pytest.mark.parametrize("made", [Llama3VisionConfig.from_hf(mllama.config()), CONFIGS["11b"], CONFIGS["90b"]], ids=["small", "11b", "90b"])
+def test_a_config_survives_the_way_to_transformers_and_back(made):
+    back = Llama3VisionConfig.from_hf(MllamaConfig(**made.to_hf()))
+    with torch.device("meta"):
+        want, got = build(made).state_dict(), build(back).state_dict()
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+    assert back.to_hf() == made.to_hf()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vision_config": {"hidden_act": "relu"}}, "config: hidden_act is 'relu', covered: 'gelu'"),
+        ({"text_config": {"hidden_act": "gelu"}}, "config: hidden_act is 'gelu', covered: 'silu'"),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}}, "config: rope_type is 'yarn', covered: 'default', 'llama3'"),
+        ({"text_config": {"head_dim": 48}}, "config: head_dim is 48, covered"),
+        ({"vision_config": {"image_size": [448, 560]}}, r"config: image_size is \[448, 560\], tiles and patches are square here"),
+    ],
+)
+def test_a_config_the_architecture_has_no_place_for_is_refused(change, message):
+    whole = mllama.config().to_dict()
+    for part, values in change.items():
+        whole[part] |= values
+    with pytest.raises(ValueError, match=message):
+        Llama3VisionConfig.from_hf(whole)
+    with pytest.raises(ValueError, match="config has model_type 'llama', expected 'mllama'"):
+        Llama3VisionConfig.from_hf({"model_type": "llama"})
+    with pytest.raises(ValueError, match="params: dim missing"):
+        Llama3VisionConfig.from_meta({k: v for k, v in PARAMS.items() if k != "dim"})
+
+
+def test_weights_without_a_config_need_one(saved, tmp_path):
+    ours = load_model(saved[1], profile="transformers")
+    save_checkpoint(ours, tmp_path / "model.safetensors", format="tune")
+    with pytest.raises(ValueError, match=r"neither config\.json nor params\.json beside it: pass config"):
+        load_model(tmp_path / "model.safetensors", profile="transformers")
+    config = Llama3VisionConfig.from_hf(saved[0].config)
+    again = load_model(tmp_path / "model.safetensors", profile="transformers", config=config)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
