@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--version", action="version", version=f"fastfuse {fastfuse.__version__}")
     commands = p.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a photo through a small QLoRA vision-language model, before and after patch")
+    demo.add_argument(
+        "--arch", choices=("mllama", "fastfuse"), default="mllama", help="transformers' Mllama, patched (default), or fastfuse's own DeepFusionModel"
+    )
     demo.add_argument("--image", metavar="PATH", help="your own photo; scikit-image's astronaut where left out")
     demo.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens to generate (default 16)")
     demo.add_argument("--interpret", action="store_true", help="on a CPU, also run the Triton kernels themselves on one layer, through Triton's interpreter")
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as e:
         return _failed(f"needs {e.name}: pip install 'fastfuse[demo]'")
     try:
-        demo(a.image, a.tokens, a.interpret)
+        demo(a.image, a.tokens, a.interpret, a.arch)
     except (DemoError, fastfuse.Unsupported) as e:
         return _failed(str(e))
     except KeyboardInterrupt:

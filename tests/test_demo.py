@@ -45,6 +45,20 @@ def test_a_photo_gives_equal_tokens_and_the_model_comes_back(photo, tmp_path, ca
         assert re.search(r"nf4_lora_linear +patched +46", out) and "the PyTorch reference: no GPU found" in out
 
 
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_the_own_architecture_gives_equal_tokens(photo, tmp_path, capsys):
+    path = PHOTOS[photo](tmp_path)
+    assert main(["demo", "--arch", "fastfuse", "--tokens", "6", *(["--image", path] if path else [])]) == 0
+    out = capsys.readouterr().out
+    tokens = re.findall(r"(before|after ) +\[([\d, ]+)\]", out)
+    assert len(tokens) == 2 and len(tokens[0][1].split(",")) == len(tokens[1][1].split(",")) == 6
+    assert "logits equal to the bit again" in out and "nf4_lora_linear in 46 LoRALinear" in out
+    predicted, measured = re.search(r"predicted ([\d.]+) MiB of weights, measured ([\d.]+) MiB", out).groups()
+    assert float(predicted) == pytest.approx(float(measured), rel=0.02)
+    if not _gpu():
+        assert tokens[0][1] == tokens[1][1] and "equal, all 6" in out and "the PyTorch reference: no GPU found" in out
+
+
 def _gpu() -> bool:
     import torch
 
@@ -56,17 +70,17 @@ def test_photos_reach_the_answer(tmp_path):
     import torch
     from rich.progress import Progress
 
-    from fastfuse import demo
+    from fastfuse.demo import CPU_SIZE, load_image, mllama
 
     device = torch.device("cpu")
     with Progress(disable=True) as progress:
         torch.manual_seed(0)
-        model = demo.build(demo.CPU_SIZE, device, progress)
+        model = mllama.build(CPU_SIZE, device, progress)
         logits = []
         for photo in PHOTOS.values():
-            batch = demo.prepare(demo.load_image(photo(tmp_path))[0], demo.CPU_SIZE, device)
+            batch = mllama.prepare(load_image(photo(tmp_path))[0], CPU_SIZE, device)
             batch.pop("tiles")
-            logits.append(demo.answer(model, batch, 0, progress, "").logits)
+            logits.append(mllama.answer(model, batch, 0, progress, "").logits)
     assert (logits[0] - logits[1]).abs().max() > 1e-3 and (logits[1] - logits[2]).abs().max() > 1e-3
 
 
@@ -85,26 +99,30 @@ ODD = {
 def test_odd_images_work(kind, tmp_path):
     import torch
 
-    from fastfuse import demo
+    from fastfuse.demo import CPU_SIZE, deep_fusion, load_image, mllama
 
-    image, _ = demo.load_image(save(tmp_path, "image.png", ODD[kind]()))
+    image, _ = load_image(save(tmp_path, "image.png", ODD[kind]()))
     assert image.mode == "RGB"
-    batch = demo.prepare(image, demo.CPU_SIZE, torch.device("cpu"))
+    batch = mllama.prepare(image, CPU_SIZE, torch.device("cpu"))
     assert batch["pixel_values"].shape == (1, 1, 4, 3, 224, 224) and batch["pixel_values"].isfinite().all()
+    batch, ratio = deep_fusion.prepare(image, CPU_SIZE, torch.device("cpu"))
+    tiles = batch["encoder_input"]["images"]
+    assert tiles.shape == (1, 1, 4, 3, 224, 224) and tiles.isfinite().all()
+    assert 1 <= ratio[0] * ratio[1] <= 4 and batch["encoder_mask"].sum() == 14 * ratio[0] * ratio[1] * 257
 
 
 def test_sixteen_bits_are_not_clipped(tmp_path):
-    from fastfuse import demo
+    from fastfuse.demo import load_image
 
-    grey = np.asarray(demo.load_image(save(tmp_path, "grey.png", data.camera().astype(np.uint16) * 257))[0])[..., 0]
+    grey = np.asarray(load_image(save(tmp_path, "grey.png", data.camera().astype(np.uint16) * 257))[0])[..., 0]
     assert np.abs(grey.astype(int) - data.camera().astype(int)).max() <= 1
 
 
 def test_transparent_is_white(tmp_path):
-    from fastfuse import demo
+    from fastfuse.demo import load_image
 
     clear = np.zeros((8, 8, 4), np.uint8)
-    assert np.asarray(demo.load_image(save(tmp_path, "clear.png", clear))[0]).min() == 255
+    assert np.asarray(load_image(save(tmp_path, "clear.png", clear))[0]).min() == 255
 
 
 def wrong_images(folder: Path) -> dict[str, str]:
@@ -149,8 +167,9 @@ def test_command_line():
 
 
 @pytest.mark.skipif(_gpu(), reason="the interpreter is for machines without a GPU")
-def test_interpret_runs_the_kernels():
-    done = run("-m", "fastfuse", "demo", "--interpret", "--tokens", "1")
+@pytest.mark.parametrize("arch", ["mllama", "fastfuse"])
+def test_interpret_runs_the_kernels(arch):
+    done = run("-m", "fastfuse", "demo", "--interpret", "--tokens", "1", "--arch", arch)
     assert done.returncode == 0, done.stderr
     apart = re.search(r"14 modules of the first decoder layer as Triton kernels: logits ([\d.e+-]+) apart", done.stdout)
     assert apart and 0 < float(apart.group(1)) < 1e-4

@@ -1,130 +1,58 @@
-"""A photo through a QLoRA vision-language model with random weights: its own forward, then patched, then given back."""
+"""transformers' Mllama with PEFT over bitsandbytes NF4, random weights: its own forward, then patched, then given back."""
 
 import statistics
 import time
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from rich.progress import Progress
+from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessorPil
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
 
 import fastfuse
+from fastfuse.demo.image import DemoError
+from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_slice
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"]
 RANK = 16
-REPEATS = 3  # timed runs of the prompt; the median is shown
-MAX_SIDE = 8192  # a longer image is reduced first: the model sees four tiles at most
 
 
-class DemoError(Exception):
-    """Something about the user's input, in one line."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Llama 3.2 Vision's architecture at another size."""
-
-    text_hidden: int
-    text_mlp: int
-    text_heads: int
-    text_kv_heads: int
-    text_layers: int
-    vision_hidden: int
-    vision_mlp: int
-    vision_heads: int
-    vision_layers: int
-    tile: int
-    vocab: int
-    dtype: torch.dtype
-
-
-CPU_SIZE = Size(256, 704, 4, 2, 4, 128, 512, 4, 2, 224, 1024, torch.float32)
-GPU_SIZE = Size(4096, 14336, 32, 8, 4, 1280, 5120, 16, 4, 560, 128256, torch.bfloat16)  # the widths of the 11B model
-
-
-def demo(image_path: str | None, tokens: int, interpret: bool) -> None:
-    """Print the whole comparison. Raises DemoError for an image that cannot be used."""
-    console = Console(width=160 if not Console().is_terminal else None, highlight=False, soft_wrap=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
-    image, name = load_image(image_path)
+def run(console: Console, progress: Progress, image: Image.Image, name: str, tokens: int, interpret: bool, size: Size, device: torch.device) -> None:
+    """Print the whole comparison."""
     held_before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        model = build(size, device, progress)
-        batch = prepare(image, size, device)
-        console.print(
-            f"photo        {name}, {image.width} x {image.height}, {batch['tiles']} tiles of {size.tile} px, aspect ratio id {batch['aspect_ratio_ids'].item()}"
-        )
-        console.print(
-            f"model        Mllama, random weights: {size.text_layers} text layers of width {size.text_hidden}, {size.vision_layers} + 1 vision layers of width {size.vision_hidden}, LoRA rank {RANK}, {size.dtype}"
-        )
-        _print_memory(console, model, device, held_before)
-        batch.pop("tiles")
-        before = answer(model, batch, tokens, progress, "its own forward")
-        report = fastfuse.patch(model, verify=device.type == "cpu")
-        after = answer(model, batch, tokens, progress, "patched")
-        fallbacks = fastfuse.status(model).fallbacks
-        fastfuse.unpatch(model)
-        back = answer(model, batch, 0, progress, "given back")
-        sliced = _interpreted(model, batch, progress) if interpret and device.type == "cpu" else None
+    model = build(size, device, progress)
+    batch = prepare(image, size, device)
+    console.print(
+        f"photo        {name}, {image.width} x {image.height}, {batch['tiles']} tiles of {size.tile} px, aspect ratio id {batch['aspect_ratio_ids'].item()}"
+    )
+    console.print(
+        f"model        Mllama, random weights: {size.text_layers} text layers of width {size.text_hidden}, {size.vision_layers} + 1 vision layers of width {size.vision_hidden}, LoRA rank {RANK}, {size.dtype}"
+    )
+    measured = torch.cuda.memory_allocated() - held_before if device.type == "cuda" else stored_bytes(model)
+    print_memory(console, *predict_memory(model), measured)
+    batch.pop("tiles")
+    before = answer(model, batch, tokens, progress, "its own forward")
+    report = fastfuse.patch(model, verify=device.type == "cpu")
+    after = answer(model, batch, tokens, progress, "patched")
+    fallbacks = fastfuse.status(model).fallbacks
+    fastfuse.unpatch(model)
+    back = answer(model, batch, 0, progress, "given back")
+    sliced = _interpreted(model, batch, progress) if interpret and device.type == "cpu" else None
     console.print(str(report))
-    print_comparison(console, before, after, back, fallbacks)
+    print_comparison(console, before, after, back, "unpatch")
+    if fallbacks:
+        console.print(f"fallbacks    {fallbacks}")
     if sliced is not None:
-        _print_slice(console, before, sliced)
-    ran = report.patched[0].backend
-    console.print(f"backend      {'Triton kernels' if ran == 'triton' else 'the PyTorch reference: no GPU found, and nothing here was measured on one'}")
-
-
-def load_image(path: str | None) -> tuple[Image.Image, str]:
-    """An RGB image and its name. Transparency is laid over white, EXIF rotation is applied."""
-    if path is None:
-        from skimage import data
-
-        return Image.fromarray(data.astronaut()), "scikit-image's astronaut"
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-        raise DemoError(f"--image {path}: not a regular file")  # reading a pipe could wait for ever
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                image.load()
-    except FileNotFoundError:
-        raise DemoError(f"--image {path}: no such file") from None
-    except UnidentifiedImageError:
-        raise DemoError(f"--image {path}: not an image that Pillow can read") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DemoError(f"--image {path}: more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS}") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise DemoError(f"--image {path}: cannot be read: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
-    if image.mode.startswith(("I;16", "I", "F")) and image.mode != "RGB":
-        image = _to_eight_bits(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    if max(image.size) > MAX_SIDE:
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image, path
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float greyscale, which Pillow would clip: stretched from its own darkest to its own brightest."""
-    values = image.convert("F")
-    low, high = values.getextrema()
-    return values.point(lambda v: v * (255 / max(high - low, 1e-6)) - low * (255 / max(high - low, 1e-6))).convert("L")
+        print_slice(console, before, sliced)
+    print_backend(console, report.patched[0].backend == "triton")
 
 
 def build(size: Size, device: torch.device, progress: Progress) -> nn.Module:
@@ -177,7 +105,7 @@ def prepare(image: Image.Image, size: Size, device: torch.device) -> dict:
         pixels = processor([[image]], return_tensors="pt")
     except (ValueError, ZeroDivisionError) as e:
         raise DemoError(f"transformers' image processor refuses an image of {image.width} x {image.height}: {str(e).splitlines()[0]}") from None
-    ids = [size.vocab, 1, *range(5, 17)]  # <|image|>, begin of text, a question
+    ids = [size.vocab, 1, *QUESTION]  # <|image|>, begin of text, a question
     mask = convert_sparse_cross_attention_mask_to_dense(
         [get_cross_attention_token_mask(ids, size.vocab)], pixels["num_tiles"], max_num_tiles=4, length=len(ids)
     )
@@ -190,15 +118,6 @@ def prepare(image: Image.Image, size: Size, device: torch.device) -> dict:
         "cross_attention_mask": torch.as_tensor(mask, device=device),
         "tiles": pixels["num_tiles"][0][0],
     }
-
-
-@dataclass(frozen=True)
-class Answer:
-    logits: Tensor  # of the prompt
-    tokens: list[int]
-    margin: float  # the smallest lead of a chosen token over the next best
-    prefill_s: float
-    decode_s: float
 
 
 class _Ticks:
@@ -250,36 +169,6 @@ def _interpreted(model: nn.Module, batch: dict, progress: Progress) -> tuple[Ans
             logits = model(**batch).logits
         progress.remove_task(task)
     return Answer(logits.float(), [], 0.0, time.perf_counter() - start, 0.0), n
-
-
-def print_comparison(console: Console, before: Answer, after: Answer, back: Answer, fallbacks: dict) -> None:
-    console.print(f"tokens       before {before.tokens}")
-    console.print(f"             after  {after.tokens}")
-    apart = (after.logits - before.logits).abs().max().item()
-    if before.tokens == after.tokens:
-        verdict = f"equal, all {len(before.tokens)}"
-    else:
-        first = next(i for i, (p, q) in enumerate(zip(before.tokens, after.tokens, strict=True)) if p != q)
-        verdict = f"differ from token {first + 1} of {len(before.tokens)}"
-    console.print(f"             {verdict}; the closest choice led by {before.margin:.2e}")
-    console.print(f"logits       at most {apart:.2e} apart on a scale of {before.logits.abs().max().item():.2f}")
-    console.print(f"unpatch      logits {'equal to the bit again' if torch.equal(back.logits, before.logits) else 'DIFFER from before'}")
-    if fallbacks:
-        console.print(f"fallbacks    {fallbacks}")
-    token = f", token {before.decode_s * 1e3:.1f} -> {after.decode_s * 1e3:.1f} ms" if len(before.tokens) > 1 else ""
-    console.print(f"time         prompt {before.prefill_s * 1e3:.1f} -> {after.prefill_s * 1e3:.1f} ms{token}")
-
-
-def _print_slice(console: Console, before: Answer, sliced: tuple[Answer, int]) -> None:
-    answer, n = sliced
-    apart = (answer.logits - before.logits).abs().max().item()
-    console.print(f"interpreter  {n} modules of the first decoder layer as Triton kernels: logits {apart:.2e} apart, {answer.prefill_s:.1f} s")
-
-
-def _print_memory(console: Console, model: nn.Module, device: torch.device, held_before: int) -> None:
-    predicted, dense = predict_memory(model)
-    measured = torch.cuda.memory_allocated() - held_before if device.type == "cuda" else stored_bytes(model)
-    console.print(f"memory       predicted {predicted / 2**20:.1f} MiB of weights, measured {measured / 2**20:.1f} MiB; without NF4 {dense / 2**20:.1f} MiB")
 
 
 def predict_memory(model: nn.Module) -> tuple[int, int]:

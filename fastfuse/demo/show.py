@@ -1,0 +1,71 @@
+"""What every demo shows: the model's size, two answers side by side, and which backend gave them."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+REPEATS = 3  # timed runs of the prompt; the median is shown
+QUESTION = range(5, 17)  # a prompt of fixed token ids: the weights are random, words would mean nothing
+
+
+@dataclass(frozen=True)
+class Size:
+    """Llama 3.2 Vision's architecture at another size."""
+
+    text_hidden: int
+    text_mlp: int
+    text_heads: int
+    text_kv_heads: int
+    text_layers: int
+    vision_hidden: int
+    vision_mlp: int
+    vision_heads: int
+    vision_layers: int
+    tile: int
+    vocab: int
+    dtype: torch.dtype
+
+
+CPU_SIZE = Size(256, 704, 4, 2, 4, 128, 512, 4, 2, 224, 1024, torch.float32)
+GPU_SIZE = Size(4096, 14336, 32, 8, 4, 1280, 5120, 16, 4, 560, 128256, torch.bfloat16)  # the widths of the 11B model
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: Tensor  # of the prompt
+    tokens: list[int]
+    margin: float  # the smallest lead of a chosen token over the next best
+    prefill_s: float
+    decode_s: float
+
+
+def print_comparison(console: Console, before: Answer, after: Answer, back: Answer, undo: str) -> None:
+    console.print(f"tokens       before {before.tokens}")
+    console.print(f"             after  {after.tokens}")
+    apart = (after.logits - before.logits).abs().max().item()
+    if before.tokens == after.tokens:
+        verdict = f"equal, all {len(before.tokens)}"
+    else:
+        first = next(i for i, (p, q) in enumerate(zip(before.tokens, after.tokens, strict=True)) if p != q)
+        verdict = f"differ from token {first + 1} of {len(before.tokens)}"
+    console.print(f"             {verdict}; the closest choice led by {before.margin:.2e}")
+    console.print(f"logits       at most {apart:.2e} apart on a scale of {before.logits.abs().max().item():.2f}")
+    console.print(f"{undo:<12} logits {'equal to the bit again' if torch.equal(back.logits, before.logits) else 'DIFFER from before'}")
+    token = f", token {before.decode_s * 1e3:.1f} -> {after.decode_s * 1e3:.1f} ms" if len(before.tokens) > 1 else ""
+    console.print(f"time         prompt {before.prefill_s * 1e3:.1f} -> {after.prefill_s * 1e3:.1f} ms{token}")
+
+
+def print_slice(console: Console, before: Answer, sliced: tuple[Answer, int]) -> None:
+    answer, n = sliced
+    apart = (answer.logits - before.logits).abs().max().item()
+    console.print(f"interpreter  {n} modules of the first decoder layer as Triton kernels: logits {apart:.2e} apart, {answer.prefill_s:.1f} s")
+
+
+def print_memory(console: Console, predicted: int, dense: int, measured: int) -> None:
+    console.print(f"memory       predicted {predicted / 2**20:.1f} MiB of weights, measured {measured / 2**20:.1f} MiB; without NF4 {dense / 2**20:.1f} MiB")
+
+
+def print_backend(console: Console, triton: bool) -> None:
+    console.print(f"backend      {'Triton kernels' if triton else 'the PyTorch reference: no GPU found, and nothing here was measured on one'}")

@@ -1,0 +1,21 @@
+"""The examples run, and do what they say."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+from fastfuse.checkpoints import open_checkpoint
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_finetune_qlora_learns(tmp_path, monkeypatch, capsys):
+    adapter = tmp_path / "adapter.safetensors"
+    monkeypatch.setattr(sys, "argv", ["finetune_qlora.py", "--steps", "12", "--adapter", str(adapter)])
+    runpy.run_path(str(EXAMPLES / "finetune_qlora.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert out.count(" -> '") == 3
+    assert all("lora" in name for name in open_checkpoint(adapter)) and len(open_checkpoint(adapter)) > 50
