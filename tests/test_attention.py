@@ -330,3 +330,24 @@ def test_gradients_by_finite_differences():
     mask = torch.tensor([[[1, 0, 1], [0, 0, 0]]]).bool()
     x, y = torch.randn(1, 2, D, dtype=torch.float64, requires_grad=True), torch.randn(1, 3, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, y: attn(x, y, mask=mask), (x, y))
+
+
+def test_packed_sequences_see_themselves_alone():
+    from fastfuse.modules import create_block_causal_mask, packed_block_causal_mask
+
+    lengths = [torch.tensor([2, 3]), torch.tensor([1, 1, 3])]
+    want = torch.tensor(
+        [
+            [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]],
+            [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]],
+        ],
+        dtype=torch.bool,
+    )
+    assert torch.equal(create_block_causal_mask(lengths), want) and torch.equal(packed_block_causal_mask(lengths), want)
+    attn = shaken(make_attention(rope=rope()))
+    x = torch.randn(1, 5, D)
+    packed = attn(x, x, mask=want[:1], input_pos=torch.tensor([[0, 1, 0, 1, 2]]))
+    apart = torch.cat([attn(part, part) for part in (x[:, :2], x[:, 2:])], 1)
+    assert (packed - apart).abs().max() <= 1e-5 * apart.abs().max()
+    with pytest.raises(ValueError, match=r"seq_lens has rows of \[2, 3\] tokens"):
+        create_block_causal_mask([torch.tensor([2]), torch.tensor([3])])

@@ -381,3 +381,12 @@ def test_llama_s_mlp_draws_gate_down_up_and_computes_swiglu():
     w1, w2, w3 = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False), nn.Linear(8, 12, bias=False)
     x = torch.randn(3, 8)
     assert torch.equal(mlp(x), w2(F.silu(w1(x)) * w3(x)))
+
+
+@pytest.mark.parametrize("names", [["qproj"], ["q_proj", "w1"], "q_proj"])
+def test_an_unknown_projection_is_refused(names):
+    """It would silently get no adapter."""
+    from fastfuse.models.llama3_1 import lora_llama3_attention
+
+    with pytest.raises(ValueError, match=r"lora_modules is .*, expected a list of q_proj, k_proj, v_proj, output_proj"):
+        lora_llama3_attention(names, embed_dim=8, num_heads=2, num_kv_heads=2, max_seq_len=4, lora_rank=2, lora_alpha=4)

@@ -193,3 +193,14 @@ def test_left_pad_sequence():
     assert left_pad_sequence(rows, batch_first=True, padding_value=9).tolist() == [[9, 1, 2], [3, 4, 5]]
     assert left_pad_sequence(rows).tolist() == [[0, 3], [1, 4], [2, 5]]
     assert left_pad_sequence([torch.ones(2, 3), torch.ones(1, 3)], True).tolist() == [[[1] * 3] * 2, [[0] * 3, [1] * 3]]
+
+
+def test_contradictions_between_an_image_and_what_is_said_of_it_are_refused():
+    cut = sample(3, [4])
+    cut["encoder_input"]["images"][0] = cut["encoder_input"]["images"][0][:1]
+    with pytest.raises(InvalidArgument, match=r"sample 1: an image has 1 tiles and aspect_ratio \(4, 1\)"):
+        padded_collate_tiled_images_and_mask([sample(3), cut])
+    floats = sample(3, [1])
+    floats["encoder_mask"][0] = floats["encoder_mask"][0].float()
+    with pytest.raises(InvalidArgument, match=r"sample 0: encoder_mask is torch\.float32, expected torch\.bool"):
+        padded_collate_tiled_images_and_mask([floats])

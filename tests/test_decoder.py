@@ -325,7 +325,7 @@ def test_lengths_of_the_caches(caplog):
         assert model.caches_are_setup() and model.caches_are_enabled()
     with caplog.at_level(logging.WARNING):
         model.setup_caches(B, torch.bfloat16)
-    assert len(caplog.records) == 4
+    assert len(caplog.records) == 1
     assert not any("cache" in key for key in model.state_dict())
 
 
@@ -465,3 +465,29 @@ def test_shaken_models_differ_from_fresh_ones():
     """The helpers of these tests leave no norm at one and no gate closed."""
     scales = [p for n, p in shaken(make_decoder()).named_parameters() if n.endswith("scale")]
     assert len(scales) == 13 and all(((p != 1) & (p != 0)).all() for p in scales)
+
+
+def test_rows_that_would_broadcast_are_refused(tokens, images):
+    """One row of text and three of images would give three rows of logits."""
+    encoded, mask = images
+    decoder = make_decoder()
+    for wrong, message in (
+        ({"encoder_input": encoded[:1], "encoder_mask": mask}, r"encoder_input has 1 rows, the batch has 3"),
+        ({"encoder_input": encoded, "encoder_mask": mask[:2]}, r"encoder_mask has shape \(2, 9, 7\), expected \(3 or 1, 9, keys\)"),
+        ({"encoder_input": encoded, "encoder_mask": mask[:, :1]}, r"encoder_mask has shape \(3, 1, 7\), expected \(3 or 1, 9, keys\)"),
+        ({"mask": torch.ones(1, 1, S, dtype=torch.bool)}, r"mask has shape \(1, 1, 9\), expected \(3 or 1, 9, keys\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder(tokens, **wrong)
+    with pytest.raises(ValueError, match=r"encoder_input has 3 rows, the batch has 1"):
+        decoder(tokens[:1], encoder_input=encoded, encoder_mask=mask[:1])
+    with pytest.raises(ValueError, match=r"tokens has shape \(9,\), expected \(b, s\)"):
+        decoder(tokens[0])
+
+
+def test_a_second_setup_keeps_the_sizes_with_the_caches(caplog):
+    decoder = make_decoder()
+    decoder.setup_caches(2, torch.float32, encoder_max_seq_len=12, decoder_max_seq_len=10)
+    decoder.setup_caches(2, torch.float32, encoder_max_seq_len=40, decoder_max_seq_len=30)
+    assert (decoder.encoder_max_cache_seq_len, decoder.decoder_max_cache_seq_len) == (12, 10)
+    assert "already setup" in caplog.text

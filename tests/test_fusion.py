@@ -410,3 +410,22 @@ def test_pickles_and_copies_own_their_fusion_parameters():
         del twin.encoder.projection.extra
         twin.load_state_dict({k: torch.zeros_like(v) for k, v in twin.state_dict().items()})
         assert not twin(tokens).any() and torch.equal(model(tokens, encoder_input=images), out)
+
+
+def test_distributed_checkpointing_knows_the_keys():
+    """torch.distributed.checkpoint walks modules by key, and the keys leave `layer.` and `embedding.` out."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = make_decoder(), make_decoder()
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    assert any("fusion_layer" in k for k in state) and not any(".layer." in k for k in state)
+    assert not all(torch.equal(a, b) for a, b in zip(state.values(), other.state_dict().values(), strict=True))
+    set_model_state_dict(other, state)
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
+
+
+def test_images_come_as_the_encoders_keywords():
+    model = DeepFusionModel(make_decoder(), Doubling(0.0))
+    with pytest.raises(TypeError, match="encoder_input is a Tensor, expected a dict of the encoder's keyword arguments"):
+        model(torch.zeros(1, 2, dtype=torch.int64), encoder_input=torch.zeros(1, 3, D))

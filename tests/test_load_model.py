@@ -127,3 +127,28 @@ def test_weights_without_a_config_need_one(saved, tmp_path):
     config = Llama3VisionConfig.from_hf(saved[0].config)
     again = load_model(tmp_path / "model.safetensors", profile="transformers", config=config)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+
+
+def test_a_saved_model_brings_its_config(saved, tmp_path):
+    ours = load_model(saved[1], profile="transformers")
+    save_checkpoint(ours, tmp_path)
+    again = load_model(tmp_path, profile="transformers")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=r"dtype is 'bfloat16', expected a floating point torch\.dtype"):
+        load_model(tmp_path, profile="transformers", dtype="bfloat16")
+    for nothing in ({}, None):
+        with pytest.raises(ValueError, match="save_checkpoint: model is"):
+            save_checkpoint(nothing, tmp_path / "x", format="tune")
+
+
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+@pytest.mark.parametrize("profile", ["torchtune", "transformers"])
+def test_to_empty_and_a_state_dict_make_a_whole_model(start, profile):
+    config = Llama3VisionConfig.from_hf(mllama.config())
+    want = mllama.randomize(build(config, profile=profile)).eval()
+    with torch.device(start):
+        model = build(config, profile=profile).eval()
+    model.to_empty(device="cpu").load_state_dict(want.state_dict())
+    batch = mllama.as_fastfuse(mllama.batch(SAMPLES), mllama.config())
+    with torch.no_grad():
+        assert torch.equal(model(**batch), want(**batch))

@@ -197,3 +197,10 @@ def test_the_whole_linear_loss_compiles():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     exact = mean_of_negative_logs(copy.deepcopy(model.output).double()(h.double()), labels)
     assert_no_worse(compiled(h, labels)[None], loss(h, labels)[None], exact[None])
+
+
+def test_targets_of_another_shape_are_refused():
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(Model())
+    with pytest.raises(ValueError, match=r"outputs has shape \(3, 11, 16\), targets \(11, 3\)"):
+        loss(torch.randn(B, S, D), some_labels().T)

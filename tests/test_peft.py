@@ -548,7 +548,7 @@ def test_none_is_the_default_block_size():
         ((100, 100, 4), {"quantize_base": True}, AssertionError, "Input tensor must be divisible by block size, got 10000 and 64"),
         ((64, 64, 4), {"quantize_base": True}, AssertionError, "Number of scalers must be divisible by scaler block size, got 64 scaler_block_size 256"),
         ((64, 256, 4), {"quantize_base": True, "foo": 1}, TypeError, "foo"),
-        ((64, 64, 4), {"dropout": 1.5}, ValueError, "between 0 and 1, but got 1.5"),
+        ((64, 64, 4), {"dropout": 1.5}, ValueError, "dropout is 1.5, expected 0 to 1"),
         ((64, 64, 0), {}, InvalidArgument, "RALinear: rank is 0, expected at least 1"),
     ],
 )
@@ -808,3 +808,22 @@ def test_import_fastfuse_leaves_torchao_alone():
 
     code = "import sys, fastfuse, fastfuse.modules.peft, fastfuse.modules.low_precision; sys.exit('torchao' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=fastfuse.__path__[0] + "/..").returncode == 0
+
+
+def test_merging_with_another_rank_is_refused_before_anything_changes():
+    layer = LoRALinear(8, 6, rank=4, alpha=8.0)
+    state = {f"layer.{k}": v.clone() for k, v in layer.state_dict().items()}
+    before = {k: v.clone() for k, v in state.items()}
+    with pytest.raises(ValueError, match=r"rank is 2, layer\.lora_a\.weight has rank 4"):
+        get_merged_lora_ckpt(state, rank=2, alpha=8.0)
+    assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_dropout_is_a_probability(kind):
+    with pytest.raises(ValueError, match=r"dropout is -1\.0, expected 0 to 1"):
+        kind(8, 6, rank=2, alpha=4.0, dropout=-1.0)
+
+
+def test_a_forgotten_magnitude_shows():
+    assert DoRALinear(8, 6, rank=2, alpha=4.0)(torch.randn(1, 8)).isnan().all()

@@ -143,7 +143,7 @@ def test_positions_that_do_not_fit():
     rope = RotaryPositionalEmbeddings(8, 5)
     with pytest.raises(RuntimeError, match=r"shape '\[-1, 6, 1, 4, 2\]' is invalid"):
         rope(X)
-    with pytest.raises(IndexError, match="index 5 is out of bounds"):
+    with pytest.raises(IndexError, match="index out of range"):
         rope(X[:, :1], input_pos=torch.tensor([5]))
     with pytest.raises(RuntimeError, match="The size of tensor a"):
         rope(X[:, :5], input_pos=torch.zeros(2, 5, dtype=torch.long))
@@ -223,3 +223,25 @@ def test_axial_rotation_of_patches(cls_last):
             for b in range(2):
                 this = x[b : b + 1, token : token + 1]
                 assert_no_worse(out[b : b + 1, token : token + 1], rotate(this, one, angles), rotate(this.double(), one, angles))
+
+
+def test_a_negative_position_is_refused():
+    """Indexing would take it from the end of the table."""
+    with pytest.raises(IndexError, match="index out of range"):
+        RotaryPositionalEmbeddings(8, 20)(X, input_pos=torch.arange(X.shape[1]) - 1)
+
+
+def test_more_rows_of_positions_than_of_tokens_are_refused():
+    with pytest.raises(RuntimeError, match=r"The size of tensor a \(1\) must match the size of tensor b \(4\).*x has 1 rows, input_pos 4"):
+        RotaryPositionalEmbeddings(8, 20)(X[:1], input_pos=torch.arange(X.shape[1]).expand(4, -1))
+
+
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+def test_to_empty_leaves_the_tables_of_a_shared_module_right(start):
+    """A model shares one module among its layers, and to_empty then comes by once a layer."""
+    want = Llama3ScaledRoPE(8, 20)
+    with torch.device(start):
+        rope = Llama3ScaledRoPE(8, 20)
+        model = torch.nn.ModuleList([torch.nn.Sequential(rope, torch.nn.Linear(2, 2)) for _ in range(3)])
+    model.to_empty(device="cpu")
+    assert torch.equal(rope.cache, want.cache) and torch.equal(rope.theta, want.theta)

@@ -300,7 +300,7 @@ def test_with_tile_embeddings_several_tiles_need_a_ratio(made):
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"images has shape \(2, 4, 3, 9, 9\), expected \(b, n_imgs, n_tiles, c, tile_size, tile_size\)"):
+    with pytest.raises(ValueError, match=r"images has shape \(2, 4, 3, 9, 9\), expected \(b, n_imgs, n_tiles, 3, 9, 9\)"):
         transformer()(images()[0], RATIOS)
     with pytest.raises(ValueError, match=r"aspect_ratio has shape \(4, 2\), images \(2, 2, 4, 3, 9, 9\) need \(2, 2, 2\)"):
         transformer()(images(), RATIOS.flatten(0, 1))
@@ -429,3 +429,33 @@ def test_the_dense_formula_agrees_with_torch_on_its_parts():
     torch.testing.assert_close(patches(x, w), F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2))
     q = torch.randn(3, 7, D, dtype=torch.float64)
     torch.testing.assert_close(attend(q, q, q, None), F.scaled_dot_product_attention(q, q, q, scale=1 / math.sqrt(D)).transpose(0, 1).flatten(1))
+
+
+def small(**kwargs):
+    tables = {"pre_tile_pos_embed": TilePositionalEmbedding(T, D), "post_tile_pos_embed": TilePositionalEmbedding(T, D)}
+    return VisionTransformer(PATCH, TILE, 1, D, layer(), TiledTokenPositionalEmbedding(T, D, TILE, PATCH), **tables, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 12, 12), (1, 1, 1, 3, 27, 3), (1, 1, 1, 1, 9, 9), (1, 1, 1, 9, 9, 3), (1, 1, 3, 9, 9)])
+def test_tiles_of_another_size_are_refused(shape):
+    """3 x 9 patches of a 9 x 27 tile are as many as 9 x 3: they would pass as tokens of the wrong place."""
+    with pytest.raises(ValueError, match=r"images has shape .*, expected \(b, n_imgs, n_tiles, 3, 9, 9\)"):
+        small()(torch.randn(shape), torch.ones(1, 1, 2, dtype=torch.int64))
+
+
+def test_images_take_the_dtype_of_the_weights():
+    """The image transform makes bf16."""
+    model = small()
+    images, ratio = torch.randn(1, 1, 1, 3, 9, 9).bfloat16(), torch.ones(1, 1, 2, dtype=torch.int64)
+    assert torch.equal(model(images, ratio)[0], model(images.float(), ratio)[0])
+
+
+def test_no_images_are_no_error():
+    x, hidden = small(out_indices=[0])(torch.randn(0, 1, 2, 3, 9, 9), torch.ones(0, 1, 2, dtype=torch.int64))
+    assert x.shape == hidden[0].shape == (0, 1, 2, N, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_ratios_are_integers(dtype):
+    with pytest.raises(ValueError, match=f"aspect_ratio is {dtype}, expected integers"):
+        small()(torch.randn(1, 1, 1, 3, 9, 9), torch.ones(1, 1, 2).to(dtype))

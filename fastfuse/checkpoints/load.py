@@ -89,6 +89,8 @@ def load_model(
     parameters; the file's where None.
     Raises ValueError as load_checkpoint, and where there is no config.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"load_model: dtype is {dtype!r}, expected a floating point torch.dtype")
     checkpoint = open_checkpoint(path)
     if config is None:
         config = _config_beside(checkpoint)
@@ -139,7 +141,10 @@ def _checked(
             if target in wanted:
                 found.add(target)
                 if is_sharded(wanted[target].tensor):
-                    raise Unsupported(f"{function}: {target} is sharded (DTensor): load before sharding, or through torch.distributed.checkpoint", "DTENSOR")
+                    raise Unsupported(
+                        f"{function}: {target} is sharded (DTensor): load before sharding, or use torch.distributed.checkpoint.state_dict.set_model_state_dict",
+                        "DTENSOR",
+                    )
                 if reason := _misfit(target, value, wanted[target]):
                     misfits.append(f"{', '.join(step.sources)}: {reason}")
     missing = [name for name in wanted if name not in found]

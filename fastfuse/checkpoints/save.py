@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastfuse.checkpoints.files import DTYPES, FORMATS, INDEX, TORCH_SUFFIXES, first, shards_in
 from fastfuse.checkpoints.layout import is_sharded, layout_from_config, layout_of, ratios_in, tensors_of
 from fastfuse.errors import Unsupported
+from fastfuse.models.llama3_2_vision import Llama3VisionConfig
 from fastfuse.models.llama3_2_vision._convert_weights import TILES, Step, steps_from_tune
 from fastfuse.modules.peft import get_adapter_params
 from fastfuse.ops import nf4_dequantize
@@ -33,9 +35,9 @@ def save_checkpoint(
 
     format: "hf" with the names and layouts transformers saves, "meta" or "tune".  path: a file by its suffix (.safetensors; .pt, .pth
     or .bin for torch's), otherwise a directory for safetensors in shards of at most max_shard_size bytes and their index.
-    config: transformers' config as a dict, written as config.json into a directory; needed for "hf" from a state dict, whose
-    tensors do not tell the heads.
-    NF4 weights are written dequantized, in their own dtype; cells of a tile grid that no aspect ratio uses have no place in "hf".
+    config: transformers' config as a dict, written as config.json into a directory; where None that of model.config, which fastfuse's
+    builders set; needed for "hf" from a state dict, whose tensors do not tell the heads.
+    NF4 weights are written dequantized, in their own dtype (quantizing them again gives the same codes, but may round a scale otherwise); cells of a tile grid that no aspect ratio uses have no place in "hf".
     Adapters go into "tune" alone: merge them first for the others.
     Safetensors are streamed: besides the model one tensor is in memory; a torch file holds all tensors that had to be made.
     Files are written under temporary names and renamed when all are complete; a directory's index comes last, and the shards it
@@ -44,6 +46,14 @@ def save_checkpoint(
     """
     if format not in FORMATS:
         raise ValueError(f"save_checkpoint: format is {format!r}, not {', '.join(map(repr, FORMATS))}")
+    if not isinstance(model, (nn.Module, Mapping)) or (isinstance(model, Mapping) and not model):
+        raise ValueError(
+            f"save_checkpoint: model is {'an empty dict' if isinstance(model, Mapping) else type(model).__name__}, expected a model or a state dict"
+        )
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if config is None and format == "hf" and isinstance(getattr(model, "config", None), Llama3VisionConfig):
+        config = model.config.to_hf()
     tensors = {name: owner.tensor for name, owner in tensors_of(model)} if isinstance(model, nn.Module) else dict(model)
     for name, t in tensors.items():
         if is_sharded(t):

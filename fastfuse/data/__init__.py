@@ -1,5 +1,6 @@
 """From conversations and images to batches a vision model takes."""
 
+from fastfuse.data.collate import CROSS_ENTROPY_IGNORE_IDX as CROSS_ENTROPY_IGNORE_IDX
 from fastfuse.data.collate import left_pad_sequence as left_pad_sequence
 from fastfuse.data.collate import padded_collate_sft as padded_collate_sft
 from fastfuse.data.collate import padded_collate_tiled_images_and_mask as padded_collate_tiled_images_and_mask

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastfuse.errors import InvalidArgument
 
+CROSS_ENTROPY_IGNORE_IDX = -100  # the label of tokens that are not trained on
+
 
 def left_pad_sequence(sequences: Sequence[Tensor], batch_first: bool = False, padding_value: float = 0) -> Tensor:
     """Stack sequences [s_i, ...] padded at their start into [s, b, ...], or [b, s, ...] if batch_first."""
@@ -93,6 +95,16 @@ def _collate_images(
     tiles = _at_least(where, "pad_max_tiles", pad_max_tiles, max(image.shape[0] for image in every), "tiles in an image")
     most = max(len(_images(sample)) for sample in batch)
     slots = _at_least(where, "pad_max_images", pad_max_images, most, "images in a sample")
+
+    for index, sample in enumerate(batch):
+        for image, ratio, m in zip(
+            _images(sample), sample["encoder_input"]["aspect_ratio"] if _images(sample) else (), sample.get("encoder_mask") or (), strict=True
+        ):
+            h, w = torch.as_tensor(ratio).tolist()
+            if h * w != image.shape[0]:
+                raise InvalidArgument(f"{where}: sample {index}: an image has {image.shape[0]} tiles and aspect_ratio {(h, w)}")
+            if m.dtype != torch.bool:
+                raise InvalidArgument(f"{where}: sample {index}: encoder_mask is {m.dtype}, expected torch.bool")
 
     b = len(batch)
     images = every[0].new_zeros(b, most if left else slots, tiles, *every[0].shape[1:])

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from fastfuse.modules.low_precision import FrozenNF4Linear
-from fastfuse.modules.peft import DoRALinear, LoRALinear
+from fastfuse.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class Adapters:
         return nn.Linear(in_dim, out_dim, bias=bias)
 
     def chosen(self, names: list[str]) -> Callable[..., nn.Module]:
-        """make(name, in_dim, out_dim, bias=): with an adapter where the name is among `names`."""
+        """make(name, in_dim, out_dim, bias=): with an adapter where the name is among `names`.
+
+        Raises ValueError for a name that no attention projection has.
+        """
+        known = get_args(LORA_ATTN_MODULES)
+        if isinstance(names, str) or not set(names) <= set(known):
+            raise ValueError(f"lora_modules is {names!r}, expected a list of {', '.join(known)}")
         return lambda name, in_dim, out_dim, bias=False: (self.linear if name in names else self.plain)(in_dim, out_dim, bias=bias)
 
 

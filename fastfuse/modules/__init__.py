@@ -1,6 +1,8 @@
 """The building blocks of the architecture, with torchtune's signatures and state-dict keys."""
 
 from fastfuse.modules.attention import MultiHeadAttention as MultiHeadAttention
+from fastfuse.modules.attention_utils import create_block_causal_mask as create_block_causal_mask
+from fastfuse.modules.attention_utils import packed_block_causal_mask as packed_block_causal_mask
 from fastfuse.modules.common_utils import delete_kv_caches as delete_kv_caches
 from fastfuse.modules.common_utils import disable_kv_cache as disable_kv_cache
 from fastfuse.modules.common_utils import local_kv_cache as local_kv_cache
@@ -8,6 +10,7 @@ from fastfuse.modules.common_utils import reparametrize_as_dtype_state_dict_post
 from fastfuse.modules.feed_forward import FeedForward as FeedForward
 from fastfuse.modules.kv_cache import KVCache as KVCache
 from fastfuse.modules.layer_norm import Fp32LayerNorm as Fp32LayerNorm
+from fastfuse.modules.low_precision import FrozenNF4Linear as FrozenNF4Linear
 from fastfuse.modules.position_embeddings import Llama3ScaledRoPE as Llama3ScaledRoPE
 from fastfuse.modules.position_embeddings import RotaryPositionalEmbeddings as RotaryPositionalEmbeddings
 from fastfuse.modules.position_embeddings import VisionRotaryPositionalEmbeddings as VisionRotaryPositionalEmbeddings

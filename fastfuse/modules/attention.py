@@ -101,6 +101,8 @@ class MultiHeadAttention(nn.Module):
             k = self._heads(self.k_proj(y), self.num_kv_heads, input_pos, self.k_norm)
             v = self.v_proj(y).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
             if cache is not None:
+                if torch.is_autocast_enabled(x.device.type):  # norms leave another dtype than projections do
+                    k, v = k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype)
                 k, v = cache.update(k, v)
         out = self._attention_call(
             q, k, v,

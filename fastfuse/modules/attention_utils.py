@@ -1,11 +1,12 @@
-"""Scaled dot-product attention over PyTorch's own kernels."""
+"""Scaled dot-product attention over PyTorch's own kernels, and masks of packed sequences."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def sdpa_or_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", dropout_p: float, is_causal: bool) -> Tensor:
@@ -33,3 +34,30 @@ def sdpa_or_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Bloc
 @cache
 def _compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
+
+
+def create_block_causal_mask(seq_lens: Sequence[Tensor]) -> Tensor:
+    """seq_lens: for each row the lengths of the sequences packed in it, int [n], of one sum s  ->  bool [b, s, s].
+
+    A token sees the tokens of its own sequence up to itself. Raises ValueError where the rows' sums differ.
+    """
+    ids = _sequence_ids(seq_lens)
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return (ids[:, :, None] == ids[:, None, :]) & causal
+
+
+def packed_block_causal_mask(seq_lens: Sequence[Tensor]) -> "Tensor | BlockMask":
+    """create_block_causal_mask, on a GPU as a flex-attention BlockMask, which skips the blocks that nobody sees."""
+    ids = _sequence_ids(seq_lens)
+    if not ids.is_cuda:
+        return create_block_causal_mask(seq_lens)
+    b, s = ids.shape
+    return create_block_mask(lambda row, head, q, k: (q >= k) & (ids[row, q] == ids[row, k]), b, None, s, s, device=ids.device)
+
+
+def _sequence_ids(seq_lens: Sequence[Tensor]) -> Tensor:
+    """int64 [b, s]: which sequence of its row each token belongs to."""
+    rows = [torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths) for lengths in seq_lens]
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(f"seq_lens has rows of {sorted({len(row) for row in rows})} tokens, packed rows have one length")
+    return torch.stack(rows)

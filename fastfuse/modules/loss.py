@@ -37,10 +37,10 @@ class CEWithChunkedOutputLoss(nn.Module):
         return self
 
     def forward(self, logits: list[Tensor], labels: Tensor) -> Tensor:
-        """logits: num_output_chunks chunks [b, s / chunks, v], labels: int [b, s]  ->  mean over the valid labels."""
+        """logits: chunks [b, s_i, v] of any lengths, labels: int [b, s]  ->  mean over the valid labels."""
         total = sum(
             self.compute_cross_entropy(chunk.flatten(0, 1), part.flatten())
-            for chunk, part in zip(logits, labels.tensor_split(self.num_output_chunks, dim=1), strict=True)
+            for chunk, part in zip(logits, labels.split([chunk.shape[1] for chunk in logits], dim=1), strict=True)
         )
         return total / (labels != self.ignore_index).sum()
 
@@ -83,6 +83,8 @@ class LinearCrossEntropyLoss(nn.Module):
         """outputs: hidden states [b, s, d], targets: int [b, s]  ->  mean over the valid targets, 0 where there are none."""
         if self.linear_projection is None:
             raise AttributeError("forward called before update_model: call set_model_output(model) first")
+        if outputs.shape[:-1] != targets.shape:
+            raise ValueError(f"outputs has shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}: expected (b, s, d) and (b, s)")
         hidden, targets = outputs.flatten(0, 1), targets.flatten()
         valid = targets != self.ignore_index
         if self.mask_ignored_tokens and not torch.compiler.is_compiling():

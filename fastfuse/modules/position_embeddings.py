@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -26,10 +27,10 @@ class _Rotary(nn.Module):
         theta, cache = self.theta, self.cache
         super()._apply(fn, recurse)
         device = self.cache.device
-        if cache.is_meta and not self.cache.is_meta:  # memory from to_empty holds nothing yet
+        if cache.is_meta and not self.cache.is_meta:
             with torch.device(device):
                 self.rope_init()
-        elif self.cache.dtype != torch.float32:  # bf16 factors are up to 4e-3 off
+        elif not cache.is_meta:  # moved, not cast (bf16 factors are up to 4e-3 off) and not emptied by to_empty
             self.theta, self.cache = theta.to(device), cache.to(device)
         return self
 
@@ -63,8 +64,13 @@ class RotaryPositionalEmbeddings(_Rotary):
         raises IndexError, another number of positions than tokens RuntimeError.
         """
         s = x.shape[1]
-        factors = self.cache[:s] if input_pos is None else self.cache[input_pos]
-        return rotate_pairs(x, factors.view(-1, s, 1, x.shape[3] // 2, 2))
+        # embedding rather than indexing, which takes a negative position from the table's end
+        factors = self.cache[:s] if input_pos is None else F.embedding(input_pos, self.cache.flatten(1))
+        factors = factors.view(-1, s, 1, x.shape[3] // 2, 2)
+        if factors.shape[0] not in (1, x.shape[0]):
+            n, b = factors.shape[0], x.shape[0]
+            raise RuntimeError(f"The size of tensor a ({b}) must match the size of tensor b ({n}) at non-singleton dimension 0: x has {b} rows, input_pos {n}")
+        return rotate_pairs(x, factors)
 
 
 class Llama3ScaledRoPE(RotaryPositionalEmbeddings):

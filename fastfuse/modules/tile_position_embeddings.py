@@ -52,8 +52,8 @@ class _TileTable(nn.Module):
     def _apply(self, fn, recurse=True):
         before = getattr(self, "ratio_ids", None)
         super()._apply(fn, recurse)
-        if before is not None and before.is_meta and not self.ratio_ids.is_meta:  # memory from to_empty holds nothing yet
-            self.ratio_ids = self._ratio_ids().to(self.ratio_ids.device)
+        if before is not None and not self.ratio_ids.is_meta:  # memory from to_empty holds nothing
+            self.ratio_ids = (self._ratio_ids() if before.is_meta else before).to(self.ratio_ids.device)
         return self
 
     def _table_shape(self) -> tuple[int, int]:
@@ -77,6 +77,8 @@ class _TileTable(nn.Module):
         return torch.where(valid[:, :, None, None], tiles, 0)
 
     def _check(self, aspect_ratio: Tensor, n_tiles: int) -> None:
+        if aspect_ratio.is_floating_point() or aspect_ratio.dtype == torch.bool:
+            raise ValueError(f"aspect_ratio is {aspect_ratio.dtype}, expected integers: tiles (h, w)")
         h, w = aspect_ratio.unbind(-1)
         if self.aspect_ratios is not None and n_tiles > self.max_num_tiles:
             raise ValueError(f"images have {n_tiles} tiles, the position table holds max_num_tiles={self.max_num_tiles}")

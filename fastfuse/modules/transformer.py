@@ -1,6 +1,7 @@
 """Transformer layers and the decoder they form."""
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Literal
@@ -12,8 +13,23 @@ from fastfuse.errors import InvalidArgument
 from fastfuse.modules.attention import MultiHeadAttention
 from fastfuse.modules.kv_cache import KVCache
 
+log = logging.getLogger(__name__)
 
-class TransformerSelfAttentionLayer(nn.Module):
+
+class _AttentionLayer(nn.Module):
+    """A layer whose cache is that of its one attention module, `attn`."""
+
+    def caches_are_setup(self) -> bool:
+        return self.attn.kv_cache is not None
+
+    def caches_are_enabled(self) -> bool:
+        return self.attn.cache_enabled
+
+    def reset_cache(self) -> None:
+        self.attn.reset_cache()
+
+
+class TransformerSelfAttentionLayer(_AttentionLayer):
     """h = x + sa_scale(attn(sa_norm(x)));  out = h + mlp_scale(mlp(mlp_norm(h))).
 
     A norm or scale left out is the identity. mask_mod, if given, is called as mask_mod(mask=, bsz=, seq_len=) and
@@ -44,15 +60,6 @@ class TransformerSelfAttentionLayer(nn.Module):
         """A cache of decoder_max_seq_len tokens."""
         self.attn.setup_cache(batch_size, dtype, max_seq_len=decoder_max_seq_len)
 
-    def caches_are_setup(self) -> bool:
-        return self.attn.kv_cache is not None
-
-    def caches_are_enabled(self) -> bool:
-        return self.attn.cache_enabled
-
-    def reset_cache(self) -> None:
-        self.attn.reset_cache()
-
     def forward(self, x: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, **kwargs: object) -> Tensor:
         """x: [b, s, d]  ->  [b, s, d]; mask and input_pos as MultiHeadAttention.forward, other keywords are ignored."""
         normed = self.sa_norm(x)
@@ -62,7 +69,7 @@ class TransformerSelfAttentionLayer(nn.Module):
         return h + self.mlp_scale(self.mlp(self.mlp_norm(h)))
 
 
-class TransformerCrossAttentionLayer(nn.Module):
+class TransformerCrossAttentionLayer(_AttentionLayer):
     """h = x + ca_scale(attn(ca_norm(x), encoder_input));  out = h + mlp_scale(mlp(mlp_norm(h))).
 
     Tokens that may see no encoder token: with empty_rows="zero" (torchtune, Meta) they pass through unchanged, with
@@ -98,15 +105,6 @@ class TransformerCrossAttentionLayer(nn.Module):
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int, decoder_max_seq_len: int) -> None:
         """A cache of encoder_max_seq_len tokens."""
         self.attn.setup_cache(batch_size, dtype, max_seq_len=encoder_max_seq_len)
-
-    def caches_are_setup(self) -> bool:
-        return self.attn.kv_cache is not None
-
-    def caches_are_enabled(self) -> bool:
-        return self.attn.cache_enabled
-
-    def reset_cache(self) -> None:
-        self.attn.reset_cache()
 
     def _skip_mask(self, mask: Tensor | None) -> Tensor | None:
         """bool [b, s, 1]: the tokens that may see nothing; None without a mask."""
@@ -199,6 +197,9 @@ class TransformerDecoder(nn.Module):
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int | None = None, decoder_max_seq_len: int | None = None) -> None:
         """Give every attention layer an enabled key-value cache, cross-attention of encoder_max_seq_len tokens, self-attention of
         decoder_max_seq_len; max_seq_len where left out."""
+        if self.caches_are_setup():
+            log.warning("Key value caches are already setup. You cannot call ``setup_caches()`` twice. Skipping.")
+            return
         kinds = {type_ for m in self.modules() for type_ in (TransformerCrossAttentionLayer, TransformerSelfAttentionLayer) if isinstance(m, type_)}
         if TransformerCrossAttentionLayer in kinds:
             self.encoder_max_cache_seq_len = encoder_max_seq_len if encoder_max_seq_len is not None else self.max_seq_len
@@ -237,6 +238,9 @@ class TransformerDecoder(nn.Module):
         given = tokens if tokens is not None else input_embeds
         if given is None:
             raise ValueError("Either tokens or input_embeds must be provided to the decoder.")
+        if given.dim() != (2 if tokens is not None else 3):
+            name, expected = ("tokens", "(b, s)") if tokens is not None else ("input_embeds", "(b, s, d)")
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {expected}")
         if given.shape[1] > self.max_seq_len:
             raise ValueError(f"seq_len ({given.shape[1]}) of input tensor should be smaller than max_seq_len ({self.max_seq_len})")
         if self.caches_are_enabled():
@@ -248,6 +252,13 @@ class TransformerDecoder(nn.Module):
                 raise ValueError(f"{cross}, causal masks must be provided! Use the `encoder_mask` arg to provide a causal mask.")
             if input_pos is None:
                 raise ValueError("KV-caches are setup for inference mode, input positions must be provided! Use the `input_pos` arg.")
+        # Attention would broadcast these and answer about another row's image.
+        b, s = given.shape[:2]
+        if encoder_input is not None and encoder_input.shape[0] != b:
+            raise ValueError(f"encoder_input has {encoder_input.shape[0]} rows, the batch has {b}")
+        for name, m in (("mask", mask), ("encoder_mask", encoder_mask)):
+            if isinstance(m, Tensor) and m.dim() == 3 and (m.shape[0] not in (1, b) or m.shape[1] != s):
+                raise ValueError(f"{name} has shape {tuple(m.shape)}, expected ({b} or 1, {s}, keys)")
 
     def forward(
         self,

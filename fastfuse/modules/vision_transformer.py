@@ -86,6 +86,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"len(out_indices) must be <= num_layers. Got out_indices={out_indices} and num_layers={num_layers}")
         if pad_tokens_to < 1:
             raise ValueError(f"pad_tokens_to must be >= 1. Got pad_tokens_to={pad_tokens_to}")
+        self.tile_size = tile_size
+        self.in_channels = in_channels
         self.patches_per_tile = (tile_size // patch_size) ** 2
         self.out_indices = out_indices or []
         self.pad_tokens_to = pad_tokens_to
@@ -105,8 +107,8 @@ class VisionTransformer(nn.Module):
         return self.patches_per_tile + 1
 
     def forward(self, images: Tensor, aspect_ratio: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """images: [b, n_imgs, n_tiles, c, tile_size, tile_size], aspect_ratio: int [b, n_imgs, 2], tiles (h, w); padding tiles
-        come last.
+        """images: [b, n_imgs, n_tiles, c, tile_size, tile_size], aspect_ratio: int [b, n_imgs, 2], or [b, 2] of one
+        image each, tiles (h, w); padding tiles come last.
 
         Returns (x, hidden_states), each [b, n_imgs, n_tiles, n_tokens, embed_dim]; x is [b, n_imgs, n_tiles, 1, cls_output_dim]
         with cls_projection. Without tile embeddings aspect_ratio may be None; with them None stands for (1, 1).
@@ -120,11 +122,12 @@ class VisionTransformer(nn.Module):
 
     def encode(self, images: Tensor, aspect_ratio: Tensor | None = None) -> Encoded:
         """forward without cls_projection and with the padding tokens of pad_tokens_to, for an encoder that goes on from there."""
-        if images.dim() != 6:
-            raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, c, tile_size, tile_size)")
+        if images.dim() != 6 or images.shape[3:] != (self.in_channels, self.tile_size, self.tile_size):
+            tile = f"{self.in_channels}, {self.tile_size}, {self.tile_size}"
+            raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, {tile})")
         b, n_imgs, n_tiles = images.shape[:3]
         aspect_ratio = self._ratios(images, aspect_ratio)
-        x = self.conv(images.flatten(0, 2)).flatten(2).transpose(1, 2)
+        x = self.conv(images.flatten(0, 2).to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (b * n_imgs, n_tiles))
         if self.pre_tile_pos_embed is not None:
             x = self.pre_tile_pos_embed(x, aspect_ratio)
@@ -147,7 +150,7 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(x).unflatten(1, (n_tiles, per_tile))
         if self.post_tile_pos_embed is not None:
             x = self.post_tile_pos_embed(x, aspect_ratio)
-        hidden_states = [h.view(b, n_imgs, n_tiles, per_tile, -1)[:, :, :, :n_tokens] for h in hidden_states]
+        hidden_states = [h.unflatten(1, (n_tiles, per_tile)).unflatten(0, (b, n_imgs))[:, :, :, :n_tokens] for h in hidden_states]
         return Encoded(x.unflatten(0, (b, n_imgs)), hidden_states, mask)
 
     def _ratios(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor | None:
@@ -155,7 +158,7 @@ class VisionTransformer(nn.Module):
         b, n_imgs, n_tiles = images.shape[:3]
         tiled = self.pre_tile_pos_embed is not None or self.post_tile_pos_embed is not None or hasattr(self.token_pos_embedding, "max_num_tiles")
         if aspect_ratio is not None:
-            if aspect_ratio.shape != (b, n_imgs, 2):
+            if aspect_ratio.shape != (b, n_imgs, 2) and not (n_imgs == 1 and aspect_ratio.shape == (b, 2)):
                 raise ValueError(f"aspect_ratio has shape {tuple(aspect_ratio.shape)}, images {tuple(images.shape)} need {(b, n_imgs, 2)}")
             return aspect_ratio.reshape(-1, 2)
         if not tiled:

@@ -18,7 +18,6 @@ from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_
 from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_to_meta as llama3_vision_tune_to_meta
 from fastfuse.models.llama3_2_vision._encoder import Llama3VisionEncoder as Llama3VisionEncoder
 from fastfuse.models.llama3_2_vision._encoder import Llama3VisionProjectionHead as Llama3VisionProjectionHead
-from fastfuse.models.llama3_2_vision._model_builders import TrainableParams as TrainableParams
 from fastfuse.models.llama3_2_vision._model_builders import llama3_2_vision_11b as llama3_2_vision_11b
 from fastfuse.models.llama3_2_vision._model_builders import llama3_2_vision_90b as llama3_2_vision_90b
 from fastfuse.models.llama3_2_vision._model_builders import lora_llama3_2_vision_11b as lora_llama3_2_vision_11b
@@ -29,3 +28,4 @@ from fastfuse.models.llama3_2_vision._profiles import PROFILES as PROFILES
 from fastfuse.models.llama3_2_vision._profiles import Profile as Profile
 from fastfuse.models.llama3_2_vision._transform import Llama3VisionTransform as Llama3VisionTransform
 from fastfuse.models.llama3_2_vision._transform import llama3_2_vision_transform as llama3_2_vision_transform
+from fastfuse.modules.peft import TrainableParams as TrainableParams

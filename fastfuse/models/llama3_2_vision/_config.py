@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from fastfuse.models.llama3_2_vision._component_builders import (
     ASPECT_RATIOS,
     llama3_2_vision_decoder,
@@ -266,12 +268,11 @@ def build(
     encoder_trainable: bool = True,
     fusion_trainable: bool = True,
 ) -> DeepFusionModel:
-    """The model of a config, with random weights."""
+    """The model of a config, with random weights; its attribute `config` is the config."""
     encoder = llama3_2_vision_encoder(**config.encoder_arguments(), profile=profile)
     decoder = llama3_2_vision_decoder(**config.decoder_arguments(), profile=profile)
-    return DeepFusionModel(
-        decoder=decoder, encoder=encoder, decoder_trainable=decoder_trainable, encoder_trainable=encoder_trainable, fusion_trainable=fusion_trainable
-    )
+    trainable = {"decoder_trainable": decoder_trainable, "encoder_trainable": encoder_trainable, "fusion_trainable": fusion_trainable}
+    return _fused(config, decoder, encoder, trainable)
 
 
 def build_lora(
@@ -307,4 +308,10 @@ def build_lora(
     }
     encoder = lora_llama3_2_vision_encoder(encoder_lora, **shared, **config.encoder_arguments(), causal_attention=causal_attention, **quantization_kwargs)
     decoder = lora_llama3_2_vision_decoder(decoder_lora, **shared, **config.decoder_arguments())
-    return DeepFusionModel(decoder=decoder, encoder=encoder, decoder_trainable=decoder_lora, encoder_trainable=encoder_lora, fusion_trainable=fusion_lora)
+    return _fused(config, decoder, encoder, {"decoder_trainable": decoder_lora, "encoder_trainable": encoder_lora, "fusion_trainable": fusion_lora})
+
+
+def _fused(config: Llama3VisionConfig, decoder: nn.Module, encoder: nn.Module, trainable: dict[str, bool]) -> DeepFusionModel:
+    model = DeepFusionModel(decoder=decoder, encoder=encoder, **trainable)
+    model.config = config  # what save_checkpoint writes as config.json
+    return model

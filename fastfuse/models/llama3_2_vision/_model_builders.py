@@ -1,21 +1,12 @@
 """Builders of the published models."""
 
-from enum import Enum
 from functools import partial
 
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision._config import CONFIGS, build, build_lora
 from fastfuse.models.llama3_2_vision._profiles import Profile
 from fastfuse.modules.model_fusion import DeepFusionModel
-from fastfuse.modules.peft import LORA_ATTN_MODULES
-
-
-class TrainableParams(Enum):
-    """How a part of the model is trained."""
-
-    FULL = "full"
-    LORA = "lora"
-    FROZEN = "frozen"
+from fastfuse.modules.peft import LORA_ATTN_MODULES, TrainableParams
 
 
 def llama3_2_vision_11b(

@@ -1,5 +1,6 @@
 """A pretrained encoder fused into the layers of a pretrained decoder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,9 +94,11 @@ class DeepFusionModel(nn.Module):
         encoder_mask: Tensor | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
-        """tokens: int [b, s], encoder_input: the encoder's keyword arguments  ->  as TransformerDecoder.forward.
+        """tokens: int [b, s], encoder_input: a dict of the encoder's keyword arguments  ->  as TransformerDecoder.forward.
 
         mask: [b or 1, s, s_k], encoder_mask: [b, s, s_e] over the encoder's tokens, input_pos: [b, s].
         """
+        if encoder_input is not None and not isinstance(encoder_input, Mapping):
+            raise TypeError(f"encoder_input is a {type(encoder_input).__name__}, expected a dict of the encoder's keyword arguments")
         encoded = None if encoder_input is None else self.encoder(**encoder_input)
         return self.decoder(tokens=tokens, mask=mask, encoder_input=encoded, encoder_mask=encoder_mask, input_pos=input_pos)

@@ -28,6 +28,10 @@ class FusionLayer(nn.Module):
         for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(prefix + "fusion_layer")]:
             state_dict[f"{prefix}layer.{key[len(prefix) :]}"] = state_dict.pop(key)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: the names that state-dict keys have without "layer."."""
+        return dict.fromkeys((*self.layer._modules, *self.layer._parameters), "layer")
+
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int, decoder_max_seq_len: int) -> None:
         for part in (self.layer, self.fusion_layer):
             part.setup_caches(batch_size, dtype, encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len)
@@ -72,6 +76,10 @@ class FusionEmbedding(nn.Module):
     def _load_state_dict_hook(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
         if prefix + "weight" in state_dict:
             state_dict[prefix + "embedding.weight"] = state_dict.pop(prefix + "weight")
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: `weight` is that of `embedding`."""
+        return {"weight": "embedding"}
 
     def fusion_params(self) -> list[str]:
         return ["fusion_embedding.weight"]

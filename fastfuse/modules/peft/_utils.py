@@ -91,6 +91,9 @@ def get_merged_lora_ckpt(state_dict: dict[str, Any], rank: int, alpha: float, us
     scaling = alpha / rank
     modules = _adapted_modules(state_dict)
     for module in modules:
+        if (found := state_dict[module + "lora_a.weight"].shape[0]) != rank:
+            raise InvalidArgument(f"get_merged_lora_ckpt: rank is {rank}, {module}lora_a.weight has rank {found}")
+    for module in modules:
         if use_distributed_barriers:
             torch.distributed.barrier()
         weight, a, b = (state_dict[module + part] for part in ("weight", "lora_a.weight", "lora_b.weight"))

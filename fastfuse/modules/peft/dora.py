@@ -33,7 +33,7 @@ class DoRALinear(LowRankLinear):
     ):
         super().__init__(in_dim, out_dim, rank, dropout, use_bias, quantize_base, quantization_kwargs)
         self.scaling = alpha / rank
-        self.magnitude = nn.Parameter(torch.empty(out_dim))
+        self.magnitude = nn.Parameter(torch.full((out_dim,), torch.nan))  # forgotten, it shows in the first output
 
     def adapter_params(self) -> list[str]:
         """The names of the parameters that an adapter checkpoint holds, in a list of the caller's own."""

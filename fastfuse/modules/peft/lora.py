@@ -1,6 +1,7 @@
 """A linear layer with a low-rank update."""
 
 import math
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from fastfuse.errors import InvalidArgument
 from fastfuse.modules.low_precision.nf4_linear import KeepsNF4, base_linear, bias_fits
 from fastfuse.ops import nf4_lora_linear
 from fastfuse.quant.nf4 import is_torchao
+
+
+class TrainableParams(Enum):
+    """How a part of the model is trained."""
+
+    FULL = "full"
+    LORA = "lora"
+    FROZEN = "frozen"
 
 
 class LowRankLinear(KeepsNF4):
@@ -22,6 +31,8 @@ class LowRankLinear(KeepsNF4):
         super().__init__()
         if rank < 1:
             raise InvalidArgument(f"{type(self).__name__}: rank is {rank}, expected at least 1")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{type(self).__name__}: dropout is {dropout}, expected 0 to 1")
         if not quantize_base and any(quantization_kwargs.values()):
             raise ValueError(f"``quantize_base`` is False, but received the following quantization arguments: {quantization_kwargs}")
         self.in_dim = in_dim

@@ -1,6 +1,7 @@
 """Text generation: prefill, then a token at a time, with or without key-value caches, with or without images."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
     temperature: 0 takes the likeliest. top_k: only tokens at least as likely as the k-th. q: exponential noise like logits,
     argmax(probs / q) being a draw from probs without waiting for the device (the Gumbel trick); drawn here where None.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}, expected >= 0")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True).to(torch.int32)
@@ -28,9 +29,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
     if q is None:
-        uniform = torch.rand_like(probs)
-        smallest = torch.finfo(uniform.dtype).eps / 2
-        q = torch.where(uniform >= 1 - smallest, smallest, -uniform.log())  # never 0: a division by it would win every draw
+        q = _exponential(torch.rand_like(probs))
     return (probs / q).argmax(-1, keepdim=True).to(torch.int32)
 
 
@@ -91,62 +90,70 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Extend each prompt by up to max_generated_tokens: (tokens [b, s + n] with the prompts, logits [b, n, v] of the new ones).
 
-    prompt: int [s], [b, s] with shorter rows padded by pad_id on the left, or a list of 1-D tensors of any lengths.
+    prompt: int [s], [b, s] with shorter rows padded by pad_id on the left, or a list of 1-D tensors of any lengths, in which pad_id
+    means nothing.
     encoder_input, encoder_mask [b, s, s_e]: images, as the model's forward takes them for the prompt; new tokens see what
     the prompt's last token sees. stop_tokens: a row that has made one of them goes on with pad_id and zero logits, and
     generation ends when all have. temperature, top_k: as sample. rng: where the noise comes from.
-    Works a token at a time where the model's caches are enabled (they must be empty, and are left full), else over the
+    Works a token at a time where the model's caches are enabled (they are emptied first and left full), else over the
     whole sequence at every step; images are encoded once either way. compiled_generate_next_token: generate_next_token,
     compiled, for the steps after the prompt.
-    Raises ValueError where the tokens, the batch or the image tokens do not fit the caches, or the caches are not empty.
+    Raises ValueError where the tokens, the batch or the image tokens do not fit the model, its caches or each other, and where a
+    row ends in pad_id.
     """
     prompt, is_token = _left_padded(prompt, pad_id)
+    b, s = prompt.shape
+    total = s + max_generated_tokens
     if max_generated_tokens < 1:
         raise ValueError(f"max_generated_tokens is {max_generated_tokens}, expected >= 1")
+    if total > getattr(model, "max_seq_len", total):
+        raise ValueError(f"prompt and max_generated_tokens are {total} tokens, max_seq_len of the model is {model.max_seq_len}")
     if (encoder_input is None) != (encoder_mask is None):
         given = "encoder_mask" if encoder_input is None else "encoder_input"
         raise ValueError(f"encoder_input and encoder_mask go together, only {given} is given")
-    b, s = prompt.shape
-    total = s + max_generated_tokens
-    cached = model.caches_are_enabled()
     if encoder_mask is not None and encoder_mask.shape[:2] != (b, s):
         raise ValueError(f"encoder_mask has shape {tuple(encoder_mask.shape)}, the prompt has {b} rows of {s} tokens")
+    cached = model.caches_are_enabled()
     if cached:
         _check_caches(model, b, total, encoder_mask)
-        if encoder_mask is not None:
-            encoder_mask = F.pad(encoder_mask, (0, model.encoder_max_cache_seq_len - encoder_mask.shape[2]), value=False)
-    elif isinstance(encoder_input, dict):
-        model, encoder_input = model.decoder, model.encoder(**encoder_input)
-
+        model.reset_caches()
+    if encoder_input is not None:
+        if not isinstance(encoder_input, Tensor):
+            encoder_input = model.encoder(**encoder_input)
+        model = getattr(model, "decoder", model)
+        encoder_mask = _fitted(encoder_mask, encoder_input, model.encoder_max_cache_seq_len if cached else encoder_input.shape[1])
     width = model.decoder_max_cache_seq_len if cached else total
     is_token = F.pad(is_token, (0, max_generated_tokens), value=True)
     masks = get_causal_mask_from_padding_mask(is_token, width)
     positions = get_position_ids_from_padding_mask(is_token)
-    stops = None if not stop_tokens else torch.tensor(stop_tokens, device=prompt.device)
+    stops = None if stop_tokens is None or not len(stop_tokens) else torch.tensor([int(t) for t in stop_tokens], device=prompt.device)
     stopped = torch.zeros(b, 1, dtype=torch.bool, device=prompt.device)
-    tokens, all_logits = prompt, []
-    for end in range(s, total):
-        step = generate_next_token
-        if cached and end > s:
-            step = compiled_generate_next_token or step
-            # A slice would have another stride at every step, and torch.compile make another graph of it.
-            x = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
-            pos, mask = positions[:, end - 1], masks[:, end - 1 : end]
-            encoder = {} if encoder_mask is None else {"encoder_mask": encoder_mask[:, -1:]}
-        else:
-            x, pos, mask = tokens, positions[:, :end], masks[:, :end, : width if cached else end]
-            encoder = {} if encoder_mask is None else {"encoder_input": encoder_input, "encoder_mask": _extended(encoder_mask, end)}
-        q = None
-        if rng is not None:
-            q = torch.empty(b, _logits_width(model), device=prompt.device).exponential_(1, generator=rng)
-        made, logits = step(model, pos, x, q, mask=mask, temperature=temperature, top_k=top_k, **encoder)
-        tokens = torch.cat([tokens, made.to(tokens.dtype).masked_fill(stopped, pad_id)], 1)
-        all_logits.append(logits.masked_fill(stopped[:, :, None], 0))
-        if stops is not None:
-            stopped = stopped | torch.isin(made, stops)
-            if stopped.all():
-                break
-    return tokens, torch.cat(all_logits, 1)
+    # What the model sees: pad_id may lie outside the vocabulary.
+    tokens, padding, all_logits = prompt.masked_fill(~is_token[:, :s], 0), [], []
+    with _logits_of(getattr(model, "decoder", model)):
+        for end in range(s, total):
+            step = generate_next_token
+            if cached and end > s:
+                step = compiled_generate_next_token or step
+                # A slice would have another stride at every step, and torch.compile make another graph of it.
+                x = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
+                pos, mask = positions[:, end - 1], masks[:, end - 1 : end]
+                encoder = {} if encoder_mask is None else {"encoder_mask": encoder_mask[:, -1:]}
+            else:
+                x, pos, mask = tokens, positions[:, :end], masks[:, :end, : width if cached else end]
+                encoder = {} if encoder_mask is None else {"encoder_input": encoder_input, "encoder_mask": _extended(encoder_mask, end)}
+            q = None
+            if rng is not None:
+                q = _exponential(torch.rand(b, _logits_width(model), generator=rng, device=prompt.device))
+            made, logits = step(model, pos, x, q, mask=mask, temperature=temperature, top_k=top_k, **encoder)
+            tokens = torch.cat([tokens, made.to(tokens.dtype)], 1)
+            padding.append(stopped)
+            all_logits.append(logits.masked_fill(stopped[:, :, None], 0))
+            if stops is not None:
+                stopped = stopped | torch.isin(made, stops)
+                if stopped.all():
+                    break
+    return torch.cat([prompt, tokens[:, s:].masked_fill(torch.cat(padding, 1), pad_id)], 1), torch.cat(all_logits, 1)
 
 
 def _left_padded(prompt: Tensor | Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +162,11 @@ def _left_padded(prompt: Tensor | Sequence[Tensor], pad_id: int) -> tuple[Tensor
         prompt = prompt[None] if prompt.dim() == 1 else prompt
         if prompt.dim() != 2 or 0 in prompt.shape:
             raise ValueError(f"prompt has shape {tuple(prompt.shape)}, expected (s,) or (b, s) with at least one token")
-        return prompt, prompt != pad_id
+        is_token = (prompt != pad_id).cumsum(1) > 0  # pad_id after a row's first token is a token
+        wrong = (prompt[:, -1] == pad_id).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(f"prompt row {wrong[0]} ends in pad_id={pad_id}: pad on the left, or pass a list of prompts")
+        return prompt, is_token
     wrong = [tuple(p.shape) for p in prompt if p.dim() != 1 or p.shape[0] == 0]
     if wrong or not prompt:
         raise ValueError(f"prompt is a list of {len(prompt)} tensors, expected 1-D tensors of at least one token; found shapes {wrong}")
@@ -173,15 +184,41 @@ def _check_caches(model: nn.Module, b: int, total: int, encoder_mask: Tensor | N
     caches = [m.kv_cache for m in model.modules() if isinstance(getattr(m, "kv_cache", None), nn.Module)]
     if caches and caches[0].batch_size != b:
         raise ValueError(f"prompt has {b} rows, the caches are set up for a batch of {caches[0].batch_size}")
-    full = max((cache.size for cache in caches if not getattr(cache, "is_empty", False)), default=0)
-    if full:
-        raise ValueError(f"the caches hold {full} tokens of an earlier call: model.reset_caches() first")
+
+
+def _fitted(mask: Tensor, encoder_input: Tensor, width: int) -> Tensor:
+    """The mask as wide as the caches, whose tail nobody sees."""
+    b, s_e = encoder_input.shape[:2]
+    if b != mask.shape[0]:
+        raise ValueError(f"encoder_input has {b} rows, the prompt has {mask.shape[0]}")
+    if mask.shape[2] < s_e or mask.shape[2] > width:
+        raise ValueError(f"encoder_mask has {mask.shape[2]} columns, encoder_input has {s_e} tokens")
+    return F.pad(mask, (0, width - mask.shape[2]), value=False if mask.dtype == torch.bool else -torch.inf)
+
+
+@contextlib.contextmanager
+def _logits_of(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder gives logits: a loss may have asked it for hidden states or chunks, which is given back on leaving."""
+    asked = {name: getattr(decoder, name) for name in ("skip_output_layer", "num_output_chunks", "output_hidden_states") if hasattr(decoder, name)}
+    for name, value in asked.items():
+        setattr(decoder, name, type(value)())
+    try:
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(decoder, name, value)
 
 
 def _extended(encoder_mask: Tensor, length: int) -> Tensor:
     """[b, s, s_e] -> [b, length, s_e], the last row repeated."""
     new = length - encoder_mask.shape[1]
     return torch.cat([encoder_mask, encoder_mask[:, -1:].expand(-1, new, -1)], 1) if new else encoder_mask
+
+
+def _exponential(uniform: Tensor) -> Tensor:
+    """Uniform noise in 0..1 -> exponential noise, never 0: a division by it would win every draw."""
+    smallest = torch.finfo(uniform.dtype).eps / 2
+    return torch.where(uniform >= 1 - smallest, smallest, -uniform.log())
 
 
 def _logits_width(model: nn.Module) -> int:
