@@ -1,6 +1,6 @@
 """QLoRA on three photos: a small Llama-3.2-Vision-shaped model with NF4 weights learns to say what each one shows.
 
-python examples/finetune_qlora.py                            # a random small model on a CPU, about a minute
+python examples/finetune_qlora.py                            # a random small model on a CPU, a quarter of a minute on two cores
 python examples/finetune_qlora.py --checkpoint DIR --device cuda     # the real one, with DIR/tokenizer.model
 """
 

@@ -351,3 +351,14 @@ def test_packed_sequences_see_themselves_alone():
     assert (packed - apart).abs().max() <= 1e-5 * apart.abs().max()
     with pytest.raises(ValueError, match=r"seq_lens has rows of \[2, 3\] tokens"):
         create_block_causal_mask([torch.tensor([2]), torch.tensor([3])])
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_one_token_of_grouped_heads_is_the_whole_s_row(mask):
+    """It takes another way, which copies no keys: the heads of a group are rows of one."""
+    q, k, v = torch.randn(B, HEADS, S, HEAD_DIM), torch.randn(B, KV_HEADS, S_E, HEAD_DIM), torch.randn(B, KV_HEADS, S_E, HEAD_DIM)
+    m = MASKS[mask]()
+    whole = sdpa_or_flex_attention(q, k, v, m, 0.0, False)
+    for i in range(S):
+        one = sdpa_or_flex_attention(q[:, :, i : i + 1], k, v, None if m is None else m[:, i : i + 1], 0.0, False)
+        assert (one - whole[:, :, i : i + 1]).abs().max() <= 1e-6 * whole.abs().max()

@@ -235,3 +235,45 @@ def test_reset_lets_go_of_a_graph():
     assert cache.k_cache.requires_grad and cache.v_cache.requires_grad
     cache.reset()
     assert not cache.k_cache.requires_grad and cache.k_cache.is_leaf and not cache.v_cache.requires_grad
+
+
+def test_values_of_another_shape_are_refused_before_keys_are_written():
+    cache = KVCache(1, 4, 1, 2, torch.float32)
+    with pytest.raises(ValueError, match=r"v_val has shape \(1, 1, 1, 2\), k_val \(1, 1, 2, 2\)"):
+        cache.update(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 2))
+    assert cache.size == 0 and cache.k_cache.abs().max() == 0
+
+
+def test_deleted_caches_leave_no_lengths():
+    decoder = make_decoder()
+    decoder.setup_caches(2, torch.float32, encoder_max_seq_len=12, decoder_max_seq_len=10)
+    delete_kv_caches(decoder)
+    assert decoder.encoder_max_cache_seq_len is None and decoder.decoder_max_cache_seq_len is None
+
+
+def test_a_setup_that_fails_leaves_no_caches(monkeypatch):
+    """Out of memory at the third layer: half a set of caches could neither be used nor set up again."""
+    decoder, made = make_decoder(), []
+
+    def failing(*args, **kwargs):
+        made.append(1)
+        if len(made) == 3:
+            raise MemoryError
+        return KVCache(*args, **kwargs)
+
+    monkeypatch.setattr("fastfuse.modules.attention.KVCache", failing)
+    with pytest.raises(MemoryError):
+        decoder.setup_caches(2, torch.float32, encoder_max_seq_len=12, decoder_max_seq_len=10)
+    assert not any(getattr(m, "kv_cache", None) is not None or getattr(m, "cache_enabled", False) for m in decoder.modules())
+    assert decoder.decoder_max_cache_seq_len is None
+    monkeypatch.undo()
+    decoder.setup_caches(2, torch.float32, encoder_max_seq_len=12, decoder_max_seq_len=10)
+    assert decoder.caches_are_setup()
+
+
+def test_gradients_flow_through_a_cached_forward():
+    cache = KVCache(1, 4, 1, 2, torch.float32)
+    k, v = torch.randn(1, 1, 2, 2, requires_grad=True), torch.randn(1, 1, 2, 2, requires_grad=True)
+    keys, values = cache.update(k, v)
+    (keys.sum() + 2 * values.sum()).backward()
+    assert torch.equal(k.grad, torch.ones_like(k)) and torch.equal(v.grad, torch.full_like(v, 2.0))

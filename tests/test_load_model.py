@@ -152,3 +152,28 @@ def test_to_empty_and_a_state_dict_make_a_whole_model(start, profile):
     batch = mllama.as_fastfuse(mllama.batch(SAMPLES), mllama.config())
     with torch.no_grad():
         assert torch.equal(model(**batch), want(**batch))
+
+
+def test_a_magnitude_alone_that_the_file_lacks_is_made(saved, tmp_path):
+    """A file of LoRA adapters, loaded into a DoRA model that is built on the meta device."""
+    config = Llama3VisionConfig.from_hf(saved[0].config)
+    make = partial(build_lora, lora_attn_modules=["q_proj"], decoder_lora=True)
+    lora = load_model(saved[1], profile="transformers", build=make)
+    torch.nn.init.normal_(lora.decoder.layers[0].attn.q_proj.lora_b.weight)
+    save_checkpoint(lora, tmp_path / "lora.safetensors", format="tune")
+    dora = load_model(tmp_path / "lora.safetensors", profile="transformers", config=config, build=partial(make, use_dora=True))
+    assert not any(p.is_meta for p in dora.parameters())
+    batch = mllama.as_fastfuse(mllama.batch(SAMPLES), saved[0].config)
+    with torch.no_grad():
+        want, got = lora(**batch), dora(**batch)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()  # magnitude / norm is one in a new DoRA layer
+
+
+def test_half_an_adapter_is_refused(saved, tmp_path):
+    config = Llama3VisionConfig.from_hf(saved[0].config)
+    make = partial(build_lora, lora_attn_modules=["q_proj"], decoder_lora=True)
+    state = load_model(saved[1], profile="transformers", build=make).state_dict()
+    half = {k: v for k, v in state.items() if k != "decoder.layers.0.attn.q_proj.lora_b.weight"}
+    save_checkpoint(half, tmp_path / "half.safetensors", format="tune")
+    with pytest.raises(ValueError, match=r"the file has no decoder\.layers\.0\.attn\.q_proj\.lora_b\.weight, but other parts of that adapter"):
+        load_model(tmp_path / "half.safetensors", profile="transformers", config=config, build=make)

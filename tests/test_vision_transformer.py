@@ -128,7 +128,8 @@ def test_encode_keeps_the_padding_and_the_mask_that_forward_drops():
     eager, _, _ = dense(parameters(model), pad_to=8).encode("", pixels, RATIOS)
     assert encoded.x.shape == (2, 2, T, 16, D)
     assert_no_worse(encoded.x, eager, want)
-    assert torch.equal(encoded.mask, torch.stack(masks))
+    visible = torch.stack(masks)
+    assert torch.equal(encoded.mask, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
     assert torch.equal(encoded.x[:, :, :, :N], x) and torch.equal(encoded.hidden_states[0], hidden[0])
     assert transformer().encode(pixels, RATIOS).mask is None
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ def load_checkpoint(
     own = dict(tensors_of(model))
     optional = {name for name, owner in own.items() if id(owner.tensor) in adapters}
     report = _checked("load_checkpoint", own, checkpoint, steps, unknown, strict, optional)
+    _check_adapters(model, own, report.missing)
     for step in steps:
         if step.kind == TILES and set(step.targets) <= own.keys():
             step.convert(*(checkpoint[s] for s in step.sources))  # raises where rows of ratios do not fit one grid
@@ -95,7 +97,8 @@ def load_model(
     if config is None:
         config = _config_beside(checkpoint)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or next((checkpoint.meta(n).dtype for n in checkpoint), default))  # what an NF4 weight takes for its own
+    most = Counter(d for d in (checkpoint.meta(n).dtype for n in checkpoint) if d.is_floating_point).most_common(1)
+    torch.set_default_dtype(dtype or (most[0][0] if most else default))  # what an NF4 weight takes for its own
     try:
         with torch.device("meta"):
             model = build(config, profile=profile)
@@ -201,6 +204,16 @@ def _materialized(value: torch.Tensor, parameter: torch.Tensor, device: torch.de
     return torch.empty(value.shape, dtype=dtype or value.dtype, device=device).copy_(value)
 
 
+def _check_adapters(model: nn.Module, own: Mapping[str, Owned], missing: Iterable[str]) -> None:
+    """On the meta device an adapter is in the file, or made new as a whole; only DoRA's magnitude follows from the rest."""
+    lacking = {id(own[name].tensor): name for name in missing if own[name].tensor.is_meta}
+    for module in model.modules():
+        if callable(getattr(module, "adapter_params", None)):
+            names = [name for name in module.adapter_params() if id(module.get_parameter(name)) in lacking]
+            if names and names not in (["magnitude"], module.adapter_params()):
+                raise ValueError(f"load_checkpoint: the file has no {lacking[id(module.get_parameter(names[0]))]}, but other parts of that adapter")
+
+
 @torch.no_grad()
 def _leave_meta(
     model: nn.Module, own: Mapping[str, Owned], missing: Iterable[str], adapters: set[int], device: torch.device, dtype: torch.dtype | None
@@ -213,8 +226,11 @@ def _leave_meta(
     lacking = {id(own[name].tensor) for name in missing if own[name].tensor.is_meta} & adapters
     for module in model.modules():
         if callable(getattr(module, "adapter_params", None)) and hasattr(module, "initialize_parameters"):
-            names = module.adapter_params()
-            if lacking and {id(module.get_parameter(name)) for name in names} <= lacking:
+            names = [name for name in module.adapter_params() if id(module.get_parameter(name)) in lacking]
+            if names == ["magnitude"]:
+                module.magnitude = nn.Parameter(torch.empty_like(module.magnitude, device=device, dtype=dtype), requires_grad=module.magnitude.requires_grad)
+                module.initialize_dora_magnitude()
+            elif names:
                 module.to_empty(device=device)
                 if dtype is not None:
                     for name in names:

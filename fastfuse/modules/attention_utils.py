@@ -24,8 +24,12 @@ def sdpa_or_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Bloc
     if mask is not None:
         mask = mask[:, None, :, :]
     grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.is_cuda:
-        # Of PyTorch's CUDA kernels the one that takes a mask and does not materialise the scores knows no grouped heads.
+    if grouped and q.shape[2] == 1 and not is_causal:
+        # One token each: the query heads of a group become rows of one head, and nothing of a long cache is copied.
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, dropout_p=dropout_p).reshape(q.shape)
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Of PyTorch's CUDA kernels the one that takes a mask or fp32 and does not materialise the scores knows no grouped heads.
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=grouped)

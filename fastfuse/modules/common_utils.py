@@ -13,6 +13,7 @@ from fastfuse.modules.low_precision._state_dict_hooks import (
 from fastfuse.modules.low_precision._state_dict_hooks import (
     reparametrize_as_dtype_state_dict_post_hook as reparametrize_as_dtype_state_dict_post_hook,
 )
+from fastfuse.modules.transformer import TransformerDecoder
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ def delete_kv_caches(model: nn.Module) -> None:
     for module in _cached_modules(model):
         module.cache_enabled = False
         module.kv_cache = None
+    for module in model.modules():
+        if isinstance(module, TransformerDecoder):
+            module.encoder_max_cache_seq_len = module.decoder_max_cache_seq_len = None
 
 
 @contextlib.contextmanager
@@ -66,9 +70,9 @@ def local_kv_cache(
         raise ValueError("Model caches must be not setup prior to entering this context manager! Please use delete_kv_caches(model) to delete model caches.")
     with torch.device(device):
         model.setup_caches(batch_size, dtype, encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len)
-    for module in _cached_modules(model):
-        module.kv_cache.to(device)
     try:
+        for module in _cached_modules(model):
+            module.kv_cache.to(device)
         yield
     finally:
         delete_kv_caches(model)

@@ -11,7 +11,8 @@ class KVCache(nn.Module):
     """Keys and values of past tokens in tensors of fixed size, written in place.
 
     k_cache, v_cache: [batch_size, num_kv_heads, max_seq_len, head_dim] in dtype.  cache_pos: int64 [max_seq_len], the
-    positions the next tokens take. None of them is in the state dict.
+    positions the next tokens take. None of them is in the state dict. is_empty is the host's own knowledge: set it to False
+    after filling the tensors by other means than update, a replayed CUDA graph say.
     """
 
     def __init__(self, batch_size: int, max_seq_len: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
@@ -52,7 +53,9 @@ class KVCache(nn.Module):
                 raise InvalidArgument(f"KVCache: k_val has {s} tokens, the cache holds {self.size} of max_seq_len={max_seq_len}")
         else:
             assert_on_device(self.cache_pos[0] + s <= max_seq_len, f"KVCache: more tokens than max_seq_len={max_seq_len}")
-        positions = self.cache_pos[:s]
+        if v_val.shape != k_val.shape:
+            raise ValueError(f"KVCache: v_val has shape {tuple(v_val.shape)}, k_val {tuple(k_val.shape)}")
+        positions = self.cache_pos[:s].clone()  # a view would change under autograd, which has kept it
         self.k_cache[:, :, positions] = k_val
         self.v_cache[:, :, positions] = v_val
         self.cache_pos.add_(s)

@@ -88,7 +88,8 @@ class LinearCrossEntropyLoss(nn.Module):
         hidden, targets = outputs.flatten(0, 1), targets.flatten()
         valid = targets != self.ignore_index
         if self.mask_ignored_tokens and not torch.compiler.is_compiling():
-            hidden, targets = hidden[valid], targets[valid]
+            kept = valid.nonzero().squeeze(1)
+            hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         total = _wide(outputs[..., :0]).sum()  # zero; keeps a graph where no target is valid
         for chunk, part in zip(hidden.tensor_split(self.num_output_chunks), targets.tensor_split(self.num_output_chunks), strict=True):
             if chunk.shape[0]:

@@ -61,7 +61,7 @@ class RotaryPositionalEmbeddings(_Rotary):
         """x: [b, s, heads, dim]  ->  the same, rotated, in x's dtype.
 
         input_pos: int [b, s], [s], or [b] for one token each; 0..s-1 where None. A position the cache does not hold
-        raises IndexError, another number of positions than tokens RuntimeError.
+        raises IndexError on a CPU (on a GPU it is an assertion on the device), another number of positions than tokens RuntimeError.
         """
         s = x.shape[1]
         # embedding rather than indexing, which takes a negative position from the table's end

@@ -205,8 +205,18 @@ class TransformerDecoder(nn.Module):
             self.encoder_max_cache_seq_len = encoder_max_seq_len if encoder_max_seq_len is not None else self.max_seq_len
         if TransformerSelfAttentionLayer in kinds:
             self.decoder_max_cache_seq_len = decoder_max_seq_len if decoder_max_seq_len is not None else self.max_seq_len
-        for layer in self.layers:
-            layer.setup_caches(batch_size, dtype, encoder_max_seq_len=self.encoder_max_cache_seq_len, decoder_max_seq_len=self.decoder_max_cache_seq_len)
+        try:
+            for layer in self.layers:
+                layer.setup_caches(batch_size, dtype, encoder_max_seq_len=self.encoder_max_cache_seq_len, decoder_max_seq_len=self.decoder_max_cache_seq_len)
+        except BaseException:  # out of memory, say: a model with some caches would be neither set up nor not
+            self._forget_caches()
+            raise
+
+    def _forget_caches(self) -> None:
+        self.encoder_max_cache_seq_len = self.decoder_max_cache_seq_len = None
+        for module in self.modules():
+            if isinstance(module, MultiHeadAttention):
+                module.kv_cache, module.cache_enabled = None, False
 
     def caches_are_setup(self) -> bool:
         """Whether the layers have caches, enabled or not."""

@@ -160,7 +160,7 @@ class VisionTransformer(nn.Module):
         if aspect_ratio is not None:
             if aspect_ratio.shape != (b, n_imgs, 2) and not (n_imgs == 1 and aspect_ratio.shape == (b, 2)):
                 raise ValueError(f"aspect_ratio has shape {tuple(aspect_ratio.shape)}, images {tuple(images.shape)} need {(b, n_imgs, 2)}")
-            return aspect_ratio.reshape(-1, 2)
+            return aspect_ratio.reshape(-1, 2).to(images.device, non_blocking=True)
         if not tiled:
             return None
         if n_tiles > 1:
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
         return torch.ones(b * n_imgs, 2, dtype=torch.int64, device=images.device)
 
     def _padded(self, x: Tensor, aspect_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tiles filled up to a multiple of pad_tokens_to, and the mask [images, tokens, tokens] over all tiles.
+        """Tiles filled up to a multiple of pad_tokens_to, and the mask [images, tokens, tokens] over all tiles, 0 or -inf in x's dtype.
 
         Two tokens that are both padding (of a tile, or in a padding tile) do not see each other; every other pair does.
         """
@@ -184,4 +184,6 @@ class VisionTransformer(nn.Module):
             tiles = aspect_ratio.prod(-1).clamp(min=1)
             valid = (torch.arange(n_tiles, device=x.device) < tiles[:, None])[:, :, None] & real
         valid = valid.flatten(1)
-        return x, valid[:, :, None] | valid[:, None, :]
+        # Added to the scores, in their dtype: of a bool mask every layer would make such a tensor for itself, and keep it for its backward.
+        mask = torch.zeros(x.shape[0], valid.shape[1], valid.shape[1], dtype=x.dtype, device=x.device)
+        return x, mask.masked_fill_(~(valid[:, :, None] | valid[:, None, :]), -torch.inf)

@@ -127,7 +127,7 @@ def lora_clip_vision_encoder(
         max_num_tiles, False, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
     )  # fmt: skip
     if quantize_base:
-        vision._register_state_dict_hook(partial(nf4_hooks.reparametrize_as_dtype_state_dict_post_hook, offload_to_cpu=True))
+        nf4_hooks._register_reparametrize_state_dict_hooks(vision)
     return vision
 
 

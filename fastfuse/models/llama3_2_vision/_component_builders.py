@@ -140,7 +140,7 @@ def lora_llama3_2_vision_encoder(
     )
     encoder = Llama3VisionEncoder(clip=clip, projection_head=head)
     if quantize_base:
-        encoder._register_state_dict_hook(partial(nf4_hooks.reparametrize_as_dtype_state_dict_post_hook, offload_to_cpu=True))
+        nf4_hooks._register_reparametrize_state_dict_hooks(encoder)
     return encoder
 
 
@@ -353,5 +353,5 @@ def lora_llama3_2_vision_decoder(
         output=output,
     )
     if quantize_base:
-        decoder._register_state_dict_hook(partial(nf4_hooks.reparametrize_as_dtype_state_dict_post_hook, offload_to_cpu=True))
+        nf4_hooks._register_reparametrize_state_dict_hooks(decoder)
     return decoder

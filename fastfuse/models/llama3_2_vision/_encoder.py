@@ -22,7 +22,7 @@ class Llama3VisionProjectionHead(nn.Module):
     def forward(self, x: Tensor, hidden_states: list[Tensor] | None = None, *, mask: Tensor | None = None, n_tokens: int | None = None) -> Tensor:
         """x: [b, n_imgs, n_tiles, n, d], hidden_states: num_hidden_inputs tensors of that shape  ->  [b, n_imgs * n_tiles * n, d_out].
 
-        mask: bool [b * n_imgs, n_tiles * n, n_tiles * n] for the layers. n_tokens: tokens of each tile that go on, the rest
+        mask: [b * n_imgs, n_tiles * n, n_tiles * n] for the layers, bool or float. n_tokens: tokens of each tile that go on, the rest
         of x being padding; hidden_states have none.
         Raises TypeError where hidden states are expected and None are given, ValueError for another number of them.
         """
