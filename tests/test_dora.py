@@ -40,7 +40,8 @@ def test_torchtunes_values(kwargs, after, y, total):
         m.initialize_dora_magnitude()
         m.magnitude.mul_(torch.linspace(0.5, 1.5, 256))
     got = m(torch.linspace(-1, 1, 128).view(2, 64))
-    torch.testing.assert_close(got[1, ::100], torch.tensor(y), atol=2e-6, rtol=0)
+    # y has six decimals; the sums over K = 64 round in another order on another machine.
+    torch.testing.assert_close(got[1, ::100], torch.tensor(y), atol=5e-7 + 64**0.5 * torch.finfo(torch.float32).eps * max(map(abs, y)), rtol=0)
     assert got.sum().item() == pytest.approx(total, abs=2e-3)
 
 
@@ -120,9 +121,9 @@ def test_dropout():
     mask = F.dropout(torch.ones(6, 64), 0.5)
     scale = m.magnitude / m._norms(torch.float32)
     base = F.linear(x, m.weight.get_original_weight(), m.bias)
-    torch.testing.assert_close(got, scale * (base + 2.0 * m.lora_b(m.lora_a(x * mask))), rtol=1e-5, atol=1e-5)
+    assert_rounding_apart(got, scale * (base + 2.0 * m.lora_b(m.lora_a(x * mask))), K=64, products=3)
     m.eval()
-    torch.testing.assert_close(m(x), scale * (base + 2.0 * m.lora_b(m.lora_a(x))), rtol=1e-5, atol=1e-5)
+    assert_rounding_apart(m(x), scale * (base + 2.0 * m.lora_b(m.lora_a(x))), K=64, products=3)
 
 
 def test_layouts_of_x():
