@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from fastfuse.modules import MultiHeadAttention
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
@@ -48,3 +49,20 @@ class Adapters:
 def dense(name: str, in_dim: int, out_dim: int, bias: bool = False) -> nn.Module:
     """The plain builders' choice, with the signature of Adapters.chosen."""
     return nn.Linear(in_dim, out_dim, bias=bias)
+
+
+def attention(
+    make: Callable[..., nn.Module], *, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False, **kwargs: Any
+) -> MultiHeadAttention:
+    """Attention whose projections make(name, in_dim, out_dim, bias=) builds, in the order that seeds depend on."""
+    return MultiHeadAttention(
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        q_proj=make("q_proj", embed_dim, num_heads * head_dim, bias=bias),
+        k_proj=make("k_proj", embed_dim, num_kv_heads * head_dim, bias=bias),
+        v_proj=make("v_proj", embed_dim, num_kv_heads * head_dim, bias=bias),
+        output_proj=make("output_proj", num_heads * head_dim, embed_dim, bias=bias),
+        **kwargs,
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastfuse.errors import InvalidArgument
-from fastfuse.models._linear import Adapters, dense
+from fastfuse.models._linear import Adapters, attention, dense
 from fastfuse.modules import (
     CLSProjection,
     FeedForward,
@@ -66,10 +66,10 @@ def clip_vision_encoder(
     rope = None
     if use_rope:
         rope = VisionRotaryPositionalEmbeddings(patch_size, tile_size, head_dim, append_cls_token=append_cls_token)
-    attention = clip_attention(embed_dim=embed_dim, num_heads=num_heads, attn_bias=attn_bias, pos_embeddings=rope)
+    attn = clip_attention(embed_dim=embed_dim, num_heads=num_heads, attn_bias=attn_bias, pos_embeddings=rope)
     mlp = clip_mlp(embed_dim, embed_dim, hidden_dim or 4 * embed_dim, activation())
     return _vision_transformer(
-        attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+        attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
         max_num_tiles if use_tile_pos_embed else 1, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def lora_clip_vision_encoder(
     hidden_dim = hidden_dim or 4 * embed_dim
     cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
     adapters = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_dora": use_dora, "quantize_base": quantize_base}
-    attention = lora_clip_attention(
+    attn = lora_clip_attention(
         lora_modules, embed_dim=embed_dim, head_dim=embed_dim // num_heads, num_heads=num_heads, num_kv_heads=num_heads,
         attn_bias=attn_bias, is_causal=causal_attention, **adapters, **quantization_kwargs,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def lora_clip_vision_encoder(
     else:
         mlp = clip_mlp(embed_dim, embed_dim, hidden_dim, activation(), quantize_base=quantize_base, **quantization_kwargs)
     vision = _vision_transformer(
-        attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+        attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
         max_num_tiles, False, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
     )  # fmt: skip
     if quantize_base:
@@ -132,10 +132,10 @@ def lora_clip_vision_encoder(
 
 
 def _vision_transformer(
-    attention, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
+    attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
     max_num_tiles, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
 ) -> VisionTransformer:  # fmt: skip
-    layer = TransformerSelfAttentionLayer(attention, mlp, sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps), mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps))
+    layer = TransformerSelfAttentionLayer(attn, mlp, sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps), mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps))
     pre = post = None
     if max_num_tiles > 1:
         pre = TilePositionalEmbedding(max_num_tiles, embed_dim, aspect_ratios=aspect_ratios)
@@ -161,20 +161,10 @@ def _vision_transformer(
     )
 
 
-def clip_attention(*, embed_dim: int, num_heads: int, attn_bias: bool = False, pos_embeddings: nn.Module | None = None, make=dense) -> MultiHeadAttention:
-    """Bidirectional attention; make(name, in_dim, out_dim, bias=) builds the projections."""
-    return MultiHeadAttention(
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=embed_dim // num_heads,
-        q_proj=make("q_proj", embed_dim, embed_dim, bias=attn_bias),
-        k_proj=make("k_proj", embed_dim, embed_dim, bias=attn_bias),
-        v_proj=make("v_proj", embed_dim, embed_dim, bias=attn_bias),
-        output_proj=make("output_proj", embed_dim, embed_dim, bias=attn_bias),
-        pos_embeddings=pos_embeddings,
-        is_causal=False,
-    )
+def clip_attention(*, embed_dim: int, num_heads: int, attn_bias: bool = False, pos_embeddings: nn.Module | None = None) -> MultiHeadAttention:
+    """Bidirectional attention."""
+    heads = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": embed_dim // num_heads}
+    return attention(dense, embed_dim=embed_dim, **heads, bias=attn_bias, pos_embeddings=pos_embeddings, is_causal=False)
 
 
 def lora_clip_attention(
@@ -201,18 +191,8 @@ def lora_clip_attention(
     if not lora_modules:
         raise ValueError(f"Must pass one or more of {LORA_ATTN_MODULES} as lora_modules, got {lora_modules}")
     make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base, quantization_kwargs).chosen(lora_modules)
-    return MultiHeadAttention(
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        q_proj=make("q_proj", embed_dim, num_heads * head_dim, bias=attn_bias),
-        k_proj=make("k_proj", embed_dim, num_kv_heads * head_dim, bias=attn_bias),
-        v_proj=make("v_proj", embed_dim, num_kv_heads * head_dim, bias=attn_bias),
-        output_proj=make("output_proj", embed_dim, embed_dim, bias=attn_bias),
-        is_causal=is_causal,
-        attn_dropout=attn_dropout,
-    )
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    return attention(make, embed_dim=embed_dim, **heads, bias=attn_bias, is_causal=is_causal, attn_dropout=attn_dropout)
 
 
 def clip_mlp(in_dim: int, out_dim: int, hidden_dim: int, activation: nn.Module, quantize_base: bool = False, **quantization_kwargs: Any) -> FeedForward:

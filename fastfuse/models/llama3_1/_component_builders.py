@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters
+from fastfuse.models._linear import Adapters, attention
 from fastfuse.modules import FeedForward, MultiHeadAttention
 from fastfuse.modules.low_precision import FrozenNF4Linear
 
@@ -50,19 +50,7 @@ def lora_llama3_attention(
     """Attention without biases, an adapter on the projections that lora_modules names."""
     head_dim = embed_dim // num_heads
     make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base).chosen(lora_modules)
-    return MultiHeadAttention(
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        q_proj=make("q_proj", embed_dim, num_heads * head_dim),
-        k_proj=make("k_proj", embed_dim, num_kv_heads * head_dim),
-        v_proj=make("v_proj", embed_dim, num_kv_heads * head_dim),
-        output_proj=make("output_proj", num_heads * head_dim, embed_dim),
-        pos_embeddings=pos_embeddings,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        max_seq_len=max_seq_len,
-        is_causal=is_causal,
-        attn_dropout=attn_dropout,
-    )
+    return attention(
+        make, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, pos_embeddings=pos_embeddings,
+        q_norm=q_norm, k_norm=k_norm, max_seq_len=max_seq_len, is_causal=is_causal, attn_dropout=attn_dropout,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters
+from fastfuse.models._linear import Adapters, attention, dense
 from fastfuse.models.clip._component_builders import clip_attention, clip_mlp, clip_vision_encoder, lora_clip_attention, lora_clip_mlp, lora_clip_vision_encoder
 from fastfuse.models.llama3_1._component_builders import llama3_mlp, lora_llama3_attention, lora_llama3_mlp, scale_hidden_dim_for_mlp
 from fastfuse.models.llama3_2_vision._encoder import Llama3VisionEncoder, Llama3VisionProjectionHead
@@ -157,9 +157,9 @@ def llama3_2_vision_projection_head(
     """num_layers gated transformer layers in CLIP's width, then a linear layer from (num_hidden_inputs + 1) times that width."""
     layers = []
     for _ in range(num_layers):
-        attention = clip_attention(embed_dim=clip_embed_dim, num_heads=num_heads)
+        attn = clip_attention(embed_dim=clip_embed_dim, num_heads=num_heads)
         mlp = clip_mlp(clip_embed_dim, clip_embed_dim, hidden_dim or 4 * clip_embed_dim, nn.GELU())
-        layers.append(_gated_layer(attention, mlp, clip_embed_dim, norm_eps))
+        layers.append(_gated_layer(attn, mlp, clip_embed_dim, norm_eps))
     output = nn.Linear(clip_embed_dim * (num_hidden_inputs + 1), decoder_embed_dim)
     return Llama3VisionProjectionHead(layers, output, num_hidden_inputs)
 
@@ -190,7 +190,7 @@ def lora_llama3_2_vision_projection_head(
     quantized = {"quantize_base": quantize_base, **quantization_kwargs}
     layers = []
     for _ in range(num_layers):
-        attention = lora_clip_attention(
+        attn = lora_clip_attention(
             lora_modules, embed_dim=clip_embed_dim, head_dim=clip_embed_dim // num_heads, num_heads=num_heads, num_kv_heads=num_heads,
             is_causal=causal_attention, **adapters, **quantized,
         )  # fmt: skip
@@ -198,7 +198,7 @@ def lora_llama3_2_vision_projection_head(
             mlp = lora_clip_mlp(in_dim=clip_embed_dim, out_dim=clip_embed_dim, hidden_dim=hidden_dim, activation=nn.GELU(), **adapters, **quantized)
         else:
             mlp = clip_mlp(clip_embed_dim, clip_embed_dim, hidden_dim, nn.GELU(), **quantized)
-        layers.append(_gated_layer(attention, mlp, clip_embed_dim, norm_eps))
+        layers.append(_gated_layer(attn, mlp, clip_embed_dim, norm_eps))
     in_dim = clip_embed_dim * (num_hidden_inputs + 1)
     if apply_lora_to_output:
         output = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora).linear(in_dim, decoder_embed_dim, bias=True)
@@ -207,9 +207,9 @@ def lora_llama3_2_vision_projection_head(
     return Llama3VisionProjectionHead(layers, output, num_hidden_inputs)
 
 
-def _gated_layer(attention: MultiHeadAttention, mlp: nn.Module, dim: int, norm_eps: float) -> TransformerSelfAttentionLayer:
+def _gated_layer(attn: MultiHeadAttention, mlp: nn.Module, dim: int, norm_eps: float) -> TransformerSelfAttentionLayer:
     norms = {"sa_norm": Fp32LayerNorm(dim, eps=norm_eps), "mlp_norm": Fp32LayerNorm(dim, eps=norm_eps)}
-    return TransformerSelfAttentionLayer(attention, mlp, **norms, sa_scale=TanhGate(), mlp_scale=TanhGate())
+    return TransformerSelfAttentionLayer(attn, mlp, **norms, sa_scale=TanhGate(), mlp_scale=TanhGate())
 
 
 def llama3_2_vision_decoder(
@@ -290,18 +290,11 @@ def lora_llama3_2_vision_decoder(
     else:
         rope = Llama3ScaledRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base, **rope_scaling)
 
-    def attention(lora: bool, **kwargs: Any) -> MultiHeadAttention:
+    def attn(lora: bool, **kwargs: Any) -> MultiHeadAttention:
         kwargs |= {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         if lora:
             return lora_llama3_attention(lora_attn_modules, **kwargs, **adapters)
-        return MultiHeadAttention(
-            head_dim=head_dim,
-            q_proj=nn.Linear(embed_dim, num_heads * head_dim, bias=False),
-            k_proj=nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False),
-            v_proj=nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False),
-            output_proj=nn.Linear(num_heads * head_dim, embed_dim, bias=False),
-            **kwargs,
-        )
+        return attention(dense, head_dim=head_dim, **kwargs)
 
     def mlp(lora: bool) -> nn.Module:
         if lora and apply_lora_to_mlp:
@@ -310,7 +303,7 @@ def lora_llama3_2_vision_decoder(
 
     def self_layer() -> TransformerSelfAttentionLayer:
         return TransformerSelfAttentionLayer(
-            attention(decoder_lora, pos_embeddings=rope, max_seq_len=max_seq_len),
+            attn(decoder_lora, pos_embeddings=rope, max_seq_len=max_seq_len),
             mlp(decoder_lora),
             sa_norm=RMSNorm(embed_dim, eps=norm_eps),
             mlp_norm=RMSNorm(embed_dim, eps=norm_eps),
@@ -319,7 +312,7 @@ def lora_llama3_2_vision_decoder(
     def cross_layer() -> TransformerCrossAttentionLayer:
         head_norms = {"q_norm": RMSNorm(head_dim, eps=norm_eps), "k_norm": RMSNorm(head_dim, eps=norm_eps)}
         return TransformerCrossAttentionLayer(
-            attention(fusion_lora, **head_norms, is_causal=False, max_seq_len=encoder_max_seq_len),
+            attn(fusion_lora, **head_norms, is_causal=False, max_seq_len=encoder_max_seq_len),
             mlp(fusion_lora),
             ca_norm=RMSNorm(embed_dim, eps=cross_eps),
             mlp_norm=RMSNorm(embed_dim, eps=cross_eps),
