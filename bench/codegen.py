@@ -19,12 +19,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastfuse import tune
+from fastfuse.kernels.lora import lora_down_kernel, lora_grad_kernel, lora_up_kernel
 from fastfuse.kernels.nf4 import nf4_dequantize_kernel
-from fastfuse.kernels.nf4_linear import nf4_linear_fwd_kernel
+from fastfuse.kernels.nf4_linear import (
+    nf4_linear_dx_kernel,
+    nf4_linear_fwd_kernel,
+    nf4_row_norms_kernel,
+    nf4_skinny_kernel,
+    nf4_skinny_reduce_kernel,
+)
+from fastfuse.kernels.swiglu import swiglu_bwd_kernel, swiglu_fwd_kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Shared memory one block may use: CUDA programming guide, technical specifications per compute capability; CDNA3 ISA.
@@ -59,7 +68,7 @@ class Report:
     shared: int
     warps: int
     counts: dict = field(default_factory=dict)  # instruction -> how often, in the whole kernel
-    per_weight: float | None = None  # instructions of the main loop per weight decoded
+    per_weight: float | None = None  # instructions of the main loop per weight decoded; of the whole kernel where it has none
 
     def problems(self) -> list[str]:
         """Why this kernel must not ship: empty where it may."""
@@ -74,51 +83,169 @@ class Report:
 def specimens() -> Iterator[Specimen]:
     for arch in ARCHS:
         yield from _dequantize(arch)
-        yield from _linear(arch)
+        seen = set()
+        for row in _rows("nf4_linear", arch):
+            for variant in LINEAR_VARIANTS:
+                for specimen in linear_specimens(arch, row["tile"], *variant):
+                    key = specimen.op, specimen.name  # rows that differ in SPLIT_K alone share two of the three kernels
+                    unsplit = "SPLIT_K" in row["tile"]["constants"] and specimen.op == "nf4_linear" and variant not in FEW_VARIANTS
+                    fewer = specimen.op == "nf4_skinny_reduce" and (variant not in FEW_VARIANTS or specimen.constants["SPLIT_K"] < 16)
+                    if key not in seen and not unsplit and not fewer:
+                        seen.add(key)
+                        yield specimen
+        for row in _rows("nf4_linear_dx", arch):
+            for variant in DX_VARIANTS:
+                yield dx_specimen(arch, row["tile"], *variant)
+        for row in _rows("lora_row_norms", arch):
+            yield from _row_norms(arch, row["tile"])
+        yield from _low_rank(arch)
+        yield from _swiglu(arch)
+
+
+def _rows(op: str, arch: str) -> list[dict]:
+    """The different tiles of an op's rows."""
+    rows = [r for r in tune.table(op) if r["arch"] == arch and r["tile"]]
+    return [r for i, r in enumerate(rows) if r["tile"] not in [other["tile"] for other in rows[:i]]]
 
 
 def _dequantize(arch: str) -> Iterator[Specimen]:
     for layout, types in LAYOUTS.items():
         for out in ("bf16", "fp16", "fp32"):
             signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(types, out), "out_ptr": f"*{out}", "n_elements": "i32"}
-            constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": 64, "DECODE": _branch(arch, layout, out)}
-            yield Specimen("nf4_dequantize", f"{layout} {out}", arch, nf4_dequantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False})
+            constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": 128, "DECODE": _branch(arch, layout, out)}
+            options = {"num_warps": 4, "enable_fp_fusion": False}
+            for cut in (False, True) if (layout, out) == ("nested", "bf16") else (False,):
+                name = f"{layout} {out}" + (" cut" if cut else "")
+                yield Specimen("nf4_dequantize", name, arch, nf4_dequantize_kernel, signature, constants | {"CUT": cut}, options, 128 * 64)
 
 
-def _linear(arch: str) -> Iterator[Specimen]:
-    rows = [r for r in tune.table("nf4_linear") if r["arch"] == arch and r["tile"]]
-    # (storage, x, adapters): PEFT keeps adapters in fp32; "-" is a plain linear with a bias
-    variants = [
-        ("flat", "bf16", "bf16"),
-        ("nested", "bf16", "fp32"),
-        ("nested", "bf16", "-"),
-        ("torchao", "bf16", "fp32"),
-        ("torchao", "bf16", "bf16"),
-        ("torchao/200", "bf16", "bf16"),
-        ("flat", "fp16", "fp16"),
-    ]
-    for row in rows:
-        tile = row["tile"]
-        for layout, x, adapter in variants:
-            yield linear_specimen(arch, tile, layout, x, adapter)
+# (storage, x, adapters, projections in the group, factor): PEFT keeps adapters in fp32; "-" is a plain linear with a bias
+LINEAR_VARIANTS = [
+    ("flat", "bf16", "bf16", 1, False),
+    ("nested", "bf16", "fp32", 1, False),
+    ("nested", "bf16", "-", 1, False),
+    ("nested", "bf16", "bf16", 3, False),
+    ("nested", "bf16", "bf16", 1, True),
+    ("torchao", "bf16", "fp32", 1, False),
+    ("torchao", "bf16", "bf16", 1, False),
+    ("torchao/200", "bf16", "bf16", 1, False),
+    ("flat", "fp16", "fp16", 1, False),
+]
+# of the kernels that the storage hardly reaches
+FEW_VARIANTS = [LINEAR_VARIANTS[1], LINEAR_VARIANTS[3]]
+DX_VARIANTS = [
+    ("flat", "bf16", "bf16", 1, False, False),
+    ("nested", "bf16", "fp32", 1, False, True),
+    ("nested", "bf16", "bf16", 3, False, False),
+    ("torchao", "bf16", "bf16", 1, True, False),
+    ("nested", "fp16", "-", 1, False, False),
+]
 
 
-def linear_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str) -> Specimen:
-    signature = {"x_ptr": f"*{x}", "packed_ptr": "*u8", "code_ptr": _code(layout, x), "scales": _layout(LAYOUTS[layout], x)}
-    signature |= {"out_ptr": f"*{x}", "scaling": "fp32"}
-    signature |= dict.fromkeys(("stride_xm", "M", "N", "K", "R"), "i32")
-    constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x), **tile["constants"]}
-    if adapter == "-":
-        constants["lora"] = None
-        signature["bias_ptr"] = f"*{x}"
-    else:
-        constants["bias_ptr"] = None
-        signature["lora"] = (f"*{adapter}", f"*{adapter}")
-    size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK")
-    name = f"{layout} {x} lora {adapter} {size} w{tile['num_warps']} s{tile['num_stages']}"
+def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, projections: int = 1, factor: bool = False) -> Iterator[Specimen]:
+    """The kernels of one row of nf4_linear: the split ones, and the one without a split that dropout and pinned tiles take."""
+    constants = dict(tile["constants"])
+    splits = constants.pop("SPLIT_K", 0)
+    common = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x)}
     options = {k: tile[k] for k in ("num_warps", "num_stages")}
-    weights = tile["constants"]["BLOCK_N"] * tile["constants"]["BLOCK_K"]
-    return Specimen("nf4_linear", name, arch, nf4_linear_fwd_kernel, signature, constants, options, weights)
+    low = x if adapter == "-" else adapter
+    group = (_projection(layout, x, adapter, factor, bias=adapter == "-"),) * projections
+    name = _name(tile, layout, x, adapter) + (f" x{projections}" if projections > 1 else "") + (" factor" if factor else "")
+    weights = constants["BLOCK_N"] * constants["BLOCK_K"]
+    base = {"x_ptr": f"*{x}", "group": group, "xa_ptr": f"*{low}", "M": "i32", "K": "i32"}
+    if splits:
+        signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xm", "columns"), "i32")
+        yield Specimen("nf4_skinny", name, arch, nf4_skinny_kernel, signature, constants | common | {"SPLIT_K": splits}, options, weights)
+        signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xam", "columns"), "i32")
+        own = {k: constants[k] for k in ("BLOCK_M", "BLOCK_N")} | {"SPLIT_K": splits, "DECODE": common["DECODE"]}
+        reduced = name.removeprefix(f"{layout} ") + f" k{splits}"  # nothing of the storage reaches this one
+        yield Specimen("nf4_skinny_reduce", reduced, arch, nf4_skinny_reduce_kernel, signature, own, {"num_warps": 4})
+        constants["TRANSPOSED"] = False
+    signature = base | dict.fromkeys(("stride_xm", "stride_xam"), "i32")
+    yield Specimen("nf4_linear", name, arch, nf4_linear_fwd_kernel, signature, constants | common, options, weights)
+
+
+def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projections: int, factor: bool, dropout: bool) -> Specimen:
+    constants = dict(tile["constants"]) | {"BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, x), "CUT_K": False}
+    low = x if adapter == "-" else adapter
+    signature = {"group": (_projection(layout, x, adapter, factor),) * projections, "dxa_ptr": f"*{low}", "dx_ptr": f"*{x}"}
+    signature |= dict.fromkeys(("stride_dxam", "M", "K", "threshold"), "i32")
+    if dropout:
+        signature["seeds_ptr"] = "*i64"
+    else:
+        constants["seeds_ptr"] = None
+    name = _name(tile, layout, x, adapter) + "".join(
+        f" {word}" for word, there in ((f"x{projections}", projections > 1), ("factor", factor), ("dropout", dropout)) if there
+    )
+    options = {k: tile[k] for k in ("num_warps", "num_stages")}
+    return Specimen("nf4_linear_dx", name, arch, nf4_linear_dx_kernel, signature, constants, options, constants["BLOCK_N"] * constants["BLOCK_K"])
+
+
+def _row_norms(arch: str, tile: dict) -> Iterator[Specimen]:
+    for layout, out, adapter in (("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat", "fp16", "fp16")):
+        decode = _branch(arch, layout, out)
+        if decode == "gather" and arch.startswith("sm_"):
+            continue
+        signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(LAYOUTS[layout], out), "norms_ptr": "*fp32", "scaling": "fp32"}
+        signature |= {"a_ptr": f"*{adapter}", "b_ptr": f"*{adapter}"} | dict.fromkeys(("N", "K", "R"), "i32")
+        dtype = {"bf16": tl.bfloat16, "fp16": tl.float16}[out]
+        constants = dict(tile["constants"]) | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": decode, "CUT_K": False}
+        options = {k: tile[k] for k in ("num_warps", "num_stages")}
+        yield Specimen("lora_row_norms", _name(tile, layout, out, adapter), arch, nf4_row_norms_kernel, signature, constants, options)
+
+
+def _low_rank(arch: str) -> Iterator[Specimen]:
+    def fits(when: dict, low: str) -> bool:
+        return (when.get("low") == "fp32") == (low == "fp32")
+
+    precision = "tf32x3" if arch.startswith("sm_") else "ieee"
+    for x, low in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        for dropout in (False, True):
+            seed = {"signature": {"seed_ptr": "*i64"}, "constants": {}} if dropout else {"signature": {}, "constants": {"seed_ptr": None}}
+            words = f"{x} {low}" + (" dropout" if dropout else "")
+            ints = ("M", "K", "C", "R", "stride_xm", "stride_lm", "stride_tm", "stride_tr", "stride_tc", "rows_per_split", "threshold")
+            types = {
+                "x_ptr": f"*{x}",
+                "a_ptr": f"*{low}",
+                "part_ptr": "*fp32",
+                "low_ptr": f"*{low}",
+                "thin_ptr": f"*{low}",
+                "out_ptr": f"*{x}",
+                "scaling": "fp32",
+            }
+            types |= {"tall_ptr": f"*{x}", "outer_ptr": "*fp32", "through_ptr": "*fp32"} | dict.fromkeys(ints, "i32") | seed["signature"]
+            for op, kernel in (("lora_down", lora_down_kernel), ("lora_up", lora_up_kernel)):
+                for row in _rows(op, arch) if dropout or x != low else ():  # without either it is the library's product
+                    constants = dict(row["tile"]["constants"]) | seed["constants"] | {"PRECISION": precision}
+                    options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
+                    yield Specimen(op, words, arch, kernel, types, constants, options)
+            for row in _rows("lora_grad", arch):
+                # dropout is on the way to dA, the outer product alone; dB comes with d(x A^T)
+                for half in (("outer",) if dropout else ("both", "outer") if x != low else ("both",)) if fits(row["when"], low) else ():
+                    constants = {k: v for k, v in row["tile"]["constants"].items() if k != "PROGRAMS"} | seed["constants"]
+                    constants |= {"PRECISION": precision, "factor_ptr": None} | ({} if half == "both" else {"thin_ptr": None, "through_ptr": None})
+                    options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
+                    yield Specimen("lora_grad", f"{words} R{constants['BLOCK_R']} {half}", arch, lora_grad_kernel, types, constants, options)
+
+
+def _swiglu(arch: str) -> Iterator[Specimen]:
+    for kernel in (swiglu_fwd_kernel, swiglu_bwd_kernel):
+        types = {name: "i32" if name == "n" else "*bf16" for name in kernel.arg_names if name != "BLOCK"}
+        yield Specimen("swiglu", "fwd" if kernel is swiglu_fwd_kernel else "bwd", arch, kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+
+
+def _projection(layout: str, x: str, adapter: str, factor: bool, bias: bool = False) -> tuple:
+    """The type of one projection of a group, as kernels/nf4_linear.py describes it; None for what is absent."""
+    low = None if adapter == "-" else f"*{adapter}"
+    return (
+        "*u8", _code(layout, x), _layout(LAYOUTS[layout], x), low, low, "*fp32" if factor else None, f"*{x}" if bias else None,
+        f"*{x}", f"*{x}" if factor else None, "i32", "i32", "fp32",
+    )  # fmt: skip
+
+
+def _name(tile: dict, layout: str, x: str, adapter: str) -> str:
+    size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in tile["constants"])
+    return f"{layout} {x} lora {adapter} {size} w{tile['num_warps']} s{tile['num_stages']}"
 
 
 def _layout(types: tuple, w: str) -> tuple:
@@ -135,16 +262,29 @@ def _branch(arch: str, layout: str, out: str) -> str:
 
 def compile_specimen(s: Specimen):
     """Triton's compiled kernel. Pointers and row strides are marked divisible by 16, as the launcher marks aligned ones."""
-    names = s.kernel.arg_names
-    signature = {n: s.signature.get(n, "constexpr") for n in names}
-    attrs = {}
-    for i, n in enumerate(names):
-        kinds = signature[n] if isinstance(signature[n], tuple) else (signature[n],)
-        for j, kind in enumerate(kinds):
-            if kind.startswith("*") or n in ("stride_xm", "K", "N", "n_elements"):
-                attrs[(i, j) if isinstance(signature[n], tuple) else (i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=s.kernel, signature=signature, constexprs=s.constants, attrs=attrs)
+    signature, constants, attrs = {}, dict(s.constants), {}
+    for i, name in enumerate(s.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = _describe(s.signature[name], (i,), name, constants, attrs)
+    source = ASTSource(fn=s.kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=target(s.arch), options=s.options)
+
+
+def _describe(kind, path: tuple, name: str, constants: dict, attrs: dict):
+    """An argument's type for the compiler; None inside a tuple is a constant of its own, pointers and row lengths are aligned."""
+    if isinstance(kind, tuple):
+        return tuple(_describe(k, (*path, j), name, constants, attrs) for j, k in enumerate(kind))
+    if kind is None:
+        constants[path] = None
+        return "constexpr"
+    if kind.startswith("*") or name in _ALIGNED or (name == "group" and path[-1] == 9):  # a projection's N
+        attrs[path] = [["tt.divisibility", 16]]
+    return kind
+
+
+_ALIGNED = ("stride_xm", "stride_tm", "stride_xam", "stride_dxam", "K", "C", "N", "columns", "n_elements", "n")
 
 
 def target(arch: str) -> GPUTarget:
@@ -195,6 +335,11 @@ def _read_sass(cubin: bytes, made: Report, weights: int) -> None:
     if weights and main:
         start, end = max(main, key=lambda loop: sum(op == "PRMT" for op, _ in ops[slice(*loop)]))  # the LoRA epilogue loops too
         made.per_weight = round((end - start) * made.warps * 32 / weights, 2)
+        inside = ops[start:end]
+        made.counts["HGMMA in loop"] = sum(op.startswith("HGMMA") for op, _ in inside)
+        made.counts["full waits in loop"] = sum(op.startswith("WARPGROUP.DEPBAR") and "0x0" in operands for op, operands in inside)
+    elif weights:  # one step without a loop
+        made.per_weight = round(sum(op != "NOP" for op, _ in ops) * made.warps * 32 / weights, 2)
 
 
 def _family(op: str) -> str:
@@ -219,12 +364,12 @@ def _nth(i: int) -> Report:
 
 
 def table(reports: list[Report]) -> str:
-    lines = [f"{'target':7} {'op':15} {'kernel':48} {'regs':>4} {'stack':>5} {'shared':>7} {'instr/weight':>12}  matrix, 16-byte loads and stores"]
+    lines = [f"{'target':7} {'op':17} {'kernel':58} {'regs':>4} {'stack':>5} {'shared':>7} {'instr/weight':>12}  matrix, 16-byte loads and stores"]
     for r in reports:
-        shown = {k: v for k, v in r.counts.items() if "MMA" in k or "mfma" in k or k.endswith((".128", "x4"))}
+        shown = {k: v for k, v in r.counts.items() if ("MMA" in k and "loop" not in k) or "mfma" in k or k.endswith((".128", "x4"))}
         made = " ".join(f"{k}:{v}" for k, v in sorted(shown.items()))
         per = "" if r.per_weight is None else f"{r.per_weight:.2f}"
-        lines.append(f"{r.arch:7} {r.op:15} {r.name:48} {r.registers:4} {r.stack:5} {r.shared:7} {per:>12}  {made} {'; '.join(r.problems())}")
+        lines.append(f"{r.arch:7} {r.op:17} {r.name:58} {r.registers:4} {r.stack:5} {r.shared:7} {per:>12}  {made} {'; '.join(r.problems())}")
     return "\n".join(lines)
 
 

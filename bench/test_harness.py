@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import harness
-from bench.cases_nf4_linear import linear_case
+from bench.bench_nf4_lora import LINEAR, layers_case
 from bench.peaks import Peaks
 from fastfuse.ops._op import Cost
 
@@ -21,7 +21,7 @@ ENVIRONMENT = {"device": "a chip, 2 threads", "device_type": "cpu", "commit": "0
 
 
 def case_with(**providers) -> harness.Case:
-    case = linear_case(2, 128, 128, "bitsandbytes", torch.bfloat16, compiled=False)
+    case = layers_case(LINEAR, 2, [(128, 128)])
     return replace(case, providers={name: case.providers[name] for name in (harness.OURS, harness.EAGER)} | providers)
 
 
@@ -74,16 +74,16 @@ def test_results_are_only_ever_added_to(tmp_path: Path) -> None:
 
 
 def test_host_libraries_are_imported_only_when_timed() -> None:
-    check = "import sys, bench.harness as h; h.all_cases('cuda'); print([m for m in ('bitsandbytes', 'torchao') if m in sys.modules])"
+    check = "import sys, bench.harness as h; h.all_cases('cuda'); print([m for m in ('bitsandbytes', 'peft', 'torchao') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.all", "--out", str(tmp_path), "--device", "cpu", "--quick", "--minutes", "1"]
+    command = [sys.executable, "-m", "bench.all", "--out", str(tmp_path), "--device", "cpu", "--quick", "--minutes", "3"]
     run = subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = tmp_path / "results.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while run.poll() is None and time.monotonic() < deadline and not (results.exists() and results.read_text().count("\n") >= 2):
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)

@@ -201,28 +201,42 @@ def decode(packed, scale, code_ptr, scales, OUT: tl.constexpr, DECODE: tl.conste
 def nf4_dequantize_kernel(
     packed_ptr, code_ptr, scales, out_ptr,
     n_elements,
-    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """out[i] = round(codebook[code[i]] * scale[i // BLOCK_SIZE]), equal to the bit to the host library's.
 
-    Program p writes BLOCKS quantization blocks, starting at block p * BLOCKS. Compile without floating-point fusion:
+    Program p writes BLOCKS quantization blocks, starting at block p * BLOCKS. CUT: the last program has fewer. Compile without floating-point fusion:
     a contracted multiply-add in the nested scale differs from bitsandbytes by one ulp.
     """
     BYTES: tl.constexpr = BLOCK_SIZE // 2
     TORCHAO_LAYOUT: tl.constexpr = len(scales) == 3
     W_DTYPE: tl.constexpr = scales[1].dtype.element_ty if TORCHAO_LAYOUT else tl.float32
     OUT: tl.constexpr = out_ptr.dtype.element_ty
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte < (n_elements + 1) // 2, other=0)
-    scale = block_scale(scales, tl.minimum(block, (n_elements - 1) // BLOCK_SIZE), SCALE_BLOCK)[:, None]
+    # 64 bits for where the program starts, 32 within it. A block's number fits 32 bits for up to 2^36 weights.
+    start = tl.program_id(0).to(tl.int64) * (BLOCKS * BYTES)
+    byte = tl.arange(0, BLOCKS)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    if CUT:
+        left = (n_elements - 2 * start).to(tl.int32) if n_elements - 2 * start < 2 * BLOCKS * BYTES else 2 * BLOCKS * BYTES
+        packed = tl.load(packed_ptr + start + byte, mask=byte < (left + 1) // 2, other=0)
+        block = tl.minimum(block, ((n_elements - 1) // BLOCK_SIZE).to(tl.int32))
+    else:
+        packed = tl.load(packed_ptr + start + byte)
+    scale = block_scale(scales, block, SCALE_BLOCK)[:, None]
     if DECODE == "prmt":
         pairs = tl.inline_asm_elementwise(
             _exact_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,f,f,f,f",
             [packed, tl.broadcast_to(scale, (BLOCKS, BYTES))], dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
-        tl.store(out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + byte, pairs, mask=byte < n_elements // 2)
+        out_ptrs = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start + byte
+        if CUT:
+            tl.store(out_ptrs, pairs, mask=byte < left // 2)
+        else:
+            tl.store(out_ptrs, pairs)
     else:
-        offs = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-        w = _gather(packed, scale, code_ptr, scales, BLOCKS, BYTES)
-        tl.store(out_ptr + offs, w.to(OUT), mask=offs < n_elements)
+        offs = tl.arange(0, BLOCKS)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+        w = _gather(packed, scale, code_ptr, scales, BLOCKS, BYTES).to(OUT)
+        if CUT:
+            tl.store(out_ptr + 2 * start + offs, w, mask=offs < left)
+        else:
+            tl.store(out_ptr + 2 * start + offs, w)

@@ -1,21 +1,97 @@
-"""NF4 linear with a LoRA delta: decode, matrix product, low-rank update and bias in one kernel."""
+"""Linear layers over NF4 weights: decode, matrix product, low-rank update, scale and bias, for one weight or several that share x.
+
+A group is a tuple of projections, each a tuple
+    (packed, code, scales, a [R, K], b [N, R], factor [N], bias [N], out [M, N], raw [M, N], N, R, scaling)
+with None for what is absent, in every projection of the group or in none. R may be 0. The matrices have rows without gaps.
+"""
 
 import triton
 import triton.language as tl
 
+from fastfuse.kernels.lora import keep_mask
 from fastfuse.kernels.nf4 import block_scale, decode
 
 
-@triton.jit(do_not_specialize=["M", "R"])  # else one token, 16 and 17 are three compilations of the same code
+@triton.jit
+def _select_scales(take, one, other):
+    if len(one) == 1:
+        return (tl.where(take, other[0], one[0]),)
+    elif len(one) == 3:
+        return tl.where(take, other[0], one[0]), tl.where(take, other[1], one[1]), tl.where(take, other[2], one[2])
+    else:
+        return (
+            tl.where(take, other[0], one[0]),
+            tl.where(take, other[1], one[1]),
+            tl.where(take, other[2], one[2]),
+            tl.where(take, other[3], one[3]),
+        )
+
+
+@triton.jit
+def _projection(group, tile, BLOCK_N: tl.constexpr):
+    """The projection that output tile number `tile` belongs to, the tile's number in it, and the first column of its x A^T."""
+    packed, code, scales, _, b, factor, bias, out, raw, N, R, scaling = group[0]
+    first = 0
+    column = 0
+    tiles_before = 0
+    ranks_before = 0
+    for i in tl.static_range(1, len(group)):
+        tiles_before += tl.cdiv(group[i - 1][9], BLOCK_N)
+        ranks_before += group[i - 1][10]
+        take = tile >= tiles_before
+        packed = tl.where(take, group[i][0], packed)
+        code = tl.where(take, group[i][1], code)
+        scales = _select_scales(take, scales, group[i][2])
+        if b is not None:
+            b = tl.where(take, group[i][4], b)
+        if factor is not None:
+            factor = tl.where(take, group[i][5], factor)
+        if bias is not None:
+            bias = tl.where(take, group[i][6], bias)
+        out = tl.where(take, group[i][7], out)
+        if raw is not None:
+            raw = tl.where(take, group[i][8], raw)
+        N = tl.where(take, group[i][9], N)
+        R = tl.where(take, group[i][10], R)
+        scaling = tl.where(take, group[i][11], scaling)
+        first = tl.where(take, tiles_before, first)
+        column = tl.where(take, ranks_before, column)
+    return packed, code, scales, b, factor, bias, out, raw, N, R, scaling, tile - first, column
+
+
+@triton.jit
+def _block(first, k, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The index of element first + k's scale block. It fits 32 bits, and mostly only a scalar of it changes with k."""
+    if BLOCK_K % BLOCK_SIZE == 0:
+        return (first // BLOCK_SIZE).to(tl.int32) + k // BLOCK_SIZE
+    else:
+        return ((first + k) // BLOCK_SIZE).to(tl.int32)
+
+
+@triton.jit
+def _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N):
+    """out = factor * acc + bias, and raw = acc where the backward of a factor will need it."""
+    rows_n = tl.minimum(offs_n, N - 1)
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    if raw_ptr is not None:
+        tl.store(raw_ptr + offs, acc.to(raw_ptr.dtype.element_ty), mask=mask)
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rows_n)[None, :].to(tl.float32)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])  # else one token, 16 and 17 are three compilations of the same code
 def nf4_linear_fwd_kernel(
-    x_ptr, packed_ptr, code_ptr, scales, lora, bias_ptr, out_ptr,
-    stride_xm,
-    M, N, K, R,
-    scaling,
+    x_ptr, group, xa_ptr,
+    stride_xm, stride_xam,
+    M, K,
     BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum_k x[m, k] W[n, k]  +  scaling * sum_r xa[m, r] B[n, r]  +  bias[n],   lora = (xa [M, R], B [N, R]) or None.
+    """out[m, n] = factor[n] * (sum_k x[m, k] W[n, k]  +  scaling * sum_r xa[m, r] B[n, r])  +  bias[n] for every projection.
 
     Program p computes one tile of BLOCK_M tokens and BLOCK_N features; tiles of the same features are neighbours, so
     that a packed weight is read from HBM once. K must be a multiple of BLOCK_K. TRANSPOSED computes out^T = W x^T, which
@@ -27,7 +103,9 @@ def nf4_linear_fwd_kernel(
     GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)  # scales per row and step
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m = tl.program_id(0) % tiles_m
-    pid_n = tl.program_id(0) // tiles_m
+    packed_ptr, code_ptr, scales, b_ptr, factor_ptr, bias_ptr, out_ptr, raw_ptr, N, R, scaling, pid_n, column = _projection(
+        group, tl.program_id(0) // tiles_m, BLOCK_N
+    )
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last one and are not stored
@@ -44,7 +122,7 @@ def nf4_linear_fwd_kernel(
         x_ptrs = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
     for k in range(0, K, BLOCK_K):
         packed = tl.load(packed_ptrs + k // 2)
-        scale = block_scale(scales, (first + k) // BLOCK_SIZE, SCALE_BLOCK)
+        scale = block_scale(scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
         w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
         x = tl.load(x_ptrs + k)
         if TRANSPOSED:
@@ -52,14 +130,14 @@ def nf4_linear_fwd_kernel(
         else:
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
 
-    if lora is not None:
+    if b_ptr is not None:
         # PEFT keeps adapters in fp32: three tf32 products keep them so on the matrix unit.
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16  # the whole rank at once spills from rank 64 on sm_80
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
-            xa = tl.load(lora[0] + rows_m[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-            b = tl.load(lora[1] + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+            xa = tl.load(xa_ptr + rows_m[:, None] * stride_xam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+            b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
             b = (b * scaling).to(xa.dtype)  # into B, not into xa: an fp16 x A^T may be near the largest fp16
             if TRANSPOSED:
                 acc = tl.dot(b, xa.T, acc, input_precision=PRECISION)
@@ -67,7 +145,249 @@ def nf4_linear_fwd_kernel(
                 acc = tl.dot(xa, b.T, acc, input_precision=PRECISION)
     if TRANSPOSED:
         acc = acc.T
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows_n)[None, :].to(tl.float32)
-    out_ptrs = out_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
+    _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def nf4_skinny_kernel(
+    x_ptr, group, part_ptr,
+    stride_xm,
+    M, K, columns,
+    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """part[s, m, c] = sum of x[m, k] V[c, k] over the k of split s, in fp32; V's rows are those of every W, then those of every A.
+
+    Program (t, s) computes all M <= BLOCK_M tokens of one tile of BLOCK_N rows of one W or one A. Few tokens have few tiles:
+    the splits are what fills the chip. x A^T comes out of the same launch. K must be a multiple of BLOCK_K, SPLIT_K at most K / BLOCK_K.
+    """
+    tl.static_assert(BLOCK_K % 32 == 0 and BLOCK_SIZE % 32 == 0)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    steps = K // BLOCK_K
+    begin = split * steps // SPLIT_K * BLOCK_K
+    end = (split + 1) * steps // SPLIT_K * BLOCK_K
+    tl.assume(end > begin)
+    tiles_w = 0
+    columns_w = 0
+    for i in tl.static_range(len(group)):
+        tiles_w += tl.cdiv(group[i][9], BLOCK_N)
+        columns_w += group[i][9]
+    rows_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
+    x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, BLOCK_K)[None, :]
+    offs = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if tile < tiles_w:
+        packed_ptr, code_ptr, scales, _b, _factor, _bias, _out, _raw, rows, _R, _scaling, number, _column = _projection(group, tile, BLOCK_N)
+        start = 0
+        before = 0
+        for i in tl.static_range(1, len(group)):
+            before += tl.cdiv(group[i - 1][9], BLOCK_N)
+            start += tl.where(tile >= before, group[i - 1][9], 0)
+        offs += number * BLOCK_N
+        rows_n = tl.minimum(offs, rows - 1).to(tl.int64)
+        packed_ptrs = packed_ptr + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        first = rows_n[:, None] * K + begin + tl.arange(0, GROUPS)[None, :] * BLOCK_SIZE
+        for k in range(0, end - begin, BLOCK_K):  # from 0: a k whose sign is unknown is dearer to divide
+            packed = tl.load(packed_ptrs + k // 2)
+            scale = block_scale(scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
+            w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+            acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
+    else:
+        a_ptr = group[0][3]
+        rows = group[0][10]
+        tile -= tiles_w
+        number = tile
+        start = columns_w
+        before = 0
+        ranks = 0
+        for i in tl.static_range(1, len(group)):
+            before += tl.cdiv(group[i - 1][10], BLOCK_N)
+            ranks += group[i - 1][10]
+            take = tile >= before
+            if a_ptr is not None:
+                a_ptr = tl.where(take, group[i][3], a_ptr)
+            rows = tl.where(take, group[i][10], rows)
+            number = tl.where(take, tile - before, number)
+            start = tl.where(take, columns_w + ranks, start)
+        offs += number * BLOCK_N
+        if a_ptr is not None:
+            PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
+            WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
+            rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
+            STEP: tl.constexpr = min(BLOCK_K, 64)  # 128 of fp32 spill
+            xa_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, STEP)[None, :]
+            a_ptrs = a_ptr + rows_r[:, None] * K + begin + tl.arange(0, STEP)[None, :]
+            for k in tl.range(0, end - begin, STEP, num_stages=2):
+                a = tl.load(a_ptrs + k).to(WIDE)
+                acc = tl.dot(tl.load(xa_ptrs + k).to(WIDE), a.T, acc, input_precision=PRECISION)
+    offs_m = tl.arange(0, BLOCK_M)
+    part_ptrs = part_ptr + (split * M + offs_m[:, None]).to(tl.int64) * columns + start + offs[None, :]
+    tl.store(part_ptrs, acc, mask=(offs_m[:, None] < M) & (offs[None, :] < rows))
+
+
+@triton.jit(do_not_specialize=["M"])
+def nf4_skinny_reduce_kernel(
+    part_ptr, group, xa_ptr,
+    stride_xam,
+    M, columns,
+    SPLIT_K: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From nf4_skinny_kernel's partial sums, added in the order of the splits: out as nf4_linear_fwd_kernel, and xa = x A^T.
+
+    Program p computes tile p of BLOCK_N features for all tokens; the first tile of each projection stores its xa.
+    """
+    _packed, _code, _scales, b_ptr, factor_ptr, bias_ptr, out_ptr, raw_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0), BLOCK_N)
+    columns_w = 0
+    start = 0
+    before = 0
+    for i in tl.static_range(len(group)):
+        columns_w += group[i][9]
+        before += tl.cdiv(group[i][9], BLOCK_N)
+        start += tl.where(tl.program_id(0) >= before, group[i][9], 0)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in range(SPLIT_K):  # unrolled, 16 splits spill
+        acc += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + start + offs_n[None, :], mask=mask, other=0.0)
+    if b_ptr is not None:
+        PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
+        BLOCK_R: tl.constexpr = 16
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            mask_r = (offs_m[:, None] < M) & (offs_r[None, :] < R)
+            xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for split in range(SPLIT_K):
+                xa += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + columns_w + column + offs_r[None, :], mask=mask_r, other=0.0)
+            if pid_n == 0:
+                tl.store(xa_ptr + offs_m[:, None] * stride_xam + column + offs_r[None, :], xa.to(xa_ptr.dtype.element_ty), mask=mask_r)
+            b = tl.load(b_ptr + offs_n[:, None] * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
+            acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=PRECISION)
+    _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def nf4_linear_dx_kernel(
+    group, dxa_ptr, seeds_ptr, dx_ptr,
+    stride_dxam,
+    M, K,
+    threshold,
+    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr, CUT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx[m, k] = sum over projections of  sum_n dy[m, n] factor[n] W[n, k]  +  keep[m, k] * sum_r dxa[m, r] A[r, k].
+
+    Program p computes one tile of BLOCK_M tokens and BLOCK_K inputs, over all features of all projections; dy takes `out`'s
+    place in the group. keep is the dropout mask where seeds are given, one for each projection. TRANSPOSED computes dx^T = W^T dy^T. CUT_K: K is no multiple of BLOCK_K.
+    """
+    tl.static_assert(BLOCK_K % 32 == 0 and BLOCK_SIZE % 32 == 0)
+    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
+    BLOCK_R: tl.constexpr = 16
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid_m = tl.program_id(0) % tiles_m
+    pid_k = tl.program_id(0) // tiles_m
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_m = tl.minimum(offs_m, M - 1)
+    first_k = pid_k * BLOCK_K
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    in_k = offs_k
+    bytes_k = first_k // 2 + tl.arange(0, BLOCK_K // 2)
+    blocks_k = first_k + tl.arange(0, GROUPS) * BLOCK_SIZE
+    if CUT_K:  # columns past K repeat the row's last ones and are not stored; the compiler then loads byte by byte
+        in_k = tl.minimum(in_k, K - 1)
+        bytes_k = tl.minimum(bytes_k, K // 2 - 1)
+        blocks_k = tl.minimum(blocks_k, K - 1)
+    if TRANSPOSED:
+        acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    column = 0
+    for i in tl.static_range(len(group)):
+        packed_ptr, code_ptr, scales, a_ptr, _b, factor_ptr, _bias, dy_ptr, _raw, N, R, _scaling = group[i]
+        tl.assume(N > 0)
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+            packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
+            scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
+            w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+            if TRANSPOSED:
+                dy = tl.load(dy_ptr + rows_m[None, :] * N + offs_n[:, None], mask=offs_n[:, None] < N, other=0.0)
+                if factor_ptr is not None:
+                    dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[:, None].to(tl.float32)).to(DTYPE)
+                acc = tl.dot(w.T, dy, acc, input_precision="ieee")
+            else:
+                dy = tl.load(dy_ptr + rows_m[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0)
+                if factor_ptr is not None:
+                    dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)).to(DTYPE)
+                acc = tl.dot(dy, w, acc, input_precision="ieee")
+        if a_ptr is not None:
+            if TRANSPOSED:
+                low = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+            else:
+                low = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for r in range(0, R, BLOCK_R):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                dxa = tl.load(dxa_ptr + rows_m[:, None] * stride_dxam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+                a = tl.load(a_ptr + offs_r[:, None] * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(dxa.dtype)
+                if TRANSPOSED:
+                    low = tl.dot(a.T, dxa.T, low, input_precision=PRECISION)
+                else:
+                    low = tl.dot(dxa, a, low, input_precision=PRECISION)
+            if seeds_ptr is not None:
+                keep = keep_mask(tl.load(seeds_ptr + i), offs_m, first_k, threshold, BLOCK_M, BLOCK_K)
+                if TRANSPOSED:
+                    low = tl.where(keep.T, low, 0.0)
+                else:
+                    low = tl.where(keep, low, 0.0)
+            acc += low
+            column += R
+    if TRANSPOSED:
+        acc = acc.T
+    tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(DTYPE), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
+
+
+@triton.jit
+def nf4_row_norms_kernel(
+    packed_ptr, code_ptr, scales, a_ptr, b_ptr, norms_ptr,
+    N, K, R,
+    scaling,
+    DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, CUT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """norms[n] = || W[n, :] + scaling * B[n, :] A ||, W decoded in DTYPE; nothing of W's size is stored.
+
+    Program p computes BLOCK_N norms. CUT_K: K is no multiple of BLOCK_K.
+    """
+    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
+    PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
+    BLOCK_R: tl.constexpr = 16
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        in_k = offs_k
+        bytes_k = k // 2 + tl.arange(0, BLOCK_K // 2)
+        blocks_k = k + tl.arange(0, GROUPS) * BLOCK_SIZE
+        if CUT_K:
+            in_k = tl.minimum(in_k, K - 1)
+            bytes_k = tl.minimum(bytes_k, K // 2 - 1)
+            blocks_k = tl.minimum(blocks_k, K - 1)
+        packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
+        scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
+        w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2).to(tl.float32)
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0).to(tl.float32) * scaling
+            a = tl.load(a_ptr + offs_r[:, None] * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(tl.float32)
+            w = tl.dot(b, a, w, input_precision=PRECISION)
+        if CUT_K:
+            w = tl.where(offs_k[None, :] < K, w, 0.0)
+        squares += tl.sum(w * w, 1)
+    tl.store(norms_ptr + offs_n, tl.sqrt(squares), mask=offs_n < N)

@@ -31,35 +31,55 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize("arch", PROMISED)
 def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(reports, arch):
     mine = [r for r in reports if r["arch"] == arch]
-    rows = [r for r in json.loads((ROOT / "fastfuse/tune/nf4_linear.json").read_text()) if r["arch"] == arch and r["tile"]]
-    assert sum(r["op"] == "nf4_dequantize" for r in mine) == 12
-    assert sum(r["op"] == "nf4_linear" for r in mine) == 7 * len(rows) > 0
-    assert {r["name"]: r["found"] for r in mine if r["found"]} == {}
+    assert sum(r["op"] == "nf4_dequantize" for r in mine) == 13
+    for op, kernels in (("nf4_linear", ("nf4_linear", "nf4_skinny")), ("nf4_linear_dx", ("nf4_linear_dx",)), ("lora_row_norms", ("lora_row_norms",))):
+        tiles = [r["tile"] for r in json.loads((ROOT / f"fastfuse/tune/{op}.json").read_text()) if r["arch"] == arch and r["tile"]]
+        assert tiles
+        for tile in tiles:
+            size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in tile["constants"])
+            size += f" w{tile['num_warps']} s{tile['num_stages']}"
+            assert sum(r["op"] in kernels and size in r["name"] for r in mine) >= 3, (op, size)
+    for op in ("nf4_skinny_reduce", "lora_down", "lora_up", "lora_grad", "swiglu"):
+        assert sum(r["op"] == op for r in mine) >= 2, op
+    assert {f"{r['op']} {r['name']}": r["found"] for r in mine if r["found"]} == {}
 
 
 def test_sm_90_feeds_wgmma_from_registers(reports):
     """The decoded weight never goes through shared memory: a table or scale the compiler sees as a splat would undo it."""
     transposed = [r for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear" and " 16x" not in r["name"]]
-    assert len(transposed) == 14
+    assert len(transposed) == 18
     for r in transposed:
         assert r["counts"].get("HGMMA from registers", 0) >= 4, r["name"]
         assert r["counts"].get("STS", 0) <= 24, f"{r['name']}: {r['counts']}"
+        # A wait for all after each would leave the matrix unit idle while the next weights are decoded.
+        assert r["counts"]["full waits in loop"] < r["counts"]["HGMMA in loop"] / 2, f"{r['name']}: {r['counts']}"
 
 
 @pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")])
 def test_matrix_units_are_used(reports, arch, instruction):
     linear = [r for r in reports if r["arch"] == arch and r["op"] == "nf4_linear"]
     used = [r for r in linear if any(k.startswith(instruction) for k in r["counts"])]
-    assert used and all(any("MMA" in k or "mfma" in k for k in r["counts"]) for r in linear)
+    products = [r for r in reports if r["arch"] == arch and r["op"] not in ("nf4_dequantize", "swiglu") and " lora - " not in r["name"]]
+    assert used and all(any("MMA" in k or "mfma" in k for k in r["counts"]) for r in products)
 
 
-def test_decode_stays_cheap(reports):
-    """At most 10.5 instructions a weight in the main loop on sm_90 (6.3 to 10.1 when written): a select tree takes 22.
+# op -> (what the name says, most instructions a weight on sm_90). The first that fits counts; behind it what was measured when written.
+BOUNDS = {
+    "nf4_linear": [(" 16x64x128", 6.5), (" 16x64x64", 7.7), ("", 10.0)],  # 6.25 .. 6.42; 7.38 .. 7.59; 8.47 .. 9.81
+    "nf4_skinny": [("torchao", 8.5), (" 16x64x128", 6.5), ("", 7.7)],  # 7.58 .. 8.47 (a division a scale); 6.22 .. 6.50; 6.94 .. 7.69
+    "nf4_linear_dx": [("factor", 13.0), ("", 8.6)],  # 12.72 .. 12.94 (dy goes through registers); 8.25 .. 8.59
+    "nf4_dequantize": [("cut", 18.0), ("", 12.0)],  # 17.3 where n is no multiple of 8192; 11.4 .. 11.7 exact
+}
 
-    One more where the scales' groups are no power of two (7.9 to 11.0): a division by 200 for every 64 weights.
-    """
-    per = {r["name"]: r["per_weight"] for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear"}
-    assert all(p is not None and 5 < p < 10.5 + ("torchao/200" in name) for name, p in per.items()), per
+
+@pytest.mark.parametrize("op", BOUNDS)
+def test_decode_stays_cheap(reports, op):
+    """Instructions a weight on sm_90, of the main loop; of the whole kernel where it has none. A select tree takes 22."""
+    mine = [r for r in reports if r["arch"] == "sm_90" and r["op"] == op]
+    assert mine
+    for r in mine:
+        bound = next(most for words, most in BOUNDS[op] if words in r["name"])
+        assert r["per_weight"] is not None and 4 < r["per_weight"] <= bound, (r["name"], r["per_weight"], bound)
 
 
 def test_wide_stores(reports):
@@ -75,10 +95,10 @@ def test_wide_stores(reports):
 )
 def test_the_gate_catches(tile, found):
     code = f"""
-from bench.codegen import linear_specimen, report
+from bench.codegen import linear_specimens, report
 m, n, k, warps, stages = {tile}
 tile = {{"constants": {{"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TRANSPOSED": True}}, "num_warps": warps, "num_stages": stages}}
-print(report(linear_specimen("sm_90", tile, "nested", "bf16", "bf16")).problems())
+print([report(s).problems() for s in linear_specimens("sm_90", tile, "nested", "bf16", "bf16")])
 """
     done = compiled("-c", code)
     assert found in done.stdout, done.stdout + done.stderr[-2000:]

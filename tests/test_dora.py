@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastfuse.modules.peft import DoRALinear, LoRALinear, dora, get_adapter_params
+from fastfuse.ops.low_rank import keep_mask
 
 
 def eager(m, t, scaling, x):
@@ -118,12 +119,58 @@ def test_dropout():
     torch.manual_seed(5)
     got = m(x)
     torch.manual_seed(5)
-    mask = F.dropout(torch.ones(6, 64), 0.5)
+    mask = keep_mask(torch.randint(2**62, (1,))[0], 0.5, 6, 64) / 0.5
     scale = m.magnitude / m._norms(torch.float32)
     base = F.linear(x, m.weight.get_original_weight(), m.bias)
     assert_rounding_apart(got, scale * (base + 2.0 * m.lora_b(m.lora_a(x * mask))), K=64, products=3)
     m.eval()
     assert_rounding_apart(m(x), scale * (base + 2.0 * m.lora_b(m.lora_a(x))), K=64, products=3)
+
+
+@pytest.fixture
+def norms_computed(monkeypatch):
+    calls, real = [], dora.lora_row_norms
+    monkeypatch.setattr(dora, "lora_row_norms", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+def test_norms_are_kept_while_nothing_moves(norms_computed):
+    m, other, x = layer("nf4", cls=DoRALinear), layer("nf4", cls=DoRALinear), torch.randn(3, 64)
+    norms_computed.clear()  # of the magnitude's first values
+    with torch.no_grad():
+        first = m(x)
+        assert torch.equal(m(x), first) and len(norms_computed) == 1
+        m(x.half())
+        assert len(norms_computed) == 2  # W is decoded in x's dtype
+        m(x)
+        for change in (
+            lambda: m.lora_a.weight.mul_(1.5),
+            lambda: m.lora_b.weight.add_(0.5),
+            lambda: setattr(m, "scaling", 3.0),
+            lambda: setattr(m.lora_a, "weight", nn.Parameter(m.lora_a.weight * 2)),
+            lambda: setattr(m, "weight", other.weight),
+        ):
+            before = len(norms_computed)
+            change()
+            got = m(x)
+            assert len(norms_computed) == before + 1
+            t = dict(m.named_parameters()) | {"weight": m.weight.get_original_weight()}
+            assert_rounding_apart(got, eager(m, t, m.scaling, x), K=64, products=3)
+
+
+def test_norms_are_computed_anew_under_training(norms_computed):
+    """An optimizer may write where no version counter sees it."""
+    m, x = layer("nf4", cls=DoRALinear), torch.randn(3, 64)
+    norms_computed.clear()
+    with torch.no_grad():
+        m(x)
+    m(x)
+    m.lora_b.weight.data.mul_(3.0)
+    with torch.no_grad():
+        got = m(x)
+        t = dict(m.named_parameters()) | {"weight": m.weight.get_original_weight()}
+        assert_rounding_apart(got, eager(m, t, m.scaling, x), K=64, products=3)
+    assert len(norms_computed) == 3
 
 
 def test_layouts_of_x():

@@ -10,11 +10,13 @@ from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
 from fastfuse import tune
-from fastfuse.ops import nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
+from fastfuse.ops import Projection, nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
+from fastfuse.ops.nf4_linear import Group
 from fastfuse.quant import NF4View
 
 ROW_MAJOR = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": False})
 TRANSPOSED = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": True})
+SKINNY = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT_K": 3})
 TWO_SCALES_A_STEP = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "TRANSPOSED": False})
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -69,6 +71,56 @@ def test_kernel_odd_shapes(M, N, K, R, kernels, device):
     for tile in (ROW_MAJOR, TRANSPOSED):
         with tune.pin("nf4_linear", tile):
             check_against_float64(*inputs(M, N, K, R, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("M, N, K, R", [(1, 65, 192, 20), (16, 100, 320, 8), (3, 64, 64, 64)])
+def test_skinny_kernel(M, N, K, R, storage, dtype, kernels, device):
+    """Splits of unequal length (5 steps by 3), more splits than steps (K = 64), tiles of A beside those of W (R = 64 of BLOCK_N = 64)."""
+    with tune.pin("nf4_linear", SKINNY):
+        check_against_float64(*inputs(M, N, K, R, storage=storage, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_skinny_kernel_without_adapter_and_with_wide_ones(splits, kernels, device):
+    tile = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": splits})
+    with tune.pin("nf4_linear", tile):
+        check_against_float64(*inputs(5, 100, 512, 40, dtype=torch.float16, lora_dtype=torch.float32, device=device))
+        x, weight, _, _, bias = inputs(5, 100, 512, device=device)
+        w = host_dequantize(weight, torch.float32)
+        assert_no_worse(nf4_linear(x, weight, bias), F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double()))
+
+
+DX_TILES = {
+    "row-major": tune.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "TRANSPOSED": False}),
+    "transposed": tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": True}),
+    "dense": None,
+}
+
+
+@pytest.mark.parametrize("tile", DX_TILES)
+@pytest.mark.parametrize(
+    "M, N, K, R, storage, dtype",
+    [
+        (1, 64, 64, 1, "flat", torch.float32),
+        (17, 100, 192, 16, "nested", torch.float32),
+        (33, 65, 320, 20, "torchao", torch.bfloat16),
+        (20, 130, 128, 64, "torchao", torch.float16),
+    ],
+)
+def test_dx_kernel(M, N, K, R, storage, dtype, tile, kernels, device):
+    """N cut by BLOCK_N, K by BLOCK_K, several scales a tile."""
+    with tune.pin("nf4_linear", None), tune.pin("nf4_linear_dx", DX_TILES[tile]):
+        check_against_float64(*inputs(M, N, K, R, storage=storage, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("block_size, K", [(32, 192), (128, 192), (256, 384), (128, 384)])
+def test_dx_kernel_scale_blocks(block_size, K, kernels, device):
+    """Blocks that cross rows under a cut tile take the dense route; a whole tile and blocks within rows do not."""
+    for tile in DX_TILES.values():
+        with tune.pin("nf4_linear_dx", tile):
+            check_against_float64(*inputs(5, 66, K, block_size=block_size, device=device))
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 256])
@@ -192,8 +244,13 @@ def test_the_backward_runs_what_the_forward_ran(device, monkeypatch):
     """The gradient is usually taken after the block that chose the backend."""
     x, weight, a, b, bias = inputs(4, 64, 64, device=device)
     launched = []
-    real = nf4_lora_linear.__globals__["_dequantize"]
-    monkeypatch.setitem(nf4_lora_linear.__globals__, "_dequantize", lambda *args: launched.append(1) or real(*args))
+    real = nf4_lora_linear.__globals__["nf4_linear_dx_kernel"]
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(1) or real[grid](*args, **options)
+
+    monkeypatch.setitem(nf4_lora_linear.__globals__, "nf4_linear_dx_kernel", Counted())
     with fastfuse.backend("triton"), tune.pin("nf4_linear", TRANSPOSED):
         y = nf4_lora_linear(x, weight, a, b, 1.0, bias=bias)
     assert launched == []
@@ -229,8 +286,11 @@ def test_backward_keeps_no_dequantized_weight(device):
     assert saved and max(saved) <= 256 * 256 // 2  # the packed bytes, which the module holds anyway
 
 
+CASES = ["plain", "strided", "expanded", "empty", "no adapter", "mixed dtypes", "magnitude", "dropout", "group", "dense"]
+
+
 @pytest.mark.parametrize("interpret", [False, True])
-@pytest.mark.parametrize("case", ["plain", "strided", "expanded", "empty", "no adapter", "mixed dtypes"])
+@pytest.mark.parametrize("case", CASES)
 def test_registered_op(case, interpret, device):
     x, weight, a, b, bias = inputs(6, 64, 64, device=device)
     if case == "strided":
@@ -243,11 +303,22 @@ def test_registered_op(case, interpret, device):
         a = b = None
     if case == "mixed dtypes":
         x, bias = x.detach().half().requires_grad_(), bias.detach().half().requires_grad_()
-    parts = NF4View.of(weight).parts()
-    torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *parts, a, b, 2.0, bias, interpret))
-    low = None if a is None else torch.randn(x.shape[0], 8, device=device)
-    dy = torch.randn(x.shape[0], 64, device=device, dtype=x.dtype)
-    torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, (dy, *parts, low, a, interpret))
+    weight = NF4View.of(weight)
+    if case == "dense":
+        weight = nf4_dequantize(weight).requires_grad_()
+    lengths = torch.rand(2, 64, device=device) + 0.5
+    magnitude, norms = (lengths[0].requires_grad_(), lengths[1]) if case == "magnitude" else (None, None)
+    projections = [Projection(weight, a, b, 2.0, bias, magnitude, norms)]
+    if case == "group":
+        projections.append(Projection(NF4View.of(quantize(random_weight(32, 64, device=device), "nested")), a, b[:32].detach(), 0.5))
+    seeds = torch.randint(2**62, (1,), device=device) if case == "dropout" else None
+    group = Group.of(x, projections, seeds, 0.25)
+    torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *group.args(), case == "magnitude", interpret))
+    ranks = sum(t.shape[0] for t in group.a)
+    dxa = torch.randn(x.shape[0], ranks, device=device).requires_grad_() if ranks else None
+    dy = [torch.randn(x.shape[0], N, device=device, dtype=x.dtype).requires_grad_() for N in group.rows]
+    args = (dy, *group.args()[:8], group.factor, seeds, 0.25, dxa, 64, interpret)
+    torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, args)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

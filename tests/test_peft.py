@@ -27,6 +27,7 @@ from fastfuse.modules.peft import (
     validate_missing_and_unexpected_for_lora,
 )
 from fastfuse.ops import nf4_dequantize_ref
+from fastfuse.ops.low_rank import keep_mask
 from fastfuse.quant import NF4View
 
 # name -> (N, K, arguments): 200 is what QLoRA of the vision encoder uses, whose block counts 256 does not divide.
@@ -261,14 +262,14 @@ def test_dropout_over_nf4_gradients():
     torch.manual_seed(5)
     y = m(x)
     torch.manual_seed(5)
-    mask = F.dropout(torch.ones(9, 64), 0.4)
+    mask = keep_mask(torch.randint(2**62, (1,))[0], 0.4, 9, 64) / 0.6
     w = m.weight.get_original_weight()
     leaves = [x, m.lora_a.weight, m.lora_b.weight]
     want = F.linear(x, w) + 2.0 * F.linear(F.linear(x * mask, m.lora_a.weight), m.lora_b.weight)
-    torch.testing.assert_close(y, want)
+    assert_rounding_apart(y, want, K=64, products=3)
     dy = torch.randn_like(y)
     for got, expected in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
-        torch.testing.assert_close(got, expected)
+        assert_rounding_apart(got, expected, K=64, products=3)
 
 
 # Which path runs
@@ -290,13 +291,13 @@ def test_fused_where_it_may_be(fused):
     zero = layer("nf4", dropout=0.5)
     zero.dropout.p = 0.0
     zero(x)
-    assert len(fused) == 3
     layer("nf4", dropout=0.5)(x)
+    assert len(fused) == 4
     layer("dense")(x)
     off = layer("nf4")
     off.disabled = True
     off(x)
-    assert len(fused) == 3
+    assert len(fused) == 4
 
 
 def watched(kind):

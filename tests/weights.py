@@ -18,7 +18,8 @@ def random_weight(N: int, K: int, dtype: torch.dtype = torch.float32, device: st
 def quantize(weight: torch.Tensor, storage: str, block_size: int = 64):
     """A Params4bit (flat, nested) or an NF4Tensor (torchao) on the weight's device."""
     if storage == "torchao":
-        return to_nf4(weight, block_size, 256)
+        blocks = weight.numel() // block_size  # torchao wants whole groups: 256 scalers where they fit, else the most that do
+        return to_nf4(weight, block_size, next(n for n in range(256, 0, -1) if blocks % n == 0))
     device = weight.device
     return bnb.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=storage == "nested", blocksize=block_size).to(
         device

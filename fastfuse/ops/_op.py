@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,17 +102,17 @@ def backend_for(device: torch.device, name: str = "auto") -> str:
     return "triton" if device.type == "cuda" else "triton (interpreter)"
 
 
-def fused_op(name: str, reference: Callable) -> Callable:
+def fused_op(name: str, reference: Callable, cpu: Callable | None = None) -> Callable:
     """Register a Triton launcher as torch.ops.fastfuse.<name>, an opaque op for autograd and torch.compile.
 
-    The eager reference does three more jobs: it is the CPU implementation, the fake kernel that torch.compile
-    traces, and the truth the tests compare with. The first argument of both is a tensor; the last is `interpret`, which
-    sends a CPU call through the launcher, in Triton's interpreter.
+    The eager reference does three more jobs: it is the CPU implementation (unless `cpu` is a faster one), the fake kernel
+    that torch.compile traces, and the truth the tests compare with. The first argument of all is a tensor or
+    a list of them; the last is `interpret`, which sends a CPU call through the launcher, in Triton's interpreter.
     """
 
     def register(launch: Callable) -> torch.library.CustomOpDef:
         def on_cpu(*args):
-            return (launch if args[-1] else reference)(*args)
+            return (launch if args[-1] else cpu or reference)(*args)
 
         op = torch.library.custom_op(f"fastfuse::{name}", _no_autocast(_on_device(launch)), mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(_no_autocast(on_cpu))
@@ -127,9 +127,10 @@ def _no_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(x, *args):
-        if not torch.is_autocast_enabled(x.device.type):
+        device = _lead(x).device.type
+        if not torch.is_autocast_enabled(device):
             return kernel(x, *args)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return kernel(x, *args)
 
     return run
@@ -140,12 +141,32 @@ def _on_device(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def run(x, *args):
-        if x.device.index in (None, torch.cuda.current_device()):
+        device = _lead(x).device
+        if device.index in (None, torch.cuda.current_device()):
             return launch(x, *args)
-        with torch.cuda.device(x.device):
+        with torch.cuda.device(device):
             return launch(x, *args)
 
     return run
+
+
+def _lead(x: Tensor | Sequence[Tensor]) -> Tensor:
+    return x if isinstance(x, Tensor) else x[0]
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel works in: bf16 arithmetic is wrong in the interpreter, fp32 rounded to bf16 afterwards is not."""
+    return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
+
+
+def triton_dtype(dtype: torch.dtype):
+    """The same dtype, as a kernel's compile-time constant."""
+    return getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
+def precision() -> str:
+    """How kernels multiply fp32: as three tf32 products on NVIDIA's matrix units, which keeps fp32's accuracy."""
+    return "ieee" if INTERPRET or torch.version.hip else "tf32x3"
 
 
 def rows(x: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """A linear layer with a low-rank update of its weight's direction and a learned length per output feature."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
-from fastfuse.modules.low_precision.nf4_linear import base_linear
+from fastfuse.modules.low_precision.nf4_linear import base_linear, bias_fits
 from fastfuse.modules.peft.lora import LowRankLinear, is_plain
-from fastfuse.ops import nf4_dequantize
-from fastfuse.quant.nf4 import is_torchao
+from fastfuse.ops import lora_row_norms, nf4_dequantize, nf4_lora_linear
+from fastfuse.quant.nf4 import NF4View, is_torchao
 
-# Elements of W + s B A in memory at a time: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
+# Elements of W + s B A in memory at a time where a factor must be called: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
 _CHUNK = 1 << 22
+
+# Norms computed without gradients, for as long as W, A and B stand still: layer -> (what they were computed from, norms).
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class DoRALinear(LowRankLinear):
@@ -55,10 +60,17 @@ class DoRALinear(LowRankLinear):
         if self.weight.is_meta or self.lora_a.weight.is_meta or self.lora_b.weight.is_meta:
             raise RuntimeError("Cannot initialize DoRA magnitude if base or LoRA parameters are still on meta device.")
         dtype = self.lora_a.weight.dtype
-        self.magnitude.copy_(_row_norms(self._dense_weight(dtype), self.lora_a.weight, self.lora_b.weight, self.scaling))
+        self.magnitude.copy_(lora_row_norms(self._dense_weight(dtype), self.lora_a.weight, self.lora_b.weight, self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K)  ->  (..., N). Raises fastfuse.Unsupported where W is in NF4 and no kernel covers x or W."""
+        if not self.disabled and is_torchao(self.weight) and self._delta_is_its_weights():
+            a, b = self.lora_a.weight, self.lora_b.weight
+            norms = self._fused_norms(x)
+            bias = None if self.bias is None else self.bias * (self.magnitude / norms).to(self.bias.dtype)
+            fits = bias_fits(x, bias)
+            y = nf4_lora_linear(x, self.weight, a, b, self.scaling, bias=bias if fits else None, magnitude=self.magnitude, norms=norms, **self._drops())
+            return y if fits else y + bias
         base = base_linear(x, self.weight, self.bias)
         if self.disabled:
             return base
@@ -66,12 +78,32 @@ class DoRALinear(LowRankLinear):
         m = self.magnitude / self._norms(x.dtype)
         return (m - 1) * base + m * delta * self.scaling + base
 
+    def _fused_norms(self, x: Tensor) -> Tensor:
+        """||W + s B A|| per output feature, in fp32. Without gradients, as in generation, they are computed once.
+
+        Under training A and B change with every step, and not every optimizer tells: one that writes through .data or a kernel of
+        its own leaves no trace to compare with. There the norms are computed at every call, and what was kept is dropped.
+        """
+        a, b, view = self.lora_a.weight, self.lora_b.weight, NF4View.of(self.weight)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype
+        used = (view.packed, *view.scales, a, b)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(t.is_inference() for t in used):
+            if not torch.compiler.is_compiling():
+                _kept.pop(self, None)
+            return lora_row_norms(view, a, b, self.scaling, dtype)
+        state = dtype, self.scaling, [(t.data_ptr(), t._version) for t in used]
+        if self not in _kept or _kept[self][0] != state:
+            # The tensors are held along: their memory cannot be given to others while it is compared with.
+            _kept[self] = state, lora_row_norms(view, a, b, self.scaling, dtype), [t.detach() for t in used]
+        return _kept[self][1]
+
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype) -> Tensor:
         """||W + s B A|| per output feature, (N,), in `dtype`."""
         w = self._dense_weight(dtype)
         if is_plain(self.lora_a) and is_plain(self.lora_b):
-            return _row_norms(w, self.lora_a.weight, self.lora_b.weight, self.scaling)
+            return lora_row_norms(w, self.lora_a.weight, self.lora_b.weight, self.scaling).to(dtype)
         # FSDP gathers a factor's shards where it is called: calling them on columns of the identity gives columns of B A.
         N, K = w.shape
         squares = torch.zeros(N, dtype=torch.promote_types(dtype, torch.float32), device=w.device)
@@ -83,15 +115,3 @@ class DoRALinear(LowRankLinear):
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         return nf4_dequantize(self.weight, dtype) if is_torchao(self.weight) else self.weight.to(dtype)
-
-
-def _row_norms(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """||W + s B A|| per row, summed in fp32 at least and rounded to w's dtype."""
-    a, b = a.to(w.dtype), b.to(w.dtype)
-    rows = max(_CHUNK // w.shape[1], 1)
-    wide = torch.promote_types(w.dtype, torch.float32)
-    norms = [
-        torch.linalg.vector_norm(torch.addmm(part, factor, a, alpha=scaling), dim=1, dtype=wide)
-        for part, factor in zip(w.split(rows), b.split(rows), strict=True)
-    ]
-    return torch.cat(norms).to(w.dtype)

@@ -57,6 +57,15 @@ class LowRankLinear(KeepsNF4):
         _lora_a_init_params(self.lora_a)
         _lora_b_init_params(self.lora_b)
 
+    def _delta_is_its_weights(self) -> bool:
+        """Whether the update is no more than dropout(x) A^T B^T, so that a kernel may read A and B instead of calling three modules."""
+        plain_dropout = type(self.dropout) in (nn.Dropout, nn.Identity) and "forward" not in self.dropout.__dict__ and not is_hooked(self.dropout)
+        return plain_dropout and is_plain(self.lora_a) and is_plain(self.lora_b)
+
+    def _drops(self) -> dict:
+        """The arguments that make nf4_lora_linear drop what self.dropout would."""
+        return {"dropout_p": self.dropout.p, "training": self.dropout.training} if type(self.dropout) is nn.Dropout else {}
+
     def adapter_params(self) -> list[str]:
         """The names of the parameters that an adapter checkpoint holds, in a list of the caller's own."""
         return ["lora_a.weight", "lora_b.weight"]
@@ -72,8 +81,8 @@ class LoRALinear(LowRankLinear):
     """y = x W^T + bias + alpha / rank * dropout(x) A^T B^T (LoRA, https://arxiv.org/abs/2106.09685; torchtune.modules.peft.LoRALinear).
 
     in_dim, out_dim, rank: K, N, R. alpha: numerator of the update's scale. dropout: probability of zeroing an element of x on its way
-    into A, in training. use_bias: of the base. quantize_base: keep W in NF4 (QLoRA): forward and backward then are fused, with one
-    rounding of the result. quantization_kwargs: block_size (64) and scaler_block_size (256), the default where None.
+    into A, in training. use_bias: of the base. quantize_base: keep W in NF4 (QLoRA): forward, backward and dropout then are fused, with
+    one rounding of the result. quantization_kwargs: block_size (64) and scaler_block_size (256), the default where None.
     No parameter is frozen: see set_trainable_params. An NF4 weight gets no gradient in any case.
     Raises ValueError where quantization arguments come without quantize_base or rank is below 1, and torchao's AssertionError
     where the block sizes do not divide the weight.
@@ -99,18 +108,13 @@ class LoRALinear(LowRankLinear):
         """x: (..., K)  ->  (..., N). Raises fastfuse.Unsupported where W is in NF4 and no kernel covers x or W."""
         scaling = self.alpha / self.rank
         if not self.disabled and is_torchao(self.weight) and self._delta_is_its_weights():
-            if bias_fits(x, self.bias):
-                return nf4_lora_linear(x, self.weight, self.lora_a.weight, self.lora_b.weight, scaling, bias=self.bias)
-            return nf4_lora_linear(x, self.weight, self.lora_a.weight, self.lora_b.weight, scaling) + self.bias
+            fits = bias_fits(x, self.bias)
+            y = nf4_lora_linear(x, self.weight, self.lora_a.weight, self.lora_b.weight, scaling, bias=self.bias if fits else None, **self._drops())
+            return y if fits else y + self.bias
         y = base_linear(x, self.weight, self.bias)
         if self.disabled:
             return y
         return y + scaling * self.lora_b(self.lora_a(self.dropout(x)))
-
-    def _delta_is_its_weights(self) -> bool:
-        """Whether the update is no more than x A^T B^T, so that a kernel may read A and B instead of calling three modules."""
-        drops = self.dropout.training and self.dropout.p > 0 if type(self.dropout) is nn.Dropout else type(self.dropout) is not nn.Identity
-        return not drops and not is_hooked(self.dropout) and is_plain(self.lora_a) and is_plain(self.lora_b)
 
 
 def is_plain(linear: nn.Module) -> bool:
