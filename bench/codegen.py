@@ -146,7 +146,7 @@ def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, p
     """The kernels of one row of nf4_linear: the split ones, and the one without a split that dropout and pinned tiles take."""
     constants = dict(tile["constants"])
     splits = constants.pop("SPLIT_K", 0)
-    common = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x)}
+    common = {"PROJECTIONS": projections, "BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x)}
     options = {k: tile[k] for k in ("num_warps", "num_stages")}
     low = x if adapter == "-" else adapter
     group = (_projection(layout, x, adapter, factor, bias=adapter == "-"),) * projections
@@ -157,7 +157,7 @@ def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, p
         signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xm", "columns"), "i32")
         yield Specimen("nf4_skinny", name, arch, nf4_skinny_kernel, signature, constants | common | {"SPLIT_K": splits}, options, weights)
         signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xam", "columns"), "i32")
-        own = {k: constants[k] for k in ("BLOCK_M", "BLOCK_N")} | {"SPLIT_K": splits, "DECODE": common["DECODE"]}
+        own = {k: constants[k] for k in ("BLOCK_M", "BLOCK_N")} | {"PROJECTIONS": projections, "SPLIT_K": splits, "DECODE": common["DECODE"]}
         reduced = name.removeprefix(f"{layout} ") + f" k{splits}"  # nothing of the storage reaches this one
         yield Specimen("nf4_skinny_reduce", reduced, arch, nf4_skinny_reduce_kernel, signature, own, {"num_warps": 4})
         constants["TRANSPOSED"] = False
@@ -166,7 +166,7 @@ def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, p
 
 
 def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projections: int, factor: bool, dropout: bool) -> Specimen:
-    constants = dict(tile["constants"]) | {"BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, x), "CUT_K": False}
+    constants = dict(tile["constants"]) | {"PROJECTIONS": projections, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, x), "CUT_K": False}
     low = x if adapter == "-" else adapter
     signature = {"group": (_projection(layout, x, adapter, factor),) * projections, "dxa_ptr": f"*{low}", "dx_ptr": f"*{x}"}
     signature |= dict.fromkeys(("stride_dxam", "M", "K", "threshold"), "i32")

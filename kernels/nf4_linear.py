@@ -3,6 +3,7 @@
 A group is a tuple of projections, each a tuple
     (packed, code, scales, a [R, K], b [N, R], factor [N], bias [N], out [M, N], raw [M, N], N, R, scaling)
 with None for what is absent, in every projection of the group or in none. R may be 0. The matrices have rows without gaps.
+PROJECTIONS is the tuple's length: Triton 3.6 cannot take the len() of a tuple that has None in it.
 """
 
 import triton
@@ -28,35 +29,39 @@ def _select_scales(take, one, other):
 
 
 @triton.jit
-def _projection(group, tile, BLOCK_N: tl.constexpr):
-    """The projection that output tile number `tile` belongs to, the tile's number in it, and the first column of its x A^T."""
-    packed, code, scales, _, b, factor, bias, out, raw, N, R, scaling = group[0]
+def _nth(group, index, FIELD: tl.constexpr, PROJECTIONS: tl.constexpr):
+    """The field of projection number `index`."""
+    value = group[0][FIELD]
+    for i in tl.static_range(1, PROJECTIONS):
+        value = tl.where(index == i, group[i][FIELD], value)
+    return value
+
+
+@triton.jit
+def _projection(group, tile, PROJECTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The projection that output tile number `tile` belongs to: its number, what every projection has, the tile's number in it,
+    and the first column of its x A^T."""
+    packed, code, scales, _a, _b, _factor, _bias, out, _raw, N, R, scaling = group[0]
+    index = 0
     first = 0
     column = 0
     tiles_before = 0
     ranks_before = 0
-    for i in tl.static_range(1, len(group)):
+    for i in tl.static_range(1, PROJECTIONS):
         tiles_before += tl.cdiv(group[i - 1][9], BLOCK_N)
         ranks_before += group[i - 1][10]
         take = tile >= tiles_before
+        index = tl.where(take, i, index)
         packed = tl.where(take, group[i][0], packed)
         code = tl.where(take, group[i][1], code)
         scales = _select_scales(take, scales, group[i][2])
-        if b is not None:
-            b = tl.where(take, group[i][4], b)
-        if factor is not None:
-            factor = tl.where(take, group[i][5], factor)
-        if bias is not None:
-            bias = tl.where(take, group[i][6], bias)
         out = tl.where(take, group[i][7], out)
-        if raw is not None:
-            raw = tl.where(take, group[i][8], raw)
         N = tl.where(take, group[i][9], N)
         R = tl.where(take, group[i][10], R)
         scaling = tl.where(take, group[i][11], scaling)
         first = tl.where(take, tiles_before, first)
         column = tl.where(take, ranks_before, column)
-    return packed, code, scales, b, factor, bias, out, raw, N, R, scaling, tile - first, column
+    return index, packed, code, scales, out, N, R, scaling, tile - first, column
 
 
 @triton.jit
@@ -69,17 +74,18 @@ def _block(first, k, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N):
+def _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS: tl.constexpr):
     """out = factor * acc + bias, and raw = acc where the backward of a factor will need it."""
     rows_n = tl.minimum(offs_n, N - 1)
     offs = offs_m[:, None] * N + offs_n[None, :]
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    if raw_ptr is not None:
+    if group[0][8] is not None:
+        raw_ptr = _nth(group, index, 8, PROJECTIONS)
         tl.store(raw_ptr + offs, acc.to(raw_ptr.dtype.element_ty), mask=mask)
-    if factor_ptr is not None:
-        acc *= tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows_n)[None, :].to(tl.float32)
+    if group[0][5] is not None:
+        acc *= tl.load(_nth(group, index, 5, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
+    if group[0][6] is not None:
+        acc += tl.load(_nth(group, index, 6, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -88,7 +94,7 @@ def nf4_linear_fwd_kernel(
     x_ptr, group, xa_ptr,
     stride_xm, stride_xam,
     M, K,
-    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = factor[n] * (sum_k x[m, k] W[n, k]  +  scaling * sum_r xa[m, r] B[n, r])  +  bias[n] for every projection.
@@ -103,9 +109,7 @@ def nf4_linear_fwd_kernel(
     GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)  # scales per row and step
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m = tl.program_id(0) % tiles_m
-    packed_ptr, code_ptr, scales, b_ptr, factor_ptr, bias_ptr, out_ptr, raw_ptr, N, R, scaling, pid_n, column = _projection(
-        group, tl.program_id(0) // tiles_m, BLOCK_N
-    )
+    index, packed_ptr, code_ptr, scales, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0) // tiles_m, PROJECTIONS, BLOCK_N)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last one and are not stored
@@ -130,7 +134,8 @@ def nf4_linear_fwd_kernel(
         else:
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
 
-    if b_ptr is not None:
+    if group[0][4] is not None:
+        b_ptr = _nth(group, index, 4, PROJECTIONS)
         # PEFT keeps adapters in fp32: three tf32 products keep them so on the matrix unit.
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16  # the whole rank at once spills from rank 64 on sm_80
@@ -145,7 +150,7 @@ def nf4_linear_fwd_kernel(
                 acc = tl.dot(xa, b.T, acc, input_precision=PRECISION)
     if TRANSPOSED:
         acc = acc.T
-    _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N)
+    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -153,7 +158,7 @@ def nf4_skinny_kernel(
     x_ptr, group, part_ptr,
     stride_xm,
     M, K, columns,
-    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, SPLIT_K: tl.constexpr,
+    PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """part[s, m, c] = sum of x[m, k] V[c, k] over the k of split s, in fp32; V's rows are those of every W, then those of every A.
@@ -172,7 +177,7 @@ def nf4_skinny_kernel(
     tl.assume(end > begin)
     tiles_w = 0
     columns_w = 0
-    for i in tl.static_range(len(group)):
+    for i in tl.static_range(PROJECTIONS):
         tiles_w += tl.cdiv(group[i][9], BLOCK_N)
         columns_w += group[i][9]
     rows_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
@@ -180,10 +185,10 @@ def nf4_skinny_kernel(
     offs = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if tile < tiles_w:
-        packed_ptr, code_ptr, scales, _b, _factor, _bias, _out, _raw, rows, _R, _scaling, number, _column = _projection(group, tile, BLOCK_N)
+        _index, packed_ptr, code_ptr, scales, _out, rows, _R, _scaling, number, _column = _projection(group, tile, PROJECTIONS, BLOCK_N)
         start = 0
         before = 0
-        for i in tl.static_range(1, len(group)):
+        for i in tl.static_range(1, PROJECTIONS):
             before += tl.cdiv(group[i - 1][9], BLOCK_N)
             start += tl.where(tile >= before, group[i - 1][9], 0)
         offs += number * BLOCK_N
@@ -196,24 +201,24 @@ def nf4_skinny_kernel(
             w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
             acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
     else:
-        a_ptr = group[0][3]
         rows = group[0][10]
         tile -= tiles_w
+        index = 0
         number = tile
         start = columns_w
         before = 0
         ranks = 0
-        for i in tl.static_range(1, len(group)):
+        for i in tl.static_range(1, PROJECTIONS):
             before += tl.cdiv(group[i - 1][10], BLOCK_N)
             ranks += group[i - 1][10]
             take = tile >= before
-            if a_ptr is not None:
-                a_ptr = tl.where(take, group[i][3], a_ptr)
+            index = tl.where(take, i, index)
             rows = tl.where(take, group[i][10], rows)
             number = tl.where(take, tile - before, number)
             start = tl.where(take, columns_w + ranks, start)
         offs += number * BLOCK_N
-        if a_ptr is not None:
+        if group[0][3] is not None:
+            a_ptr = _nth(group, index, 3, PROJECTIONS)
             PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
             WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
             rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
@@ -233,17 +238,17 @@ def nf4_skinny_reduce_kernel(
     part_ptr, group, xa_ptr,
     stride_xam,
     M, columns,
-    SPLIT_K: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PROJECTIONS: tl.constexpr, SPLIT_K: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """From nf4_skinny_kernel's partial sums, added in the order of the splits: out as nf4_linear_fwd_kernel, and xa = x A^T.
 
     Program p computes tile p of BLOCK_N features for all tokens; the first tile of each projection stores its xa.
     """
-    _packed, _code, _scales, b_ptr, factor_ptr, bias_ptr, out_ptr, raw_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0), BLOCK_N)
+    index, _packed, _code, _scales, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0), PROJECTIONS, BLOCK_N)
     columns_w = 0
     start = 0
     before = 0
-    for i in tl.static_range(len(group)):
+    for i in tl.static_range(PROJECTIONS):
         columns_w += group[i][9]
         before += tl.cdiv(group[i][9], BLOCK_N)
         start += tl.where(tl.program_id(0) >= before, group[i][9], 0)
@@ -253,7 +258,8 @@ def nf4_skinny_reduce_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in range(SPLIT_K):  # unrolled, 16 splits spill
         acc += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + start + offs_n[None, :], mask=mask, other=0.0)
-    if b_ptr is not None:
+    if group[0][4] is not None:
+        b_ptr = _nth(group, index, 4, PROJECTIONS)
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16
         for r in range(0, R, BLOCK_R):
@@ -266,7 +272,7 @@ def nf4_skinny_reduce_kernel(
                 tl.store(xa_ptr + offs_m[:, None] * stride_xam + column + offs_r[None, :], xa.to(xa_ptr.dtype.element_ty), mask=mask_r)
             b = tl.load(b_ptr + offs_n[:, None] * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
             acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=PRECISION)
-    _store(acc, factor_ptr, bias_ptr, out_ptr, raw_ptr, offs_m, offs_n, M, N)
+    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -275,7 +281,7 @@ def nf4_linear_dx_kernel(
     stride_dxam,
     M, K,
     threshold,
-    BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr, CUT_K: tl.constexpr,
+    PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr, CUT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx[m, k] = sum over projections of  sum_n dy[m, n] factor[n] W[n, k]  +  keep[m, k] * sum_r dxa[m, r] A[r, k].
@@ -307,7 +313,7 @@ def nf4_linear_dx_kernel(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     column = 0
-    for i in tl.static_range(len(group)):
+    for i in tl.static_range(PROJECTIONS):
         packed_ptr, code_ptr, scales, a_ptr, _b, factor_ptr, _bias, dy_ptr, _raw, N, R, _scaling = group[i]
         tl.assume(N > 0)
         for n in range(0, N, BLOCK_N):

@@ -132,3 +132,97 @@ def test_other_devices_than_the_current_one():
     weight = quantize(random_weight(256, 256, torch.bfloat16, "cuda:1"), "nested")
     x = torch.randn(2, 256, device="cuda:1", dtype=torch.bfloat16)
     assert nf4_linear(x, weight).device == x.device
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 300, 2048])
+def test_group_dropout_and_dora_at_the_models_shapes(M):
+    """q, k and v in one launch, k without an adapter, v with a magnitude; dropout in all; against eager in bf16 and float64."""
+    dtype, p = torch.bfloat16, 0.1
+    x = torch.randn(M, 4096, device="cuda", dtype=dtype, requires_grad=True)
+    (wq, aq, bq), (wk, _, _), (wv, av, bv) = layer(4096, 4096, "nested", dtype), layer(1024, 4096, "nested", dtype), layer(1024, 4096, "nested", dtype)
+    m = (torch.rand(1024, device="cuda") + 0.5).requires_grad_()
+    torch.manual_seed(1)
+    masks = [keep_mask(s, p, M, 4096) for s in torch.randint(2**62, (3,), device="cuda")]
+    leaves = [x, aq, bq, av, bv, m]
+    norms = lora_row_norms(wv, av, bv, 2.0, dtype)
+
+    def formula(w, x, aq, bq, av, bv, m):
+        def delta(a, b, mask):
+            return F.linear(F.linear(x * mask / (1 - p), a), b) * 2.0
+
+        q = F.linear(x, w[0]) + delta(aq, bq, masks[0])
+        return [q, F.linear(x, w[1]), ((F.linear(x, w[2]) + delta(av, bv, masks[2])) * (m / norms)).to(x.dtype)]
+
+    dys = [torch.randn(M, n, device="cuda", dtype=dtype) for n in (4096, 1024, 1024)]
+    torch.manual_seed(1)
+    outs = nf4_lora_linears(x, [(wq, aq, bq, 2.0), (wk,), (wv, av, bv, 2.0, None, m)], dropout_p=p, training=True)
+    got = [*outs, *torch.autograd.grad(outs, leaves, dys)]
+    weights = [host_dequantize(w, dtype) for w in (wq, wk, wv)]
+    eager = formula(weights, *leaves)
+    eager = [*eager, *torch.autograd.grad(eager, leaves, dys)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = formula([nf4_dequantize_ref(NF4View.of(w), torch.float64) for w in (wq, wk, wv)], *wide)
+    exact = [*exact, *torch.autograd.grad(exact, wide, [d.double() for d in dys])]
+    for i, values in enumerate(zip(got, eager, exact, strict=True)):
+        assert_no_worse(*values, f"result {i}")
+
+
+@pytest.mark.parametrize("M", [1, 64, 2048])
+def test_swiglu_mlp_at_the_models_shapes(M):
+    dtype = torch.bfloat16
+    x = torch.randn(M, 4096, device="cuda", dtype=dtype, requires_grad=True)
+    layers = [layer(n, k, "nested", dtype) for n, k in ((14336, 4096), (14336, 4096), (4096, 14336))]
+    leaves = [x, *(t for _, a, b in layers for t in (a, b))]
+
+    def formula(weights, x, *factors):
+        e, g, _ = (F.linear(x, w) + F.linear(F.linear(x, a), b) for w, a, b in ((weights[0], *factors[:2]), (weights[1], *factors[2:4]), (weights[0], *factors[:2])))
+        h = F.silu(e) * g
+        return F.linear(h, weights[2]) + F.linear(F.linear(h, factors[4]), factors[5])
+
+    dy = torch.randn(M, 4096, device="cuda", dtype=dtype)
+    y = nf4_swiglu_mlp(x, *((w, a, b, 1.0) for w, a, b in layers))
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    y = formula([host_dequantize(w, dtype) for w, _, _ in layers], *leaves)
+    eager = [y, *torch.autograd.grad(y, leaves, dy)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = formula([nf4_dequantize_ref(NF4View.of(w), torch.float64) for w, _, _ in layers], *wide)
+    exact = [y, *torch.autograd.grad(y, wide, dy.double())]
+    for i, values in enumerate(zip(got, eager, exact, strict=True)):
+        assert_no_worse(*values, f"result {i}")
+
+
+def test_scratch_on_two_streams_and_in_graphs():
+    """The shared buffer is waited for across streams, replaced under a captured graph, and never what the graph replays on."""
+    weight, a, b = layer(1024, 4096, "nested", torch.bfloat16)
+    large, _, _ = layer(14336, 4096, "nested", torch.bfloat16)
+    x = torch.randn(2048, 4096, device="cuda", dtype=torch.bfloat16)
+    want, want_large = nf4_lora_linear(x, weight, a, b, 1.0).detach(), nf4_linear(x, large)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), freeing_scratch():
+        results = []
+        for i in range(20):
+            with torch.cuda.stream(other if i % 2 else torch.cuda.current_stream()):
+                results.append(nf4_linear(x, large) if i % 2 else nf4_lora_linear(x, weight, a, b, 1.0))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = nf4_lora_linear(x, weight, a, b, 1.0)
+    nf4_linear(x, large)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, want_large if i % 2 else want) for i, r in enumerate(results)) and torch.equal(y, want)
+
+
+def test_dropout_in_a_graph_draws_anew_at_every_replay():
+    weight, a, b = layer(1024, 4096, "nested", torch.bfloat16)
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        nf4_lora_linear(x, weight, a, b, 1.0, dropout_p=0.5, training=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = nf4_lora_linear(x, weight, a, b, 1.0, dropout_p=0.5, training=True)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    assert not torch.equal(first, y)

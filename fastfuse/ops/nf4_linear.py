@@ -454,7 +454,7 @@ def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
         constants = dict(tile.launch())
         splits = min(constants.pop("SPLIT_K", 0), K // tile["BLOCK_K"])
         args = group.kernel_args(K, work, kernel_dtype(low), outs, raws)
-        common = {"BLOCK_SIZE": group.block_size, "SCALE_BLOCK": group.scale_block, "DECODE": decode}
+        common = {"PROJECTIONS": len(group), "BLOCK_SIZE": group.block_size, "SCALE_BLOCK": group.scale_block, "DECODE": decode}
         tiles = sum(-(-N // tile["BLOCK_N"]) for N in group.rows)
         if splits and M <= tile["BLOCK_M"] and group.seeds is None:
             xa = torch.empty((M, ranks), dtype=kernel_dtype(low), device=x.device)
@@ -464,7 +464,18 @@ def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
             x2 = x2.to(work)
             nf4_skinny_kernel[(tiles + tiles_a, splits)](x2, args, part, x2.stride(0), M, K, columns, SPLIT_K=splits, **common, **constants)
             nf4_skinny_reduce_kernel[(tiles,)](
-                part, args, xa, ranks, M, columns, SPLIT_K=splits, DECODE=decode, BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=4
+                part,
+                args,
+                xa,
+                ranks,
+                M,
+                columns,
+                PROJECTIONS=len(group),
+                SPLIT_K=splits,
+                DECODE=decode,
+                BLOCK_M=tile["BLOCK_M"],
+                BLOCK_N=tile["BLOCK_N"],
+                num_warps=4,
             )
         else:
             constants.setdefault("TRANSPOSED", False)
@@ -591,7 +602,7 @@ def _nf4_linear_dx(
     grid = (-(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_K"]),)
     nf4_linear_dx_kernel[grid](
         args, None if dxa is None else dxa.to(low), seeds, dx, 0 if dxa is None else dxa.shape[1], M, K, threshold(dropout_p),
-        BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
+        PROJECTIONS=len(group), BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
     )  # fmt: skip
     return dx.to(dtype)
 
