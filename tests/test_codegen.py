@@ -102,3 +102,16 @@ print([report(s).problems() for s in linear_specimens("sm_90", tile, "nested", "
 """
     done = compiled("-c", code)
     assert found in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+def test_every_launch_binds_and_compiles():
+    """What a launch hands to Triton (nested tuples, None, a rank of 1, unaligned rows) must suit its binder, not the interpreter alone.
+
+    A new number of tokens must compile nothing.
+    """
+    done = compiled("-m", "tests.launches")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    kernels = {line.split("(")[0].removeprefix("def ") for f in ROOT.glob("kernels/*.py") for line in f.read_text().splitlines() if line.startswith("def ")}
+    assert {k for k in kernels if k.endswith("_kernel")} == set(found["launched"])
+    assert found["compiled by other token counts"] == 0

@@ -1,0 +1,95 @@
+"""Every launch through Triton's own argument binder and compiler, for a GPU that is not there. Run by test_codegen.py, without the interpreter."""
+
+import collections
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastfuse import tune
+from fastfuse.kernels.nf4 import BITSANDBYTES
+from fastfuse.ops.lora_row_norms import _nf4_row_norms
+from fastfuse.ops.low_rank import lora_grad
+from fastfuse.ops.nf4_linear import Group, Projection, _launch, _nf4_linear_dx
+from fastfuse.ops.nf4_swiglu_mlp import _swiglu, _swiglu_bwd
+from fastfuse.quant.nf4 import NF4View
+
+K = 256
+launched: collections.Counter = collections.Counter()
+compiled: set = set()
+
+
+class NoDevice:
+    """A driver that says sm_90 and has nothing to launch on."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_device_interface = staticmethod(lambda: SimpleNamespace(current_device=lambda: 0, set_device=lambda device: None))
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+
+def compile_only(self, *args, grid, warmup=False, **options):
+    assert all(0 < n < 2**31 for n in grid), grid
+    kernel = real(self, *args, grid=grid, warmup=True, **options)
+    launched[self.__name__] += 1
+    compiled.add(kernel.hash)
+
+
+def weight(N: int) -> NF4View:
+    blocks = N * K // 64
+    scales = (torch.zeros(blocks, dtype=torch.uint8), torch.zeros(256), torch.zeros(-(-blocks // 256)), torch.zeros(()))
+    return NF4View(torch.zeros(N * K // 2, dtype=torch.uint8), torch.tensor(BITSANDBYTES), scales, 64, (N, K), torch.bfloat16)
+
+
+def body(op):
+    """The op's launcher without the switch of the current device."""
+    return op._init_fn.__wrapped__.__wrapped__
+
+
+def step(M: int, N: int, ranks: tuple, low: torch.dtype, everything: bool) -> None:
+    """Forward and backward of one group, in the launches that an H200 would see."""
+    dtype = torch.bfloat16
+    vector = torch.ones(N) if everything else None
+    projections = [
+        Projection(
+            weight(N), torch.zeros(R, K, dtype=low), torch.zeros(N, R, dtype=low), 2.0, torch.zeros(N, dtype=dtype) if everything else None, vector, vector
+        )
+        if R
+        else Projection(weight(N))
+        for R in ranks
+    ]
+    x, n = torch.zeros(M, K, dtype=dtype), len(ranks)
+    group = Group.of(x, projections, torch.zeros(n, dtype=torch.int64) if everything else None, 0.1)
+    xa = _launch(x, group, everything)[n]
+    dy = [torch.zeros(M, N, dtype=dtype) for _ in ranks]
+    dxa = xa if group.a else None
+    body(_nf4_linear_dx)(dy, *group.args()[:8], group.factor, group.seeds, 0.1, dxa, K, False)
+    for i in range(n if group.a else 0):
+        columns, factor = xa[:, group.columns(i)], group.factor[i] if group.factor else None
+        body(lora_grad)(dy[i], columns, group.b[i], factor, None, 0.0, 2.0, True, False)
+        body(lora_grad)(x, columns, None, None, group.seed(i), 0.1, 1.0, True, False)
+        body(_nf4_row_norms)(*group.weight(i, K).parts(), dtype, group.a[i], group.b[i], 2.0, False)
+
+
+if __name__ == "__main__":
+    real, JITFunction.run = JITFunction.run, compile_only
+    triton.runtime.driver.set_active(NoDevice())
+    tune.arch_of = lambda device: "sm_90"
+    for M in (1, 64, 300, 2000):  # split, mid, mid with a whole tile, dense
+        step(M, 256, (16,), torch.bfloat16, False)
+        step(M, 33, (16, 0, 20), torch.float32, True)
+    step(1, 256, (0,), torch.bfloat16, False)
+    step(1, 256, (1,), torch.bfloat16, False)
+    before = len(compiled)
+    for M in (2, 15, 16):  # other token counts, the same kernels
+        step(M, 256, (16,), torch.bfloat16, False)
+    e = torch.zeros(3, 5, dtype=torch.bfloat16)
+    again = len(compiled)
+    body(_swiglu)(e, e, False)
+    body(_swiglu_bwd)(e, e, e, False)
+    json.dump({"launched": launched, "compiled by other token counts": again - before}, sys.stdout)
