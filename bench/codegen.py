@@ -169,7 +169,7 @@ def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projec
     constants = dict(tile["constants"]) | {"PROJECTIONS": projections, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, x), "CUT_K": False}
     low = x if adapter == "-" else adapter
     signature = {"group": (_projection(layout, x, adapter, factor),) * projections, "dxa_ptr": f"*{low}", "dx_ptr": f"*{x}"}
-    signature |= dict.fromkeys(("stride_dxam", "M", "K", "threshold"), "i32")
+    signature |= dict.fromkeys(("stride_dxam", "M", "K", "threshold"), "i32") | {"rescale": "fp32"}
     if dropout:
         signature["seeds_ptr"] = "*i64"
     else:
@@ -182,14 +182,18 @@ def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projec
 
 
 def _row_norms(arch: str, tile: dict) -> Iterator[Specimen]:
-    for layout, out, adapter in (("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat", "fp16", "fp16")):
+    for layout, out, adapter in (("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat", "fp16", "fp16"), ("nested", "bf16", "-")):
         decode = _branch(arch, layout, out)
         if decode == "gather" and arch.startswith("sm_"):
             continue
         signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(LAYOUTS[layout], out), "norms_ptr": "*fp32", "scaling": "fp32"}
         signature |= {"a_ptr": f"*{adapter}", "b_ptr": f"*{adapter}"} | dict.fromkeys(("N", "K", "R"), "i32")
         dtype = {"bf16": tl.bfloat16, "fp16": tl.float16}[out]
-        constants = dict(tile["constants"]) | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": decode, "CUT_K": False}
+        constants = (
+            ({"a_ptr": None, "b_ptr": None} if adapter == "-" else {})
+            | dict(tile["constants"])
+            | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": decode, "CUT_K": False}
+        )
         options = {k: tile[k] for k in ("num_warps", "num_stages")}
         yield Specimen("lora_row_norms", _name(tile, layout, out, adapter), arch, nf4_row_norms_kernel, signature, constants, options)
 

@@ -20,7 +20,7 @@ def keep_mask(seed, offs_m, first, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl
     return (words >> 1).to(tl.int32) >= threshold
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["seed_ptr"])
 def lora_down_kernel(
     x_ptr, a_ptr, seed_ptr, part_ptr,
     stride_xm,
@@ -54,7 +54,7 @@ def lora_down_kernel(
     tl.store(part_ptrs, acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["seed_ptr"])
 def lora_up_kernel(
     low_ptr, thin_ptr, seed_ptr, out_ptr,
     stride_lm, stride_tr, stride_tc,
@@ -78,25 +78,26 @@ def lora_up_kernel(
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         low = tl.load(low_ptr + rows_m[:, None] * stride_lm + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-        thin = tl.load(thin_ptr + offs_r[:, None] * stride_tr + in_c[None, :] * stride_tc, mask=offs_r[:, None] < R, other=0.0)
-        acc = tl.dot(low, (thin * scaling).to(low.dtype), acc, input_precision=PRECISION)
+        thin = tl.load(thin_ptr + offs_r[:, None].to(tl.int64) * stride_tr + in_c[None, :] * stride_tc, mask=offs_r[:, None] < R, other=0.0)
+        acc = tl.dot(low, thin.to(low.dtype), acc, input_precision=PRECISION)
+    acc *= scaling  # here, in fp32: a small fp16 factor scaled by itself would lose its digits
     if seed_ptr is not None:
         acc = tl.where(keep_mask(tl.load(seed_ptr), offs_m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C), acc, 0.0)
     out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_c[None, :] < C))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["seed_ptr"])
 def lora_grad_kernel(
     tall_ptr, low_ptr, thin_ptr, factor_ptr, seed_ptr, outer_ptr, through_ptr,
     stride_tm, stride_lm,
     M, C, R, rows_per_split,
-    scaling, threshold,
+    threshold,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Both products of one tall matrix with thin ones, reading it once; t[m, c] = keep[m, c] factor[c] tall[m, c]:
         outer[s, c, r] = sum of t[m, c] low[m, r] over the rows m of split s            dB from dY and x A^T; dA from x and d(x A^T)
-        through[p, m, r] = sum of t[m, c] scaling thin[c, r] over the columns c of strip p     d(x A^T) from dY and B
+        through[p, m, r] = sum of t[m, c] thin[c, r] over the columns c of strip p     d(x A^T) from dY and B
 
     Program (p, s, b) reads one strip of BLOCK_C columns and one split of the rows for block b of BLOCK_R ranks, of which there
     mostly is one. Sums are fp32 and added in order: no atomics.
@@ -111,7 +112,7 @@ def lora_grad_kernel(
     LOW: tl.constexpr = low_ptr.dtype.element_ty
     if thin_ptr is not None:
         thin = tl.load(thin_ptr + in_c[:, None] * R + offs_r[None, :], mask=(offs_c[:, None] < C) & mask_r, other=0.0)
-        thin = (thin * scaling).to(LOW)
+        thin = thin.to(LOW)
     outer = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first = split.to(tl.int64) * rows_per_split
     for start in range(0, rows_per_split, BLOCK_M):

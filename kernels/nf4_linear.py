@@ -12,6 +12,9 @@ import triton.language as tl
 from fastfuse.kernels.lora import keep_mask
 from fastfuse.kernels.nf4 import block_scale, decode
 
+# Where a projection's parts are in its tuple.
+AT_PACKED, AT_CODE, AT_SCALES, AT_A, AT_B, AT_FACTOR, AT_BIAS, AT_OUT, AT_RAW, AT_N, AT_R, AT_SCALING = (tl.constexpr(i) for i in range(12))
+
 
 @triton.jit
 def _select_scales(take, one, other):
@@ -48,17 +51,17 @@ def _projection(group, tile, PROJECTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
     tiles_before = 0
     ranks_before = 0
     for i in tl.static_range(1, PROJECTIONS):
-        tiles_before += tl.cdiv(group[i - 1][9], BLOCK_N)
-        ranks_before += group[i - 1][10]
+        tiles_before += tl.cdiv(group[i - 1][AT_N], BLOCK_N)
+        ranks_before += group[i - 1][AT_R]
         take = tile >= tiles_before
         index = tl.where(take, i, index)
-        packed = tl.where(take, group[i][0], packed)
-        code = tl.where(take, group[i][1], code)
-        scales = _select_scales(take, scales, group[i][2])
-        out = tl.where(take, group[i][7], out)
-        N = tl.where(take, group[i][9], N)
-        R = tl.where(take, group[i][10], R)
-        scaling = tl.where(take, group[i][11], scaling)
+        packed = tl.where(take, group[i][AT_PACKED], packed)
+        code = tl.where(take, group[i][AT_CODE], code)
+        scales = _select_scales(take, scales, group[i][AT_SCALES])
+        out = tl.where(take, group[i][AT_OUT], out)
+        N = tl.where(take, group[i][AT_N], N)
+        R = tl.where(take, group[i][AT_R], R)
+        scaling = tl.where(take, group[i][AT_SCALING], scaling)
         first = tl.where(take, tiles_before, first)
         column = tl.where(take, ranks_before, column)
     return index, packed, code, scales, out, N, R, scaling, tile - first, column
@@ -79,13 +82,13 @@ def _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS: tl.con
     rows_n = tl.minimum(offs_n, N - 1)
     offs = offs_m[:, None] * N + offs_n[None, :]
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    if group[0][8] is not None:
-        raw_ptr = _nth(group, index, 8, PROJECTIONS)
+    if group[0][AT_RAW] is not None:
+        raw_ptr = _nth(group, index, AT_RAW, PROJECTIONS)
         tl.store(raw_ptr + offs, acc.to(raw_ptr.dtype.element_ty), mask=mask)
-    if group[0][5] is not None:
-        acc *= tl.load(_nth(group, index, 5, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
-    if group[0][6] is not None:
-        acc += tl.load(_nth(group, index, 6, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
+    if group[0][AT_FACTOR] is not None:
+        acc *= tl.load(_nth(group, index, AT_FACTOR, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
+    if group[0][AT_BIAS] is not None:
+        acc += tl.load(_nth(group, index, AT_BIAS, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -134,8 +137,8 @@ def nf4_linear_fwd_kernel(
         else:
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
 
-    if group[0][4] is not None:
-        b_ptr = _nth(group, index, 4, PROJECTIONS)
+    if group[0][AT_B] is not None:
+        b_ptr = _nth(group, index, AT_B, PROJECTIONS)
         # PEFT keeps adapters in fp32: three tf32 products keep them so on the matrix unit.
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16  # the whole rank at once spills from rank 64 on sm_80
@@ -178,8 +181,8 @@ def nf4_skinny_kernel(
     tiles_w = 0
     columns_w = 0
     for i in tl.static_range(PROJECTIONS):
-        tiles_w += tl.cdiv(group[i][9], BLOCK_N)
-        columns_w += group[i][9]
+        tiles_w += tl.cdiv(group[i][AT_N], BLOCK_N)
+        columns_w += group[i][AT_N]
     rows_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
     x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, BLOCK_K)[None, :]
     offs = tl.arange(0, BLOCK_N)
@@ -189,8 +192,8 @@ def nf4_skinny_kernel(
         start = 0
         before = 0
         for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1][9], BLOCK_N)
-            start += tl.where(tile >= before, group[i - 1][9], 0)
+            before += tl.cdiv(group[i - 1][AT_N], BLOCK_N)
+            start += tl.where(tile >= before, group[i - 1][AT_N], 0)
         offs += number * BLOCK_N
         rows_n = tl.minimum(offs, rows - 1).to(tl.int64)
         packed_ptrs = packed_ptr + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -201,7 +204,7 @@ def nf4_skinny_kernel(
             w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
             acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
     else:
-        rows = group[0][10]
+        rows = group[0][AT_R]
         tile -= tiles_w
         index = 0
         number = tile
@@ -209,16 +212,16 @@ def nf4_skinny_kernel(
         before = 0
         ranks = 0
         for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1][10], BLOCK_N)
-            ranks += group[i - 1][10]
+            before += tl.cdiv(group[i - 1][AT_R], BLOCK_N)
+            ranks += group[i - 1][AT_R]
             take = tile >= before
             index = tl.where(take, i, index)
-            rows = tl.where(take, group[i][10], rows)
+            rows = tl.where(take, group[i][AT_R], rows)
             number = tl.where(take, tile - before, number)
             start = tl.where(take, columns_w + ranks, start)
         offs += number * BLOCK_N
-        if group[0][3] is not None:
-            a_ptr = _nth(group, index, 3, PROJECTIONS)
+        if group[0][AT_A] is not None:
+            a_ptr = _nth(group, index, AT_A, PROJECTIONS)
             PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
             WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
             rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
@@ -249,17 +252,17 @@ def nf4_skinny_reduce_kernel(
     start = 0
     before = 0
     for i in tl.static_range(PROJECTIONS):
-        columns_w += group[i][9]
-        before += tl.cdiv(group[i][9], BLOCK_N)
-        start += tl.where(tl.program_id(0) >= before, group[i][9], 0)
+        columns_w += group[i][AT_N]
+        before += tl.cdiv(group[i][AT_N], BLOCK_N)
+        start += tl.where(tl.program_id(0) >= before, group[i][AT_N], 0)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in range(SPLIT_K):  # unrolled, 16 splits spill
         acc += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + start + offs_n[None, :], mask=mask, other=0.0)
-    if group[0][4] is not None:
-        b_ptr = _nth(group, index, 4, PROJECTIONS)
+    if group[0][AT_B] is not None:
+        b_ptr = _nth(group, index, AT_B, PROJECTIONS)
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16
         for r in range(0, R, BLOCK_R):
@@ -270,7 +273,7 @@ def nf4_skinny_reduce_kernel(
                 xa += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + columns_w + column + offs_r[None, :], mask=mask_r, other=0.0)
             if pid_n == 0:
                 tl.store(xa_ptr + offs_m[:, None] * stride_xam + column + offs_r[None, :], xa.to(xa_ptr.dtype.element_ty), mask=mask_r)
-            b = tl.load(b_ptr + offs_n[:, None] * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
+            b = tl.load(b_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
             acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=PRECISION)
     _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS)
 
@@ -280,14 +283,14 @@ def nf4_linear_dx_kernel(
     group, dxa_ptr, seeds_ptr, dx_ptr,
     stride_dxam,
     M, K,
-    threshold,
-    PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, TRANSPOSED: tl.constexpr, CUT_K: tl.constexpr,
+    rescale, threshold,
+    PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, CUT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx[m, k] = sum over projections of  sum_n dy[m, n] factor[n] W[n, k]  +  keep[m, k] * sum_r dxa[m, r] A[r, k].
+    """dx[m, k] = sum over projections of  sum_n dy[m, n] factor[n] W[n, k]  +  keep[m, k] * rescale * sum_r dxa[m, r] A[r, k].
 
     Program p computes one tile of BLOCK_M tokens and BLOCK_K inputs, over all features of all projections; dy takes `out`'s
-    place in the group. keep is the dropout mask where seeds are given, one for each projection. TRANSPOSED computes dx^T = W^T dy^T. CUT_K: K is no multiple of BLOCK_K.
+    place in the group. keep is the dropout mask where seeds are given, one for each projection, rescale its 1 / (1 - p). CUT_K: K is no multiple of BLOCK_K.
     """
     tl.static_assert(BLOCK_K % 32 == 0 and BLOCK_SIZE % 32 == 0)
     GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
@@ -308,10 +311,7 @@ def nf4_linear_dx_kernel(
         in_k = tl.minimum(in_k, K - 1)
         bytes_k = tl.minimum(bytes_k, K // 2 - 1)
         blocks_k = tl.minimum(blocks_k, K - 1)
-    if TRANSPOSED:
-        acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     column = 0
     for i in tl.static_range(PROJECTIONS):
         packed_ptr, code_ptr, scales, a_ptr, _b, factor_ptr, _bias, dy_ptr, _raw, N, R, _scaling = group[i]
@@ -322,39 +322,22 @@ def nf4_linear_dx_kernel(
             packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
             scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
             w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
-            if TRANSPOSED:
-                dy = tl.load(dy_ptr + rows_m[None, :] * N + offs_n[:, None], mask=offs_n[:, None] < N, other=0.0)
-                if factor_ptr is not None:
-                    dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[:, None].to(tl.float32)).to(DTYPE)
-                acc = tl.dot(w.T, dy, acc, input_precision="ieee")
-            else:
-                dy = tl.load(dy_ptr + rows_m[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0)
-                if factor_ptr is not None:
-                    dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)).to(DTYPE)
-                acc = tl.dot(dy, w, acc, input_precision="ieee")
+            dy = tl.load(dy_ptr + rows_m[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0)
+            if factor_ptr is not None:
+                dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)).to(DTYPE)
+            acc = tl.dot(dy, w, acc, input_precision="ieee")
         if a_ptr is not None:
-            if TRANSPOSED:
-                low = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-            else:
-                low = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            low = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)
                 dxa = tl.load(dxa_ptr + rows_m[:, None] * stride_dxam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-                a = tl.load(a_ptr + offs_r[:, None] * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(dxa.dtype)
-                if TRANSPOSED:
-                    low = tl.dot(a.T, dxa.T, low, input_precision=PRECISION)
-                else:
-                    low = tl.dot(dxa, a, low, input_precision=PRECISION)
+                a = tl.load(a_ptr + offs_r[:, None].to(tl.int64) * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(dxa.dtype)
+                low = tl.dot(dxa, a, low, input_precision=PRECISION)
             if seeds_ptr is not None:
                 keep = keep_mask(tl.load(seeds_ptr + i), offs_m, first_k, threshold, BLOCK_M, BLOCK_K)
-                if TRANSPOSED:
-                    low = tl.where(keep.T, low, 0.0)
-                else:
-                    low = tl.where(keep, low, 0.0)
-            acc += low
+                low = tl.where(keep, low, 0.0)
+            acc += low * rescale
             column += R
-    if TRANSPOSED:
-        acc = acc.T
     tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(DTYPE), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
 
 
@@ -388,11 +371,12 @@ def nf4_row_norms_kernel(
         packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
         scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
         w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2).to(tl.float32)
-        for r in range(0, R, BLOCK_R):
-            offs_r = r + tl.arange(0, BLOCK_R)
-            b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0).to(tl.float32) * scaling
-            a = tl.load(a_ptr + offs_r[:, None] * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(tl.float32)
-            w = tl.dot(b, a, w, input_precision=PRECISION)
+        if a_ptr is not None:
+            for r in range(0, R, BLOCK_R):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0).to(tl.float32) * scaling
+                a = tl.load(a_ptr + offs_r[:, None].to(tl.int64) * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(tl.float32)
+                w = tl.dot(b, a, w, input_precision=PRECISION)
         if CUT_K:
             w = tl.where(offs_k[None, :] < K, w, 0.0)
         squares += tl.sum(w * w, 1)

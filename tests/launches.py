@@ -64,7 +64,7 @@ def step(M: int, N: int, ranks: tuple, low: torch.dtype, everything: bool) -> No
         for R in ranks
     ]
     x, n = torch.zeros(M, K, dtype=dtype), len(ranks)
-    group = Group.of(x, projections, torch.zeros(n, dtype=torch.int64) if everything else None, 0.1)
+    group = Group.of("op", x, projections, torch.zeros(n, dtype=torch.int64) if everything else None, 0.1)
     xa = _launch(x, group, everything)[n]
     dy = [torch.zeros(M, N, dtype=dtype) for _ in ranks]
     dxa = xa if group.a else None

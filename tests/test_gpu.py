@@ -236,3 +236,17 @@ def test_dropout_in_a_graph_draws_anew_at_every_replay():
         first = y.clone()
         graph.replay()
     assert not torch.equal(first, y)
+
+
+def test_scratch_under_reduce_overhead():
+    """The warm-up of torch.compile's CUDA graphs allocates in a pool of its own, which the shared buffer must not live in."""
+    weight, a, b = layer(1024, 4096, "nested", torch.bfloat16)
+    with freeing_scratch():
+        pass
+    compiled = torch.compile(lambda x: nf4_lora_linear(x, weight, a, b, 1.0), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.equal(y, nf4_lora_linear(x, weight, a, b, 1.0)) and x.grad.isfinite().all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import assert_no_worse, assert_rounding_apart
 from torch.nn import functional as F
+from torchao.quantization import to_nf4
 from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
@@ -30,6 +31,7 @@ from fastfuse.quant import NF4View
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SKINNY = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT_K": 2})
 WIDE = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": True})
+DX = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64})
 ROUTES = {"reference": ("auto", None), "kernel": ("triton", WIDE), "skinny": ("triton", SKINNY), "dense": ("triton", None)}
 
 
@@ -101,7 +103,7 @@ def test_dropout(M, p, dtype, lora_dtype, route, device):
     def eager(x, w, projections):
         return [formula(x, w[0], projections[0], mask, p)]
 
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", tile if tile is WIDE else None):
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", DX if tile is WIDE else None):
         check(lambda x: [nf4_lora_linear(x, *layers[0][:4], bias=layers[0].bias, dropout_p=p, training=True)], eager, x, layers)
 
 
@@ -159,7 +161,7 @@ def test_dora(bias, dtype, route, device):
         p = projections[0]
         return [formula(x, w[0], p, norms=lora_row_norms_ref(w[0], p.lora_a.detach(), p.lora_b.detach(), p.scaling))]
 
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", tile if tile is WIDE else None):
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", DX if tile is WIDE else None):
         check(lambda x: [nf4_lora_linear(x, *layers[0][:4], bias=layers[0].bias, magnitude=layers[0].magnitude)], eager, x, layers)
 
 
@@ -206,8 +208,6 @@ def test_group(storage, dtype, route, device):
     ]
     scales = {130: 260, 64: 128, 32: 64}  # what torchao's groups hold differs with the size: stored alike means one number
     if storage == "torchao":
-        from torchao.quantization import to_nf4
-
         layers = [p._replace(weight=to_nf4(random_weight(p.weight.shape[0], 128, dtype, device), 64, 4)) for p in layers]
         assert all(n % 4 == 0 for n in scales.values())
 
@@ -216,7 +216,7 @@ def test_group(storage, dtype, route, device):
         norms = lora_row_norms_ref(w[2], p.lora_a.detach(), p.lora_b.detach(), p.scaling)
         return [formula(x, w[0], projections[0]), formula(x, w[1], projections[1]), formula(x, w[2], p, norms=norms)]
 
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", tile if tile is WIDE else None):
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", DX if tile is WIDE else None):
         check(lambda x: nf4_lora_linears(x, layers), eager, x, layers)
 
 
@@ -233,7 +233,7 @@ def test_group_with_dropout_has_a_mask_each(route, device):
     def eager(x, w, projections):
         return [formula(x, *pair, mask, 0.4) for *pair, mask in zip(w, projections, masks, strict=True)]
 
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", tile if tile is WIDE else None):
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", DX if tile is WIDE else None):
         check(lambda x: nf4_lora_linears(x, [p[:4] for p in layers], dropout_p=0.4, training=True), eager, x, layers)
 
 
@@ -297,8 +297,111 @@ def test_swiglu_mlp(p, dtype, route, device):
         e, g = (formula(x, w[i], projections[i], masks[i], p) for i in range(2))
         return [formula(F.silu(e) * g, w[2], projections[2], masks[2], p)]
 
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", tile if tile is WIDE else None):
+    with fastfuse.backend(backend), tune.pin("nf4_linear", tile), tune.pin("nf4_linear_dx", DX if tile is WIDE else None):
         check(lambda x: [nf4_swiglu_mlp(x, *layers, dropout_p=p, training=True)], eager, x, layers)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+@pytest.mark.parametrize("adapters", ["", "gate", "up", "down", "gate up", "up down", "gate down"])
+def test_swiglu_mlp_with_adapters_on_some(adapters, backend, device):
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    layers = [layer(n, k, 8 if name in adapters else 0, device=device) for name, n, k in (("gate", 128, 64), ("up", 128, 64), ("down", 64, 128))]
+
+    def eager(x, w, projections):
+        e, g = (formula(x, w[i], projections[i]) for i in range(2))
+        return [formula(F.silu(e) * g, w[2], projections[2])]
+
+    with fastfuse.backend(backend):
+        check(lambda x: [nf4_swiglu_mlp(x, *layers)], eager, x, layers)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_swiglu_mlp_gradients_of_gradients(backend, device):
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    layers = [layer(128, 64, device=device), layer(128, 64, device=device), layer(64, 128, device=device)]
+    leaves = [x, *tensors(*layers)]
+
+    def penalty(y):
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    with fastfuse.backend(backend):
+        got = penalty(nf4_swiglu_mlp(x, *layers))
+    want = penalty(nf4_swiglu_mlp(x, *layers, backend="torch"))
+    for g, w in zip(got, want, strict=True):
+        assert ((g - w).norm() / w.norm()) < 1e-5  # fp32 sums of a few hundred terms through a dozen products
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_what_took_no_part_gets_no_gradient(backend, device):
+    """As in eager PyTorch: a zero would be decayed and stepped by an optimizer."""
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    layers = [layer(64, 64, bias=True, magnitude=True, device=device), layer(32, 64, bias=True, magnitude=True, device=device), layer(96, 64, device=device)]
+    with fastfuse.backend(backend):
+        outs = nf4_lora_linears(x, layers, dropout_p=0.3, training=True)
+        (outs[0].square().sum() + outs[2].sum()).backward()
+    assert all(t.grad is None for t in tensors(layers[1]))
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *tensors(layers[0], layers[2])))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("scaling, size", [(1 / 16, 1e-5), (1 / 4, 1e-5), (2000.0, 50.0)])
+def test_fp16_adapters_keep_their_digits(scaling, size, backend, device):
+    """Early in training B is tiny under a large loss scale: scaled by itself in fp16 it would be subnormal, or past the largest number."""
+    x = torch.randn(32, 64, dtype=torch.float16, device=device)
+    p = layer(96, 64, dtype=torch.float16, device=device)
+    b = (torch.randn(96, 8, device=device) * size).half().requires_grad_()
+    dy = torch.randn(32, 96, dtype=torch.float16, device=device) * (64 if size < 1 else 1e-4)
+    with fastfuse.backend(backend):
+        (da,) = torch.autograd.grad(nf4_lora_linear(x, p.weight, p.lora_a, b, scaling), p.lora_a, dy)
+    exact = (scaling * dy.double() @ b.detach().double()).T @ x.double()
+    dxa = ((dy * scaling) @ b.detach()) if size < 1 else (dy @ b.detach()) * scaling
+    assert_no_worse(da, dxa.T @ x, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_the_widest_of_x_a_and_b(backend, device):
+    x, p = torch.randn(9, 64, dtype=torch.bfloat16, device=device), layer(64, 64, dtype=torch.bfloat16, device=device)
+    b = torch.randn(64, 8, device=device, requires_grad=True)
+    with fastfuse.backend(backend):
+        y = nf4_lora_linear(x, p.weight, p.lora_a, b, 1.0)
+    dy = torch.randn_like(y)
+    (db,) = torch.autograd.grad(y, b, dy)
+    exact = dy.double().T @ (x.double() @ p.lora_a.double().T)
+    assert_no_worse(db, dy.float().T @ (x.float() @ p.lora_a.detach().float().T), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(dtype, device):
+    x, layers = torch.randn(3, 64, device=device), [layer(64, 64, magnitude=True, device=device), layer(32, 64, device=device)]
+    want = nf4_lora_linears(x, layers)
+    torch.set_default_dtype(dtype)
+    try:
+        got = nf4_lora_linears(x, layers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_row_norms_under_autocast_and_without_an_adapter(backend, device):
+    p = layer(64, 64, device=device)
+    w = host_dequantize(p.weight, torch.float32)
+    with torch.autocast(device, torch.bfloat16), fastfuse.backend(backend):
+        for weight in (p.weight, w):
+            got = lora_row_norms(weight, *p[1:4])
+            exact = (w.double() + 1.5 * p.lora_b.double() @ p.lora_a.double()).norm(dim=1)
+            assert_no_worse(got, (w + 1.5 * p.lora_b.detach() @ p.lora_a.detach()).norm(dim=1), exact)
+            assert_no_worse(lora_row_norms(weight, None, None, 1.0), w.norm(dim=1), w.double().norm(dim=1))
+
+
+def test_fake_tensors(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, w = torch.empty(3, 64, device=device), torch.empty(32, 64, device=device)
+        a, b = torch.empty(4, 64, device=device), torch.empty(32, 4, device=device)
+        assert lora_linear(x, w, a, b, 1.0, magnitude=torch.empty(32, device=device)).shape == (3, 32)
 
 
 def test_swiglu_mlp_keeps_nothing_of_its_width(device):
@@ -346,7 +449,7 @@ def test_swiglu_mlp_op(interpret, device):
 
     x = torch.randn(4, 64, device=device, requires_grad=True)
     layers = [p._replace(weight=NF4View.of(p.weight)) for p in (layer(128, 64, device=device), layer(128, 64, device=device), layer(64, 128, device=device))]
-    torch.library.opcheck(torch.ops.fastfuse.nf4_swiglu_mlp, (x, *Group.of(x, layers, None, 0.0).args(), interpret))
+    torch.library.opcheck(torch.ops.fastfuse.nf4_swiglu_mlp, (x, *Group.of("op", x, layers, None, 0.0).args(), interpret))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -480,6 +583,23 @@ def refusals():
         "dropout": (lambda: nf4_lora_linear(x, *q[:4], dropout_p=1.5, training=True), ValueError, "dropout_p is 1.5, expected a number from 0 to 1"),
         "magnitude": (lambda: nf4_lora_linear(x, *q[:4], magnitude=torch.ones(3)), ValueError, r"magnitude has shape \(3,\), expected \(64,\)"),
         "norms": (lambda: nf4_lora_linear(x, *q[:4], norms=torch.ones(64)), ValueError, "norms is given, magnitude is None"),
+        "not a list": (lambda: nf4_lora_linears(x, q), TypeError, "projections is a Projection, not a list"),
+        "not a projection": (lambda: nf4_lora_linears(x, [w]), TypeError, r"a projection is a Tensor, not a tuple of weight, lora_a"),
+        "scale blocks": (
+            lambda: nf4_lora_linears(x, [ao, ao._replace(weight=to_nf4(torch.randn(256, 64), 64, 32))]),
+            ValueError,
+            r"scales by 256\), .* \(scales by 32\)",
+        ),
+        "func": (
+            lambda: torch.func.grad(lambda x: nf4_linear(x, q.weight).sum())(x),
+            fastfuse.Unsupported,
+            r"torch.func transforms \(grad, vmap, ...\) are not covered",
+        ),
+        "norms B": (lambda: lora_row_norms(q.weight, q.lora_a, k.lora_b, 1.0), ValueError, r"lora_row_norms: lora_b has shape \(32, 8\), expected \(64, 8\)"),
+        "norms A": (lambda: lora_row_norms(q.weight, wide.lora_a, q.lora_b, 1.0), ValueError, r"lora_a has shape \(8, 128\), expected \(R, 64\)"),
+        "norms dtype": (lambda: lora_row_norms(*q[:4], torch.int32), fastfuse.Unsupported, "dtype is torch.int32, covered are"),
+        "norms device": (lambda: lora_row_norms(q.weight, q.lora_a.to("meta"), q.lora_b, 1.0), ValueError, "weight is on cpu, lora_a on meta"),
+        "sparse bias": (lambda: nf4_linear(x, q.weight, torch.ones(64).to_sparse()), fastfuse.Unsupported, "bias has layout torch.sparse_coo"),
         "dense NF4": (lambda: lora_linear(x, q.weight, *q[1:4]), TypeError, "weight is a Params4bit"),
         "dense dtype": (lambda: lora_linear(x, w.half(), *q[1:4]), ValueError, "x is torch.float32, weight torch.float16"),
         "mlp shapes": (lambda: nf4_swiglu_mlp(x, q, k, q), ValueError, r"gate, up and down are \(64, 64\), \(32, 64\), \(64, 64\)"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfuse.errors import InvalidArgument
+from fastfuse.modules.peft import norms_kept
 
 
 def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, q: Tensor | None = None) -> Tensor:
@@ -74,6 +75,7 @@ def get_position_ids_from_padding_mask(padding_mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@norms_kept()  # nothing moves while it runs: a DoRA layer's norms are computed once, not for every token
 def generate(
     model: nn.Module,
     prompt: Tensor | Sequence[Tensor],

@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: NF4View, bias: Tensor | None = None) -> Tensor:
 
 def linear_dx(dy: Tensor, weight: NF4View) -> Tensor:
     """dY W: dY [M, N] -> [M, K] in dY's dtype, summed in fp32 and rounded once."""
-    out = torch.zeros(len(dy), weight.shape[1])
+    out = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
     wide = dy.float()
     for row, w in decoded_rows(weight, dy.dtype):
         out.addmm_(wide[:, row : row + len(w)], w)
@@ -44,8 +44,8 @@ def decoded_rows(weight: NF4View, dtype: torch.dtype) -> Iterator[tuple[int, Ten
     scale = block_scales(weight).float()
     least = max(size // math.gcd(size, K), 16)  # a chunk ends where a block ends
     rows = min(max(CHUNK // K // least, 1) * least, N)
-    index, decoded = torch.empty(rows * K // 2, dtype=torch.int32), torch.empty(rows * K)
-    rounded = [torch.empty(rows * K, dtype=d) for d in steps]
+    index, decoded = torch.empty(rows * K // 2, dtype=torch.int32, device="cpu"), torch.empty(rows * K, dtype=torch.float32, device="cpu")
+    rounded = [torch.empty(rows * K, dtype=d, device="cpu") for d in steps]
     for row in range(0, N, rows):
         count = min(rows, N - row) * K
         w = decoded[:count]

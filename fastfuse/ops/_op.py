@@ -71,6 +71,8 @@ def route(op: str, x: Tensor, name: str | None) -> str:
         return "reference"
     if torch.autograd.forward_ad._current_level >= 0:  # the op would silently drop the tangent
         raise Unsupported(f"{op}: forward-mode differentiation is not covered: use fastfuse.backend('torch')", "FORWARD_AD")
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unsupported(f"{op}: torch.func transforms (grad, vmap, ...) are not covered: use fastfuse.backend('torch')", "FUNCTORCH")
     if x.device.type == "cuda":
         check_triton(op)
     elif x.device.type not in ("cpu", "meta") and name == "auto":

@@ -34,10 +34,23 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         if buffer is None or buffer.numel() < size:
             _buffers.pop(device, None)
             buffer = None  # freed before the larger one is asked for
-            buffer = _buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            if not _in_private_pool(buffer):
+                _buffers[device] = buffer
         elif device.type == "cuda":
             buffer.record_stream(stream)  # when it is freed, not before this stream is done with it
         yield buffer[:size].view(dtype).view(shape)
+
+
+def _in_private_pool(buffer: Tensor) -> bool:
+    """Whether a CUDA graph's pool holds it, as in the warm-up of torch.compile(mode="reduce-overhead"), which is no capture yet."""
+    if buffer.device.type != "cuda":
+        return False
+    address = buffer.data_ptr()
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            return tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    return False
 
 
 def scratch_bytes(device: str | torch.device) -> int:

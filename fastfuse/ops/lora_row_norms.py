@@ -1,15 +1,17 @@
 """The lengths that DoRA divides by."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastfuse import tune
+from fastfuse.errors import Unsupported
 from fastfuse.ops._nf4_cpu import decoded_rows
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, route, triton_dtype
-from fastfuse.ops.nf4_dequantize import decode_branch, nf4_dequantize_ref
-from fastfuse.quant.nf4 import NF4View
+from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, nf4_dequantize_ref
+from fastfuse.quant.nf4 import NF4View, is_dense
 
 if HAS_TRITON:
     from fastfuse.kernels.nf4_linear import nf4_row_norms_kernel
@@ -22,19 +24,49 @@ _CHUNK = 1 << 22
 def lora_row_norms(
     weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dtype: torch.dtype | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """||W + scaling B A|| of every row, (N,) in fp32 (or in a wider dtype of W or A): nothing of W's size is stored, no gradient is recorded.
+    """||W + scaling B A|| of every row, (N,) in fp32 (fp64 where W is): nothing of W's size is stored, no gradient is recorded.
 
     weight: [N, K], dense or as NF4View.of takes it; dtype: what it is decoded in, its own where None. lora_a: A (R, K), lora_b: B (N, R),
     or neither. A caller may keep the result while W, A, B and scaling stand still, and hand it to nf4_lora_linear as `norms`.
+    Raises TypeError or ValueError naming both facts where arguments disagree, Unsupported for a dtype that is not covered.
     """
-    if isinstance(weight, Tensor) and type(weight) in (Tensor, torch.nn.Parameter) and not hasattr(weight, "quant_state"):
-        return lora_row_norms_ref(weight if dtype is None else weight.to(dtype), lora_a, lora_b, scaling)
-    view = NF4View.of(weight)
+    dense = is_dense(weight)
+    view = weight if dense else NF4View.of(weight)
     dtype = dtype or view.dtype
+    _check(view, lora_a, lora_b, scaling, dtype)
+    if dense:
+        return lora_row_norms_ref(weight.to(dtype), lora_a, lora_b, scaling)
     chosen = route("lora_row_norms", view.packed, backend)
     if chosen == "reference":
         return lora_row_norms_ref(nf4_dequantize_ref(view, dtype), lora_a, lora_b, scaling)
     return _nf4_row_norms(*view.parts(), dtype, lora_a, lora_b, float(scaling), chosen == "interpreter")
+
+
+def _check(weight, lora_a, lora_b, scaling, dtype: torch.dtype) -> None:
+    op = "lora_row_norms"
+    dtypes = DTYPES if isinstance(weight, NF4View) else (*DTYPES, torch.float64)
+    if dtype not in dtypes:
+        raise Unsupported(f"{op}: dtype is {dtype}, covered are bf16, fp16 and fp32")
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected [N, K]")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError(f"{op}: lora_{'a' if lora_a is None else 'b'} is None while the other is given: an adapter has both")
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"{op}: scaling is a {type(scaling).__name__}, not a number")
+    if lora_a is None:
+        return
+    N, K = weight.shape
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+        if t.dtype not in dtypes:
+            raise Unsupported(f"{op}: {name} is {t.dtype}, covered are bf16, fp16 and fp32")
+        if t.device != weight.device:
+            raise ValueError(f"{op}: weight is on {weight.device}, {name} on {t.device}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != K or lora_a.shape[0] == 0:
+        raise ValueError(f"{op}: lora_a has shape {tuple(lora_a.shape)}, expected (R, {K}) with R >= 1")
+    if lora_b.shape != (N, lora_a.shape[0]):
+        raise ValueError(f"{op}: lora_b has shape {tuple(lora_b.shape)}, expected ({N}, {lora_a.shape[0]})")
 
 
 def lora_row_norms_ref(w: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
@@ -42,16 +74,16 @@ def lora_row_norms_ref(w: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, 
     dtype = torch.promote_types(w.dtype, torch.float32)
     if lora_a is None:
         return torch.linalg.vector_norm(w, dim=1, dtype=dtype)
-    dtype = torch.promote_types(dtype, lora_a.dtype)
     a, b = lora_a.to(dtype), lora_b.to(dtype)
     rows = max(_CHUNK // w.shape[1], 1)
     chunks = zip(w.split(rows), b.split(rows), strict=True)
-    return torch.cat([torch.linalg.vector_norm(torch.addmm(part.to(dtype), factor, a, alpha=scaling), dim=1) for part, factor in chunks])
+    with contextlib.nullcontext() if w.is_meta else torch.autocast(w.device.type, enabled=False):
+        return torch.cat([torch.linalg.vector_norm(torch.addmm(part.to(dtype), factor, a, alpha=scaling), dim=1) for part, factor in chunks])
 
 
-def lora_row_norms_cost(weight, lora_a: Tensor, lora_b: Tensor) -> Cost:
-    weight = weight if type(weight) is Tensor else NF4View.of(weight)
-    (N, K), R = weight.shape, lora_a.shape[0]
+def lora_row_norms_cost(weight, lora_a: Tensor | None, lora_b: Tensor | None) -> Cost:
+    weight = weight if is_dense(weight) else NF4View.of(weight)
+    (N, K), R = weight.shape, 0 if lora_a is None else lora_a.shape[0]
     return Cost(weight.nbytes + nbytes(lora_a, lora_b) + 4 * N, 2 * N * K * (R + 1))
 
 

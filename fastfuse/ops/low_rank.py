@@ -66,7 +66,7 @@ def lora_up(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed:
     thin = thin.to(low.dtype)
     tile = tune.pick("lora_up", tune.arch_of(low.device), kind=_kind(dtype, low.dtype, seed), M=M, C=C, R=R)
     if tile is None or M == 0 or R == 0:
-        return drop(low @ (thin * scaling), seed, p).to(dtype)
+        return drop(scaled_product(low, thin, scaling), seed, p).to(dtype)
     low, thin = low.to(kernel_dtype(low.dtype)).contiguous(), thin.to(kernel_dtype(thin.dtype))
     out = torch.empty((M, C), dtype=kernel_dtype(dtype), device=low.device)
     grid = (-(-M // tile["BLOCK_M"]) * -(-C // tile["BLOCK_C"]),)
@@ -74,6 +74,11 @@ def lora_up(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed:
         low, thin, seed, out, low.stride(0), thin.stride(0), thin.stride(1), M, C, R, scaling, threshold(p), PRECISION=precision(), **tile.launch()
     )
     return out.to(dtype)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """scaling * left right with the scale on the fp32 sums: scaled by itself, a small fp16 factor would lose its digits and a large one overflow."""
+    return torch.addmm(left.new_zeros(1), left, right, beta=0, alpha=scaling)
 
 
 def _kind(activation: torch.dtype, low: torch.dtype, seed: Tensor | None) -> str:
@@ -85,8 +90,8 @@ def _grad_reference(
     tall: Tensor, low: Tensor, thin: Tensor | None, factor: Tensor | None, seed: Tensor | None, p: float, scaling: float, outer: bool, interpret: bool
 ) -> tuple[Tensor, Tensor]:
     t = drop(tall if factor is None else (tall * factor).to(tall.dtype), seed, p).to(low.dtype)
-    product = (t.T @ low) * scaling if outer else low.new_empty(0)
-    through = low.new_empty(0) if thin is None else t @ (thin.to(low.dtype) * scaling)
+    product = scaled_product(t.T, low, scaling) if outer else low.new_empty(0)
+    through = low.new_empty(0) if thin is None else scaled_product(t, thin.to(low.dtype), scaling)
     return product, through
 
 
@@ -119,11 +124,10 @@ def lora_grad(
     options = {k: v for k, v in tile.launch().items() if k != "PROGRAMS"}
     lora_grad_kernel[(strips, splits, -(-R // tile["BLOCK_R"]))](
         tall, low, None if thin is None else thin.to(work).contiguous(), factor, seed, product, through,
-        tall.stride(0), low.stride(0), M, C, R, rows, scaling, threshold(p), PRECISION=precision(), **options,
+        tall.stride(0), low.stride(0), M, C, R, rows, threshold(p), PRECISION=precision(), **options,
     )  # fmt: skip
     empty = torch.empty(0, dtype=dtype, device=tall.device)
-    # The scale was in `thin` for the one; for the other it comes last, where fp16 products of a large loss scale are fp32 still.
-    return (product.sum(0) * scaling).to(dtype) if outer else empty, empty.clone() if thin is None else through.sum(0).to(dtype)
+    return (product.sum(0) * scaling).to(dtype) if outer else empty, empty.clone() if thin is None else (through.sum(0) * scaling).to(dtype)
 
 
 def _grad_setup_context(ctx, inputs, output) -> None:

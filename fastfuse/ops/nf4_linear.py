@@ -1,6 +1,7 @@
 """Linear layers with a LoRA delta over NF4 weights or dense ones, one or several that share x, forward and backward."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from fastfuse.ops import _nf4_cpu
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, route, rows
 from fastfuse.ops._scratch import scratch
 from fastfuse.ops.lora_row_norms import lora_row_norms, lora_row_norms_ref
-from fastfuse.ops.low_rank import drop, lora_down, lora_grad, lora_up, threshold
+from fastfuse.ops.low_rank import drop, lora_down, lora_grad, lora_up, scaled_product, threshold
 from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, dequantize_into, nf4_dequantize_ref
-from fastfuse.quant.nf4 import NF4View
+from fastfuse.quant.nf4 import NF4View, is_dense, is_torchao
 
 if HAS_TRITON:
     from fastfuse.kernels.nf4_linear import nf4_linear_dx_kernel, nf4_linear_fwd_kernel, nf4_skinny_kernel, nf4_skinny_reduce_kernel
@@ -69,7 +70,7 @@ def nf4_lora_linear(
 
     x: (..., K), weight: [N, K], lora_a: A (R, K), lora_b: B (N, R), bias: (N,)  ->  (..., N) in x's dtype;
     gradients for x, A, B, bias and magnitude. A and B may have another dtype than x (PEFT keeps them in fp32): the low-rank
-    path then runs in the wider of the two. scaling is a number, not a tensor: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    path then runs in the widest of the three. scaling is a number, not a tensor: alpha / R, or alpha / sqrt(R) for rsLoRA.
     magnitude: (N,), DoRA's (https://arxiv.org/abs/2402.09353): all but the bias is multiplied by magnitude / ||W + scaling B A||
     per output feature; no gradient flows through the norm. norms: lora_row_norms of the same, where the caller has kept them.
     dropout_p: in training, the probability of zeroing an element of x on its way into A. The mask is drawn from PyTorch's generator
@@ -89,10 +90,20 @@ def nf4_lora_linears(
     of some alone. N and R may differ, K and the storage (library, block sizes, dtype) may not. Each has a dropout mask of its own.
     Raises as nf4_lora_linear, and ValueError where the group is empty or its weights cannot share a launch.
     """
+    if not isinstance(projections, (list, tuple)) or isinstance(projections, Projection):
+        raise TypeError(f"nf4_lora_linears: projections is a {type(projections).__name__}, not a list of them")
     if not projections:
         raise ValueError("nf4_lora_linears: projections is empty, expected at least one")
-    group = [Projection(*p) for p in projections]
-    return _public("nf4_lora_linears", x, [p._replace(weight=NF4View.of(p.weight)) for p in group], dropout_p, training, backend)
+    op = "nf4_lora_linears"
+    return _public(op, x, [projection_of(op, p) for p in projections], dropout_p, training, backend)
+
+
+def projection_of(op: str, given) -> Projection:
+    """Projection of what a caller may hand over, its weight as a view."""
+    if not isinstance(given, tuple) or not 1 <= len(given) <= len(Projection._fields):
+        raise TypeError(f"{op}: a projection is a {type(given).__name__}, not a tuple of {' , '.join(Projection._fields[:4])} and so on".replace(" ,", ","))
+    p = Projection(*given)
+    return p._replace(weight=NF4View.of(p.weight))
 
 
 def lora_linear(
@@ -111,7 +122,7 @@ def lora_linear(
 ) -> Tensor:
     """nf4_lora_linear over an unquantized weight [N, K] of x's dtype, which may be trained too (LoRA, https://arxiv.org/abs/2106.09685)."""
     _check_adapter("lora_linear", lora_a, lora_b)
-    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dim() != 2:
+    if not is_dense(weight) or weight.dim() != 2:
         raise TypeError(f"lora_linear: weight is a {type(weight).__name__} of shape {tuple(getattr(weight, 'shape', ()))}, expected a dense tensor [N, K]")
     projection = Projection(weight, lora_a, lora_b, scaling, bias, magnitude, norms)
     return _public("lora_linear", x, [projection], dropout_p, training, backend)[0]
@@ -134,7 +145,7 @@ def _public(op: str, x, projections: list[Projection], dropout_p: float, trainin
             )
             for i, p in enumerate(projections)
         ]
-    group = Group.of(x, projections, seeds, dropout_p)
+    group = Group.of(op, x, projections, seeds, dropout_p)
     raw = torch.is_grad_enabled() and any(f.requires_grad for f in group.factor)
     return _nf4_linear(x, *group.args(), raw, chosen == "interpreter")[: len(projections)]
 
@@ -148,6 +159,7 @@ def prepare(op: str, x, projections: list[Projection], dropout_p: float, backend
         _check(op, x, p)
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p!r}, expected a number from 0 to 1")
+    given = projections
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, projections = x.to(dtype), [_cast(p, dtype) for p in projections]
@@ -156,10 +168,10 @@ def prepare(op: str, x, projections: list[Projection], dropout_p: float, backend
             raise ValueError(f"{op}: x is {x.dtype}, weight {p.weight.dtype}: they must be the same")
     chosen = route(op, x, backend)
     projections = [
-        p._replace(norms=lora_row_norms(p.weight, p.lora_a, p.lora_b, p.scaling, x.dtype, backend=backend))
+        p._replace(norms=lora_row_norms(p.weight, own.lora_a, own.lora_b, p.scaling, x.dtype, backend=backend))  # of the adapter as it is kept
         if p.magnitude is not None and p.norms is None
         else p
-        for p in projections
+        for p, own in zip(projections, given, strict=True)
     ]
     drops = dropout_p > 0 and any(p.lora_a is not None for p in projections)
     seeds = torch.randint(2**62, (len(projections),), device=x.device) if drops else None
@@ -179,8 +191,10 @@ def _check(op: str, x: Tensor, p: Projection) -> None:
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
     if not isinstance(p.scaling, (int, float)):
         raise TypeError(f"{op}: scaling is a {type(p.scaling).__name__}, not a number")
-    if x.layout != torch.strided:
-        raise Unsupported(f"{op}: x has layout {x.layout}, torch.strided is covered")
+    for name, t in (("x", x), ("lora_a", p.lora_a), ("lora_b", p.lora_b), *vectors):
+        if t is not None and (t.layout != torch.strided or t.is_nested or is_torchao(t)):
+            kind = type(t).__name__ if t.layout == torch.strided else t.layout
+            raise Unsupported(f"{op}: {name} has layout {kind}, torch.strided is covered")
     N, K = p.weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, weight takes {K} features (N, K = {N}, {K})")
@@ -216,13 +230,14 @@ def nf4_linear_ref(
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The formula, eager. The delta is added before the one rounding to x's dtype. seed: of the dropout mask, none where None."""
+    """The formula, eager: the product rounds to x's dtype, and so does the sum with the update. seed: of the dropout mask, none where None."""
     w = weight if isinstance(weight, Tensor) else nf4_dequantize_ref(weight, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     y = F.linear(x, w, bias if magnitude is None else None)
     if lora_a is not None:
-        xa = low_rank(x, [lora_a], None if seed is None else seed.view(1), dropout_p)
-        y = _add_delta(y, xa, lora_b, _undropped(scaling, dropout_p, seed))
+        dtype = torch.promote_types(torch.promote_types(x.dtype, lora_a.dtype), lora_b.dtype)
+        xa = low_rank(x, [lora_a], dtype, None if seed is None else seed.view(1), dropout_p)
+        y = _add_delta(y, xa, lora_b, scaling * _rescale(dropout_p, seed))
     if magnitude is None:
         return y
     norms = lora_row_norms_ref(w.detach(), lora_a, lora_b, scaling) if norms is None else norms
@@ -239,16 +254,13 @@ def _scale(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).to(z.dtype)
 
 
-def _undropped(scaling: float, p: float, seed: Tensor | None) -> float:
-    """What dropout divides by 1 - p: here the update's scale, so that no element of x is rounded again."""
-    return scaling if seed is None else scaling / (1 - p) if p < 1 else 0.0
+def _rescale(p: float, seed: Tensor | None) -> float:
+    """Dropout's 1 / (1 - p). It goes onto fp32 sums, so that no element of x is rounded again."""
+    return 1.0 if seed is None else 1 / (1 - p) if p < 1 else 0.0
 
 
-def low_rank(x: Tensor, a: Sequence[Tensor], seeds: Tensor | None, p: float) -> Tensor:
-    """dropout(x) A^T without the division by 1 - p, (..., sum of R), for each A in the wider of the dtypes; (..., 0) without an adapter."""
-    dtype = x.dtype
-    for t in a:
-        dtype = torch.promote_types(dtype, t.dtype)
+def low_rank(x: Tensor, a: Sequence[Tensor], dtype: torch.dtype, seeds: Tensor | None, p: float) -> Tensor:
+    """dropout(x) A^T without the division by 1 - p, (..., sum of R), for each A in dtype; (..., 0) without an adapter."""
     if seeds is None:
         return x.new_empty((*x.shape[:-1], 0)) if not a else F.linear(x.to(dtype), torch.cat([t.to(dtype) for t in a]) if len(a) > 1 else a[0].to(dtype))
     x2 = x.reshape(-1, x.shape[-1])
@@ -261,7 +273,7 @@ def _add_delta(y: Tensor, xa: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
 
 def nf4_linear_cost(x: Tensor, weight, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0, bias: Tensor | None = None) -> Cost:
     """Forward. The low-rank path counts its own flops and the adapters' bytes; x A^T never leaves the chip."""
-    weight = weight if type(weight) is Tensor else NF4View.of(weight)
+    weight = weight if is_dense(weight) else NF4View.of(weight)
     N, K = weight.shape
     M, R = x.numel() // K, 0 if lora_a is None else lora_a.shape[0]
     out = M * N * x.element_size()
@@ -272,7 +284,7 @@ def nf4_linear_bwd_cost(
     x: Tensor, weight, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0, bias: Tensor | None = None
 ) -> Cost:
     """dX, dA and dB from dY: x, dY, W and the adapters read once, each gradient written once."""
-    weight = weight if type(weight) is Tensor else NF4View.of(weight)
+    weight = weight if is_dense(weight) else NF4View.of(weight)
     N, K = weight.shape
     M, R = x.numel() // K, 0 if lora_a is None else lora_a.shape[0]
     return Cost(2 * nbytes(x, lora_a, lora_b, bias) + weight.nbytes + M * N * x.element_size(), 2 * M * N * K + 4 * M * R * (N + K))
@@ -283,7 +295,7 @@ class Group:
     """Projections that share x, as an op's schema takes them: an entry for each in every list, empty lists for what none has.
 
     scales holds those of the first, then those of the second ...  block_size 0 says that the weights are dense: `packed` then holds
-    them, code and scales nothing. rows: N of each. factor: magnitude / norms. Scalings have dropout's division by 1 - p in them.
+    them, code and scales nothing. rows: N of each. factor: magnitude / norms.
     """
 
     packed: list[Tensor]
@@ -302,7 +314,7 @@ class Group:
     dropout_p: float = 0.0
 
     @staticmethod
-    def of(x: Tensor, projections: list[Projection], seeds: Tensor | None, dropout_p: float) -> "Group":
+    def of(op: str, x: Tensor, projections: list[Projection], seeds: Tensor | None, dropout_p: float) -> "Group":
         """Raises ValueError where the weights are stored differently. What only some have is filled up: ranks of 0, zeros, ones."""
         weights = [p.weight for p in projections]
         N = [w.shape[0] for w in weights]
@@ -311,7 +323,8 @@ class Group:
             first = weights[0]
             for w in weights[1:]:
                 if (w.layout, w.dtype, w.scale_block) != (first.layout, first.dtype, first.scale_block):
-                    raise ValueError(f"nf4_lora_linears: one weight is {first.layout}, {first.dtype}, another {w.layout}, {w.dtype}: a group is stored alike")
+                    one, other = (f"{v.layout} (scales by {v.scale_block}), {v.dtype}" for v in (first, w))
+                    raise ValueError(f"{op}: one weight is {one}, another {other}: a group is stored alike")
             parts = {
                 "packed": [w.packed for w in weights],
                 "code": [w.code for w in weights],
@@ -326,14 +339,16 @@ class Group:
                 return []
             return [make(i) if t is None else t for i, t in enumerate(tensors)]
 
-        K = weights[0].shape[1]
         return Group(
             **parts,
             rows=N,
-            a=fill([p.lora_a for p in projections], lambda i: x.new_empty(0, K)),
+            a=fill([p.lora_a for p in projections], lambda i: x.new_empty(0, weights[i].shape[1])),
             b=fill([p.lora_b for p in projections], lambda i: x.new_empty(N[i], 0)),
-            scaling=[_undropped(float(p.scaling), dropout_p, seeds) for p in projections],
-            factor=fill([None if p.magnitude is None else _factor(p.magnitude, p.norms) for p in projections], lambda i: torch.ones(N[i], device=x.device)),
+            scaling=[float(p.scaling) for p in projections],
+            factor=fill(
+                [None if p.magnitude is None else _factor(p.magnitude, p.norms) for p in projections],
+                lambda i: torch.ones(N[i], dtype=torch.float32, device=x.device),
+            ),
             bias=fill([p.bias for p in projections], lambda i: x.new_zeros(N[i])),
             seeds=seeds,
             dropout_p=0.0 if seeds is None else float(dropout_p),
@@ -346,12 +361,13 @@ class Group:
     def __len__(self) -> int:
         return len(self.packed)
 
-    def take(self, first: int, last: int) -> "Group":
-        """The projections first ... last - 1 alone."""
+    def pick(self, indices: Sequence[int]) -> "Group":
+        """Some of the projections alone."""
         n = len(self.scales) // len(self)
-        lists = {name: getattr(self, name)[first:last] for name in ("packed", "code", "rows", "a", "b", "scaling", "factor", "bias")}
-        seeds = None if self.seeds is None else self.seeds[first:last]
-        return replace(self, **lists, scales=self.scales[first * n : last * n], seeds=seeds)
+        names = ("packed", "code", "rows", "a", "b", "scaling", "factor", "bias")
+        lists = {name: [getattr(self, name)[i] for i in indices] if getattr(self, name) else [] for name in names}
+        seeds = None if self.seeds is None else torch.stack([self.seeds[i] for i in indices])
+        return replace(self, **lists, scales=[s for i in indices for s in self.scales[i * n : i * n + n]], seeds=seeds)
 
     def weight(self, i: int, K: int) -> NF4View | Tensor:
         if not self.block_size:
@@ -365,6 +381,16 @@ class Group:
         ranks = [a.shape[0] for a in self.a]
         return slice(sum(ranks[:i]), sum(ranks[: i + 1]))
 
+    @property
+    def rescale(self) -> float:
+        return _rescale(self.dropout_p, self.seeds)
+
+    def low_dtype(self, x_dtype: torch.dtype) -> torch.dtype:
+        """The widest dtype of x and all adapters."""
+        for t in (*self.a, *self.b):
+            x_dtype = torch.promote_types(x_dtype, t.dtype)
+        return x_dtype
+
     def seed(self, i: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[i]
 
@@ -376,9 +402,22 @@ class Group:
 
         views = [self.weight(i, K) for i in range(len(self))]
         a, b, bias = each(self.a, low), each(self.b, low), each(self.bias, x_dtype)
-        factor, raw = self.factor or [None] * len(self), raw or [None] * len(self)
+        factor, raw = each(self.factor, torch.float32), raw or [None] * len(self)
         return tuple(
-            (v.packed, v.code, v.scales, a[i], b[i], factor[i], bias[i], out[i], raw[i], self.rows[i], 0 if a[i] is None else a[i].shape[0], self.scaling[i])
+            (
+                v.packed,
+                v.code,
+                v.scales,
+                a[i],
+                b[i],
+                factor[i],
+                bias[i],
+                out[i],
+                raw[i],
+                self.rows[i],
+                0 if a[i] is None else a[i].shape[0],
+                self.scaling[i] * self.rescale,
+            )
             for i, v in enumerate(views)
         )
 
@@ -397,12 +436,12 @@ def _linear_reference(
 
 def _finish(group: Group, x: Tensor, base: list[Tensor], raw: bool) -> list[Tensor]:
     """From each x W^T (with the inner bias) what the op returns, eagerly."""
-    xa = low_rank(x, group.a, group.seeds, group.dropout_p)
+    xa = low_rank(x, group.a, group.low_dtype(x.dtype), group.seeds, group.dropout_p)
     outs, raws = [], []
     for i, z in enumerate(base):
         bias = group.bias[i].to(x.dtype) if group.bias else None
         if group.a:
-            z = _add_delta(z, xa[..., group.columns(i)], group.b[i], group.scaling[i])
+            z = _add_delta(z, xa[..., group.columns(i)], group.b[i], group.scaling[i] * group.rescale)
         raws.append(z)
         outs.append(_scale(z, group.factor[i], bias) if group.factor else z)
     return [*outs, xa, *(raws if raw else [])]
@@ -440,9 +479,7 @@ def _nf4_linear(
 def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
     x2, lead = rows(x), x.shape[:-1]
     M, K = x2.shape
-    low = x.dtype
-    for t in group.a:
-        low = torch.promote_types(low, t.dtype)
+    low = group.low_dtype(x.dtype)
     ranks = sum(t.shape[0] for t in group.a)
     tile, decode = _tile(group, "nf4_linear", x, M, K)
     work = kernel_dtype(x.dtype)
@@ -534,7 +571,7 @@ def _dense(x: Tensor, group: Group, low: torch.dtype, raw: bool) -> tuple[list[T
             if not group.a or group.a[i].shape[0] == 0:
                 z = F.linear(x, w, inner)
             else:
-                delta = lora_up(xa[:, group.columns(i)], group.b[i].T, group.scaling[i], x.dtype)
+                delta = lora_up(xa[:, group.columns(i)], group.b[i].T, group.scaling[i] * group.rescale, x.dtype)
                 z = (delta if inner is None else delta.add_(inner)).addmm_(x, w.T)
         raws.append(z)
         outs.append(_scale(z, group.factor[i], bias) if group.factor else z)
@@ -562,7 +599,8 @@ def _dx_eager(dy: Sequence[Tensor], group: Group, dxa: Tensor | None, product) -
     for i, dz in enumerate(dy):
         part = product(i, (dz * group.factor[i]).to(dz.dtype) if group.factor else dz)
         if group.a and group.a[i].shape[0]:
-            part = (part + drop(dxa[:, group.columns(i)] @ group.a[i].to(dxa.dtype), group.seed(i), group.dropout_p)).to(dz.dtype)
+            low = scaled_product(dxa[:, group.columns(i)], group.a[i].to(dxa.dtype), group.rescale)
+            part = (part + drop(low, group.seed(i), group.dropout_p)).to(dz.dtype)
         total = part if total is None else total + part
     return total
 
@@ -596,12 +634,11 @@ def _nf4_linear_dx(
     if tile is None or M == 0:
         return _dx_dense(dy, group, dxa, K)
     work, low = kernel_dtype(dtype), dtype if dxa is None else kernel_dtype(dxa.dtype)
-    group = replace(group, scaling=[1.0] * len(group))
-    args = group.kernel_args(K, work, low, [t.to(work).contiguous() for t in dy], [])
+    args = replace(group, scaling=[1.0] * len(group)).kernel_args(K, work, low, [t.to(work).contiguous() for t in dy], [])
     dx = torch.empty((M, K), dtype=work, device=dy[0].device)
     grid = (-(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_K"]),)
     nf4_linear_dx_kernel[grid](
-        args, None if dxa is None else dxa.to(low), seeds, dx, 0 if dxa is None else dxa.shape[1], M, K, threshold(dropout_p),
+        args, None if dxa is None else dxa.to(low), seeds, dx, 0 if dxa is None else dxa.shape[1], M, K, group.rescale, threshold(dropout_p),
         PROJECTIONS=len(group), BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
     )  # fmt: skip
     return dx.to(dtype)
@@ -614,25 +651,43 @@ def _dx_dense(dy: Sequence[Tensor], group: Group, dxa: Tensor | None, K: int) ->
         if group.factor:
             dz = (dz * group.factor[i]).to(dz.dtype)
         if group.a and group.a[i].shape[0]:
-            low = lora_up(dxa[:, group.columns(i)], group.a[i], 1.0, dz.dtype, group.seed(i), group.dropout_p)
+            low = lora_up(dxa[:, group.columns(i)], group.a[i], group.rescale, dz.dtype, group.seed(i), group.dropout_p)
             dx = low if dx is None else dx.add_(low)
         with _decoded(group, i, K, dz.dtype) as w:
             dx = dz @ w if dx is None else dx.addmm_(dz, w)
     return dx
 
 
+def _of_used(group: Group, x, xa, dy, raws, draws, needs, K: int, interpret: bool, used: list[int]):
+    """gradients of the projections whose result took part in the loss: the others' tensors get None, as in eager PyTorch, not zeros."""
+    parts = [xa[..., group.columns(i)] for i in used] if xa is not None else None
+    sub = {name: wants if name == "x" else [wants[i] for i in used] if len(wants) == len(group) else wants for name, wants in needs.items()}
+    pick = lambda values: [values[i] for i in used] if values else values  # noqa: E731
+    dx, *lists = gradients(group.pick(used), x, parts and torch.cat(parts, -1), pick(dy), None, pick(raws), pick(draws), sub, K, interpret)
+    full = []
+    for values, everything in zip(lists, (group.packed, group.a, group.b, group.factor, group.bias), strict=True):
+        found = dict(zip(used, values, strict=False))
+        full.append([found.get(i) for i in range(len(everything))])
+    return dx, *full
+
+
 def gradients(group: Group, x: Tensor | None, xa: Tensor | None, dy: list[Tensor | None], dxa: Tensor | None, raws, draws, needs, K: int, interpret: bool):
     """dx, and lists of dW, da, db, dfactor and dbias, from the gradients of what the op returned; each only where `needs` asks for it.
 
-    x: (..., K), xa: (..., sum of R): only read with adapters or where dW is asked for. dy: (..., N), None for zeros. dxa, draws: of
+    x: (..., K), xa: (..., sum of R): only read with adapters or where dW is asked for. dy: (..., N), None where it
+    did not take part. dxa, draws: of
     the values kept for the backward, which have a gradient only where a gradient is differentiated again.
     needs: {"x": bool, "w" | "a" | "b" | "factor" | "bias": list[bool]}.
     """
     n = len(group)
+    used = [i for i in range(n) if dy[i] is not None or draws[i] is not None]
+    if dxa is None and len(used) < n:
+        return _of_used(group, x, xa, dy, raws, draws, needs, K, interpret, used)
     lead = next(t for t in (*dy, *draws, dxa) if t is not None).shape[:-1]
+    M = math.prod(lead)  # lead.numel() would make a constant of it under torch.compile
     like = next((t for t in (*dy, *draws) if t is not None), x)
     dW, da, db, dfactor, dbias = ([None] * len(t) for t in (group.packed, group.a, group.b, group.factor, group.bias))
-    dy2 = [like.new_zeros(lead.numel(), group.rows[i]) if t is None else t.reshape(-1, group.rows[i]).contiguous() for i, t in enumerate(dy)]
+    dy2 = [like.new_zeros(M, group.rows[i]) if t is None else t.reshape(-1, group.rows[i]).contiguous() for i, t in enumerate(dy)]
     factor, dz = group.factor, dy2
     for i in range(n):
         if dfactor and needs["factor"][i]:
@@ -643,25 +698,26 @@ def gradients(group: Group, x: Tensor | None, xa: Tensor | None, dy: list[Tensor
     if any(t is not None for t in draws):
         dz = [(t * f).to(t.dtype) + (0 if r is None else r.reshape(t.shape)) for t, f, r in zip(dy2, group.factor, draws, strict=True)]
         factor = []
-    through = []
+    through: list[Tensor] = []  # d(x A^T) without dropout's 1 / (1 - p), which comes onto what is made of it
     for i in range(n if group.a else 0):
-        cols = xa.reshape(-1, xa.shape[-1])[:, group.columns(i)]
-        wants = needs["x"] or needs["a"][i]
-        if wants or needs["b"][i]:
-            db[i], low = lora_grad(
-                dz[i], cols, group.b[i] if wants else None, factor[i] if factor else None, None, 0.0, group.scaling[i], needs["b"][i], interpret
+        columns = group.columns(i)
+        low = xa.reshape(M, xa.shape[-1])[:, columns]
+        onward = needs["x"] or needs["a"][i]
+        if onward or needs["b"][i]:
+            outer, low = lora_grad(
+                dz[i], low, group.b[i] if onward else None, factor[i] if factor else None, None, 0.0, group.scaling[i], needs["b"][i], interpret
             )
-            db[i] = db[i].to(group.b[i].dtype) if needs["b"][i] else None
-            if wants:
-                through.append(low if dxa is None else low + dxa.reshape(-1, xa.shape[-1])[:, group.columns(i)])
-                if needs["a"][i]:
-                    outer = lora_grad(x.reshape(-1, K), through[i], None, None, group.seed(i), group.dropout_p, 1.0, True, interpret)[0]
-                    da[i] = outer.T.to(group.a[i].dtype)
-        if len(through) == i:
-            through.append(cols)  # nobody reads it
+            if needs["b"][i]:
+                db[i] = (outer if group.seeds is None else outer * group.rescale).to(group.b[i].dtype)
+        if onward and dxa is not None and group.rescale:
+            low = low + dxa.reshape(M, xa.shape[-1])[:, columns] / group.rescale
+        if needs["a"][i]:
+            outer = lora_grad(x.reshape(M, K), low, None, None, group.seed(i), group.dropout_p, group.rescale, True, interpret)[0]
+            da[i] = outer.T.to(group.a[i].dtype)
+        through.append(low)
     for i in range(n):
         if needs["w"][i]:
-            dW[i] = ((dz[i] * factor[i]).to(dz[i].dtype) if factor else dz[i]).T @ x.reshape(-1, K)
+            dW[i] = ((dz[i] * factor[i]).to(dz[i].dtype) if factor else dz[i]).T @ x.reshape(M, K)
     dx = None
     if needs["x"]:
         low = torch.cat(through, 1) if len(through) > 1 else through[0].contiguous() if through else None
@@ -731,7 +787,7 @@ def _dx_backward(ctx, grad: Tensor):
     dW = [((t * group.factor[i]).to(t.dtype) if group.factor else t).T @ grad if wanted[i] else None for i, t in enumerate(dy)]
     d_dxa, d_a = None, []
     if dxa is not None:
-        dropped = [drop(grad, group.seed(i), group.dropout_p).to(dxa.dtype) for i in range(n)]
+        dropped = [drop(grad, group.seed(i), group.dropout_p).to(dxa.dtype) * group.rescale for i in range(n)]
         d_dxa = torch.cat([g @ t.to(dxa.dtype).T for g, t in zip(dropped, group.a, strict=True)], 1)
         d_a = [(dxa[:, group.columns(i)].T @ dropped[i]).to(group.a[i].dtype) for i in range(n)]
     nothing = [None] * len(group.scales)

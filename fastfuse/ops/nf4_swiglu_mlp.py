@@ -18,6 +18,7 @@ from fastfuse.ops.nf4_linear import (
     nf4_linear_cost,
     nf4_linear_ref,
     prepare,
+    projection_of,
     save_group,
     saved_group,
 )
@@ -47,7 +48,7 @@ def nf4_swiglu_mlp(
     Raises as nf4_lora_linears; Unsupported with a magnitude (DoRA): nf4_lora_linears and nf4_lora_linear compose to the same.
     """
     op = "nf4_swiglu_mlp"
-    gate, up, down = (p._replace(weight=NF4View.of(p.weight)) for p in (Projection(*gate), Projection(*up), Projection(*down)))
+    gate, up, down = (projection_of(op, p) for p in (gate, up, down))
     if any(p.magnitude is not None for p in (gate, up, down)):
         raise Unsupported(f"{op}: a projection has a magnitude; DoRA is covered by nf4_lora_linears and nf4_lora_linear", "DORA")
     if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
@@ -62,7 +63,7 @@ def nf4_swiglu_mlp(
         seeds = torch.cat([fill if seeds is None else seeds, fill[:1] if seed is None else seed])
     if chosen == "reference":
         return nf4_swiglu_mlp_ref(cast, gate, up, down, seeds, dropout_p)
-    group = Group.of(cast, [gate, up, down], seeds, dropout_p)
+    group = Group.of(op, cast, [gate, up, down], seeds, dropout_p)
     return _nf4_swiglu_mlp(cast, *group.args(), chosen == "interpreter")[0]
 
 
@@ -126,9 +127,32 @@ def _swiglu_bwd(dh: Tensor, e: Tensor, g: Tensor, interpret: bool) -> tuple[Tens
     return de.to(dtype), dg.to(dtype)
 
 
+def _swiglu_setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.interpret = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _swiglu_backward(ctx, dh: Tensor):
+    e, g = ctx.saved_tensors
+    return *_swiglu_bwd(dh, e, g, ctx.interpret), None
+
+
+def _swiglu_bwd_backward(ctx, d_de: Tensor, d_dg: Tensor):
+    """For a gradient of a gradient: with s = sigmoid(e) and f = e s, de = dh g f' and dg = dh f."""
+    dh, e, g = ctx.saved_tensors
+    s = e.sigmoid()
+    f, f1 = e * s, s + e * s * (1 - s)
+    f2 = s * (1 - s) * (2 + e * (1 - 2 * s))
+    return d_de * g * f1 + d_dg * f, d_de * dh * g * f2 + d_dg * dh * f1, d_de * dh * f1, None
+
+
+_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_setup_context)
+_swiglu_bwd.register_autograd(_swiglu_bwd_backward, setup_context=_swiglu_setup_context)
+
+
 def _forward(x: Tensor, group: Group, interpret: bool) -> list[Tensor]:
-    e, g, xa = _nf4_linear(x, *group.take(0, 2).args(), False, interpret)
-    y, ha = _nf4_linear(_swiglu(e, g, interpret), *group.take(2, 3).args(), False, interpret)
+    e, g, xa = _nf4_linear(x, *group.pick([0, 1]).args(), False, interpret)
+    y, ha = _nf4_linear(_swiglu(e, g, interpret), *group.pick([2]).args(), False, interpret)
     return [y, xa, ha]
 
 
@@ -165,7 +189,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grads):
     dy, d_xa, d_ha = grads
     group, (x, xa, ha) = saved_group(ctx)
-    inner, outer = group.take(0, 2), group.take(2, 3)
+    inner, outer = group.pick([0, 1]), group.pick([2])
     if dy is None:
         dy = x.new_zeros((*x.shape[:-1], group.rows[2]))
     need, K = ctx.needs_input_grad, x.shape[-1]

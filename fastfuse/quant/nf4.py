@@ -90,6 +90,11 @@ class NF4View:
         return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype, self.scale_block
 
 
+def is_dense(weight) -> bool:
+    """Whether the weight is an ordinary tensor (a fake or functional one as well), of numbers and not of codes."""
+    return isinstance(weight, Tensor) and not hasattr(weight, "quant_state") and not is_torchao(weight) and type(weight).__name__ != "DTensor"
+
+
 def is_torchao(weight) -> bool:
     return type(weight).__name__ == "NF4Tensor" and all(hasattr(weight, part) for part in _TORCHAO_PARTS)
 

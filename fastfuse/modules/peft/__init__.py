@@ -10,5 +10,6 @@ from fastfuse.modules.peft._utils import get_merged_lora_ckpt as get_merged_lora
 from fastfuse.modules.peft._utils import set_trainable_params as set_trainable_params
 from fastfuse.modules.peft._utils import validate_missing_and_unexpected_for_lora as validate_missing_and_unexpected_for_lora
 from fastfuse.modules.peft.dora import DoRALinear as DoRALinear
+from fastfuse.modules.peft.dora import norms_kept as norms_kept
 from fastfuse.modules.peft.lora import LoRALinear as LoRALinear
 from fastfuse.modules.peft.lora import TrainableParams as TrainableParams

@@ -1,6 +1,8 @@
 """A linear layer with a low-rank update of its weight's direction and a learned length per output feature."""
 
-import weakref
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,22 @@ from fastfuse.quant.nf4 import NF4View, is_torchao
 # Elements of W + s B A in memory at a time where a factor must be called: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
 _CHUNK = 1 << 22
 
-# Norms computed without gradients, for as long as W, A and B stand still: layer -> (what they were computed from, norms).
-_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# layer -> (what its norms were computed from, norms), inside norms_kept
+_kept: contextvars.ContextVar[dict | None] = contextvars.ContextVar("fastfuse_dora_norms", default=None)
+
+
+@contextlib.contextmanager
+def norms_kept() -> Iterator[None]:
+    """Inside the block DoRALinear over NF4 computes its norms once, not at every call, as long as W, A and B stand still. For generation.
+
+    It holds for the thread that entered it, and for calls without gradients. A change that PyTorch counts (in place, a new tensor,
+    load_state_dict) is seen; one through .data is not, which is why this is nothing a layer does by itself.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 class DoRALinear(LowRankLinear):
@@ -79,24 +95,19 @@ class DoRALinear(LowRankLinear):
         return (m - 1) * base + m * delta * self.scaling + base
 
     def _fused_norms(self, x: Tensor) -> Tensor:
-        """||W + s B A|| per output feature, in fp32. Without gradients, as in generation, they are computed once.
-
-        Under training A and B change with every step, and not every optimizer tells: one that writes through .data or a kernel of
-        its own leaves no trace to compare with. There the norms are computed at every call, and what was kept is dropped.
-        """
+        """||W + s B A|| per output feature, in fp32."""
         a, b, view = self.lora_a.weight, self.lora_b.weight, NF4View.of(self.weight)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype
         used = (view.packed, *view.scales, a, b)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(t.is_inference() for t in used):
-            if not torch.compiler.is_compiling():
-                _kept.pop(self, None)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (kept := _kept.get()) is None or not _comparable(used):
             return lora_row_norms(view, a, b, self.scaling, dtype)
         state = dtype, self.scaling, [(t.data_ptr(), t._version) for t in used]
-        if self not in _kept or _kept[self][0] != state:
+        found = kept.get(self)
+        if found is None or found[0] != state:
             # The tensors are held along: their memory cannot be given to others while it is compared with.
-            _kept[self] = state, lora_row_norms(view, a, b, self.scaling, dtype), [t.detach() for t in used]
-        return _kept[self][1]
+            found = kept[self] = state, lora_row_norms(view, a, b, self.scaling, dtype), [t.detach() for t in used]
+        return found[1]
 
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype) -> Tensor:
@@ -115,3 +126,10 @@ class DoRALinear(LowRankLinear):
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         return nf4_dequantize(self.weight, dtype) if is_torchao(self.weight) else self.weight.to(dtype)
+
+
+def _comparable(tensors: tuple) -> bool:
+    """Whether a change shows, and what is computed from them holds values now: not so while a CUDA graph is captured, or from fake tensors."""
+    if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
