@@ -87,21 +87,15 @@ def lora_row_norms_cost(weight, lora_a: Tensor | None, lora_b: Tensor | None) ->
     return Cost(weight.nbytes + nbytes(lora_a, lora_b) + 4 * N, 2 * N * K * (R + 1))
 
 
-def _reference(
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, interpret: bool,
-) -> Tensor:  # fmt: skip
-    view = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block)
-    return lora_row_norms_ref(nf4_dequantize_ref(view, dtype), a, b, scaling)
+def _reference(packed: Tensor, *args) -> Tensor:
+    *parts, dtype, a, b, scaling, _interpret = args
+    return lora_row_norms_ref(nf4_dequantize_ref(NF4View(packed, *parts), dtype), a, b, scaling)
 
 
-def _cpu(
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, interpret: bool,
-) -> Tensor:  # fmt: skip
-    view = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block)
-    parts = [lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], scaling) for row, w in decoded_rows(view, dtype)]
-    return torch.cat(parts)
+def _cpu(packed: Tensor, *args) -> Tensor:
+    *parts, dtype, a, b, scaling, _interpret = args
+    chunks = decoded_rows(NF4View(packed, *parts), dtype)
+    return torch.cat([lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], scaling) for row, w in chunks])
 
 
 @fused_op("nf4_row_norms", reference=_reference, cpu=_cpu)

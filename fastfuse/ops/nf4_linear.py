@@ -403,34 +403,16 @@ class Group:
         views = [self.weight(i, K) for i in range(len(self))]
         a, b, bias = each(self.a, low), each(self.b, low), each(self.bias, x_dtype)
         factor, raw = each(self.factor, torch.float32), raw or [None] * len(self)
+        ranks = [0 if t is None else t.shape[0] for t in a]
         return tuple(
-            (
-                v.packed,
-                v.code,
-                v.scales,
-                a[i],
-                b[i],
-                factor[i],
-                bias[i],
-                out[i],
-                raw[i],
-                self.rows[i],
-                0 if a[i] is None else a[i].shape[0],
-                self.scaling[i] * self.rescale,
-            )
+            (v.packed, v.code, v.scales, a[i], b[i], factor[i], bias[i], out[i], raw[i], self.rows[i], ranks[i], self.scaling[i] * self.rescale)
             for i, v in enumerate(views)
         )
 
 
-def _linear_reference(
-    x: Tensor,
-    packed: Sequence[Tensor], code: Sequence[Tensor], scales: Sequence[Tensor],
-    block_size: int, rows: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float], factor: Sequence[Tensor], bias: Sequence[Tensor],
-    seeds: Tensor | None, dropout_p: float,
-    raw: bool, interpret: bool,
-) -> list[Tensor]:  # fmt: skip
-    group = Group(packed, code, scales, block_size, rows, w_dtype, scale_block, a, b, scaling, factor, bias, seeds, dropout_p)
+def _linear_reference(x: Tensor, *args) -> list[Tensor]:
+    *args, raw, _interpret = args
+    group = Group(*args)
     return _finish(group, x, [nf4_linear_ref(x, group.weight(i, x.shape[-1]), bias=_inner_bias(group, i)) for i in range(len(group))], raw)
 
 
@@ -448,7 +430,7 @@ def _finish(group: Group, x: Tensor, base: list[Tensor], raw: bool) -> list[Tens
 
 
 def _linear_cpu(x: Tensor, *args) -> list[Tensor]:
-    *args, raw, _ = args
+    *args, raw, _interpret = args
     group, x2 = Group(*args), rows(x)
     base = []
     for i in range(len(group)):
@@ -501,19 +483,9 @@ def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
             x2 = x2.to(work)
             nf4_skinny_kernel[(tiles + tiles_a, splits)](x2, args, part, x2.stride(0), M, K, columns, SPLIT_K=splits, **common, **constants)
             nf4_skinny_reduce_kernel[(tiles,)](
-                part,
-                args,
-                xa,
-                ranks,
-                M,
-                columns,
-                PROJECTIONS=len(group),
-                SPLIT_K=splits,
-                DECODE=decode,
-                BLOCK_M=tile["BLOCK_M"],
-                BLOCK_N=tile["BLOCK_N"],
-                num_warps=4,
-            )
+                part, args, xa, ranks, M, columns,
+                PROJECTIONS=len(group), SPLIT_K=splits, DECODE=decode, BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=4,
+            )  # fmt: skip
         else:
             constants.setdefault("TRANSPOSED", False)
             xa = _low_ranks(x2, group, low).to(kernel_dtype(low))
@@ -578,14 +550,9 @@ def _dense(x: Tensor, group: Group, low: torch.dtype, raw: bool) -> tuple[list[T
     return outs, xa, raws if raw else []
 
 
-def _dx_reference(
-    dy: Sequence[Tensor],
-    packed: Sequence[Tensor], code: Sequence[Tensor], scales: Sequence[Tensor],
-    block_size: int, rows: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    a: Sequence[Tensor], factor: Sequence[Tensor], seeds: Tensor | None, dropout_p: float,
-    dxa: Tensor | None, K: int, interpret: bool,
-) -> Tensor:  # fmt: skip
-    group = Group(packed, code, scales, block_size, rows, w_dtype, scale_block, a, factor=factor, seeds=seeds, dropout_p=dropout_p)
+def _dx_reference(dy: Sequence[Tensor], *args) -> Tensor:
+    *args, factor, seeds, dropout_p, dxa, K, _interpret = args
+    group = Group(*args, factor=factor, seeds=seeds, dropout_p=dropout_p)
 
     def product(i: int, dz: Tensor) -> Tensor:
         weight = group.weight(i, K)
@@ -606,7 +573,7 @@ def _dx_eager(dy: Sequence[Tensor], group: Group, dxa: Tensor | None, product) -
 
 
 def _dx_cpu(dy: Sequence[Tensor], *args) -> Tensor:
-    *args, factor, seeds, dropout_p, dxa, K, _ = args
+    *args, factor, seeds, dropout_p, dxa, K, _interpret = args
     group = Group(*args, factor=factor, seeds=seeds, dropout_p=dropout_p)
 
     def product(i: int, dz: Tensor) -> Tensor:

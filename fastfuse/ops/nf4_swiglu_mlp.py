@@ -156,15 +156,9 @@ def _forward(x: Tensor, group: Group, interpret: bool) -> list[Tensor]:
     return [y, xa, ha]
 
 
-def _mlp_reference(
-    x: Tensor,
-    packed: Sequence[Tensor], code: Sequence[Tensor], scales: Sequence[Tensor],
-    block_size: int, rows: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float], factor: Sequence[Tensor], bias: Sequence[Tensor],
-    seeds: Tensor | None, dropout_p: float, interpret: bool,
-) -> list[Tensor]:  # fmt: skip
-    group = Group(packed, code, scales, block_size, rows, w_dtype, scale_block, a, b, scaling, factor, bias, seeds, dropout_p)
-    return _forward(x, group, interpret)
+def _mlp_reference(x: Tensor, *args) -> list[Tensor]:
+    *args, interpret = args
+    return _forward(x, Group(*args), interpret)
 
 
 @fused_op("nf4_swiglu_mlp", reference=_mlp_reference)
