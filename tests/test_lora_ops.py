@@ -329,7 +329,7 @@ def test_swiglu_mlp_gradients_of_gradients(backend, device):
         got = penalty(nf4_swiglu_mlp(x, *layers))
     want = penalty(nf4_swiglu_mlp(x, *layers, backend="torch"))
     for g, w in zip(got, want, strict=True):
-        assert ((g - w).norm() / w.norm()) < 1e-5  # fp32 sums of a few hundred terms through a dozen products
+        assert ((g - w).norm() / w.norm()) < 12 * 2**-23 * 64**0.5  # a dozen products over 64 to 128 terms, in fp32
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
@@ -531,7 +531,7 @@ def test_gradients_of_gradients(backend, device):
         got = penalty(nf4_lora_linears(x, [q._replace(norms=norms), k], dropout_p=0.3, training=True))
     want = penalty([formula(x, weights[0], q, masks[0], 0.3, norms), formula(x, weights[1], k, masks[1], 0.3)])
     for g, w in zip(got, want, strict=True):
-        assert ((g - w).norm() / w.norm()) < 1e-5  # fp32 sums of a few hundred terms through a dozen products
+        assert ((g - w).norm() / w.norm()) < 12 * 2**-23 * 64**0.5  # a dozen products over 64 to 128 terms, in fp32
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -64,18 +64,9 @@ def nf4_dequantize_cost(weight, dtype: torch.dtype) -> Cost:
     return Cost(weight.nbytes + weight.shape[0] * weight.shape[1] * dtype.itemsize)
 
 
-def _reference(
-    packed: Tensor,
-    code: Tensor,
-    scales: Sequence[Tensor],
-    block_size: int,
-    shape: Sequence[int],
-    w_dtype: torch.dtype,
-    scale_block: int,
-    dtype: torch.dtype,
-    interpret: bool,
-) -> Tensor:
-    return nf4_dequantize_ref(NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block), dtype)
+def _reference(packed: Tensor, *args) -> Tensor:
+    *parts, dtype, _interpret = args
+    return nf4_dequantize_ref(NF4View(packed, *parts), dtype)
 
 
 @fused_op("nf4_dequantize", reference=_reference)
