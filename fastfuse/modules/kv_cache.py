@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import InvalidArgument
-from fastfuse.modules._device_checks import assert_on_device, values_are_at_hand
+from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 
 
 class KVCache(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
-from fastfuse.modules._device_checks import assert_on_device, values_are_at_hand
+from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 
 
 class TokenPositionalEmbedding(nn.Module):

@@ -69,9 +69,9 @@ def route(op: str, x: Tensor, name: str | None) -> str:
         raise ValueError(f"{op}: backend is {name!r}, not one of {', '.join(BACKENDS)}")
     if name == "torch":
         return "reference"
-    if torch.autograd.forward_ad._current_level >= 0:  # the op would silently drop the tangent
+    if forward_mode():  # the op would silently drop the tangent
         raise Unsupported(f"{op}: forward-mode differentiation is not covered: use fastfuse.backend('torch')", "FORWARD_AD")
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise Unsupported(f"{op}: torch.func transforms (grad, vmap, ...) are not covered: use fastfuse.backend('torch')", "FUNCTORCH")
     if x.device.type == "cuda":
         check_triton(op)
@@ -83,6 +83,15 @@ def route(op: str, x: Tensor, name: str | None) -> str:
             raise Unsupported(f"{op}: backend 'triton' on a {x.device.type} tensor needs TRITON_INTERPRET=1 set before import", "NO_GPU")
         return "interpreter"
     return "op"
+
+
+def forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform is under way."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_triton(op: str) -> None:

@@ -5,9 +5,9 @@ from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn
 
 from fastfuse.errors import InvalidArgument
+from fastfuse.modules._hooks import is_hooked
 from fastfuse.modules.low_precision.nf4_linear import KeepsNF4, base_linear, bias_fits
 from fastfuse.ops import nf4_lora_linear
 from fastfuse.quant.nf4 import is_torchao
@@ -126,11 +126,6 @@ def is_plain(linear: nn.Module) -> bool:
         and type(linear.weight) in (Tensor, nn.Parameter)
         and not is_hooked(linear)
     )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or _nn._has_any_global_hook()
 
 
 def _lora_a_init_params(x: nn.Linear) -> None:

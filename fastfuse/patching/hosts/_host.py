@@ -9,9 +9,9 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn
 
 from fastfuse.errors import Unsupported
+from fastfuse.modules._hooks import is_hooked
 from fastfuse.ops._op import check_device
 from fastfuse.quant.nf4 import NF4View
 
@@ -118,7 +118,5 @@ def foreign_forward(host: Host, module: nn.Module) -> str | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward, so that it must be called."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    every = _nn._global_forward_hooks or _nn._global_forward_pre_hooks or _nn._global_backward_hooks or _nn._global_backward_pre_hooks
-    return bool(own or every or "_hf_hook" in module.__dict__)
+    """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance."""
+    return is_hooked(module) or "_hf_hook" in module.__dict__
