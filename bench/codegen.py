@@ -33,7 +33,16 @@ from fastfuse.kernels.nf4_linear import (
     nf4_skinny_kernel,
     nf4_skinny_reduce_kernel,
 )
+from fastfuse.kernels.patch_embed import (
+    norm_bwd_kernel,
+    patch_embed_fwd_kernel,
+    patchify_kernel,
+    place_bwd_kernel,
+    place_kernel,
+    tile_rows_kernel,
+)
 from fastfuse.kernels.swiglu import swiglu_bwd_kernel, swiglu_fwd_kernel
+from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TILES, norm_warps, triton_block
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Shared memory one block may use: CUDA programming guide, technical specifications per compute capability; CDNA3 ISA.
@@ -100,6 +109,11 @@ def specimens() -> Iterator[Specimen]:
             yield from _row_norms(arch, row["tile"])
         yield from _low_rank(arch)
         yield from _swiglu(arch)
+        for row in _rows("patch_embed", arch):
+            for variant in PATCH_VARIANTS:
+                if _serves(row["when"], *variant[:2]):
+                    yield patch_specimen(arch, row["tile"], *variant)
+        yield from _patch_passes(arch)
 
 
 def _rows(op: str, arch: str) -> list[dict]:
@@ -202,7 +216,7 @@ def _low_rank(arch: str) -> Iterator[Specimen]:
     def fits(when: dict, low: str) -> bool:
         return (when.get("low") == "fp32") == (low == "fp32")
 
-    precision = "tf32x3" if arch.startswith("sm_") else "ieee"
+    precision = _precision(arch)
     for x, low in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
         for dropout in (False, True):
             seed = {"signature": {"seed_ptr": "*i64"}, "constants": {}} if dropout else {"signature": {}, "constants": {"seed_ptr": None}}
@@ -236,6 +250,89 @@ def _swiglu(arch: str) -> Iterator[Specimen]:
     for kernel in (swiglu_fwd_kernel, swiglu_bwd_kernel):
         types = {name: "i32" if name == "n" else "*bf16" for name in kernel.arg_names if name != "BLOCK"}
         yield Specimen("swiglu", "fwd" if kernel is swiglu_fwd_kernel else "bwd", arch, kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+
+
+# (weight, tables and result, images, pixels normalised, tables of tiles): an image may be in another dtype only where it is gathered
+PATCH_VARIANTS = [
+    ("bf16", "bf16", "bf16", False, True),
+    ("bf16", "fp32", "bf16", False, True),
+    ("bf16", "bf16", "fp32", False, False),
+    ("fp16", "fp16", "u8", True, True),
+    ("fp32", "fp32", "fp32", False, True),
+]
+# As of 560 x 560 pixels in patches of 14 (16 where they are gathered), channels first.
+_IMAGE, _SHAPE = ("i32/16", "i32/16", "i32/16", 1, "i32"), ("i32", "i32", "i32/16", 1, 0)
+
+
+def _serves(when: dict, weight: str, table: str) -> bool:
+    """Whether a row of patch_embed is for these dtypes. Tiles are told apart, not rows: that of fp32 results also serves few rows."""
+    if "fp32" in (weight, when.get("dtype")):
+        return weight == when.get("dtype")
+    return table != "fp32" if when.get("out", "16-bit") == "16-bit" else True
+
+
+def _tables(dtype: str, tiled: bool, bias: bool = False) -> tuple:
+    """The type of the tables that kernels/patch_embed.py describes."""
+    t = f"*{dtype}"
+    return (t, t if bias else None, t, *((t, t, "*i32", "*fp32") if tiled else (None,) * 4))
+
+
+def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, normalised: bool, tiled: bool) -> Specimen:
+    direct = tile["constants"]["DIRECT"]
+    size = 16 if direct else 14
+    constants = dict(tile["constants"]) | {"CHANNELS": 3, "PATCH_H": size, "PATCH_W": size, "LINE": size, "PRECISION": _precision(arch)}
+    signature = {"x_ptr": f"*{images if direct else weight}", "w_ptr": f"*{weight}", "out_ptr": f"*{table}"}
+    signature |= {"tables": _tables(table, tiled, not tiled), "image": _IMAGE, "shape": _SHAPE} | dict.fromkeys("MNK", "i32")
+    if direct and normalised:
+        signature |= {"scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
+    else:
+        constants |= {"scale": None, "shift": None}
+    if not direct:
+        constants["image"] = None
+    blocks = "x".join(str(constants[f"BLOCK_{d}"]) for d in "MNK")
+    source = f"gather {images}{' normalised' if normalised else ''}" if direct else "gemm"
+    name = f"{source} w {weight} tables {table}{'' if tiled else ' untiled'} {blocks} w{tile['num_warps']} s{tile['num_stages']}"
+    options = {k: tile[k] for k in ("num_warps", "num_stages")}
+    return Specimen("patch_embed", name, arch, patch_embed_fwd_kernel, signature, constants, options)
+
+
+def _patch_passes(arch: str) -> Iterator[Specimen]:
+    """What surrounds the GEMM, forward and backward."""
+    rows, columns = triton_block(1280)
+    for images, out in (("bf16", "bf16"), ("fp32", "bf16"), ("u8", "bf16"), ("fp32", "fp32")):
+        signature = {"images_ptr": f"*{images}", "a_ptr": f"*{out}", "image": _IMAGE, "shape": _SHAPE} | dict.fromkeys("MK", "i32")
+        constants = {"CHANNELS": 3, "PATCH_H": 14, "PATCH_W": 14, "BLOCK_M": _BLOCK_M, "BLOCK_K": _BLOCK_K}
+        if images == "u8":
+            signature |= {"scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
+        else:
+            constants |= {"scale": None, "shift": None}
+        yield Specimen("patch_embed", f"patchify {images} to {out}", arch, patchify_kernel, signature, constants, {"num_warps": 4})
+    for dtype, norm, keep in (("bf16", False, False), ("bf16", True, False), ("bf16", True, True), ("fp32", True, True)):
+        t = f"*{dtype}"
+        signature = {"x_ptr": t, "y_ptr": t, "tables": _tables(dtype, True), "shape": _SHAPE, "M": "i32", "N": "i32", "eps": "fp32"}
+        signature |= {"norm_w_ptr": t, "norm_b_ptr": t, "kept_ptr": t, "stats_ptr": "*fp32"}
+        constants = {"NORM": norm, "BLOCK_M": rows, "BLOCK_N": columns}
+        constants |= {} if norm else {"norm_w_ptr": None, "norm_b_ptr": None}
+        constants |= {} if keep else {"kept_ptr": None, "stats_ptr": None}
+        name = f"place {dtype}{' norm' if norm else ''}{' kept' if keep else ''}"
+        yield Specimen("patch_embed", name, arch, place_kernel, signature, constants, {"num_warps": 4})
+    for dtype in ("bf16", "fp32"):
+        t = f"*{dtype}"
+        signature = {"dy_ptr": t, "x_ptr": t, "stats_ptr": "*fp32", "w_ptr": t, "dx_ptr": t, "dw_ptr": "*fp32", "db_ptr": "*fp32", "shape": _SHAPE}
+        signature |= dict.fromkeys(("M", "N", "rows"), "i32")
+        yield Specimen("patch_embed", f"norm backward {dtype}", arch, norm_bwd_kernel, signature, {"BLOCK_N": columns}, {"num_warps": norm_warps(columns)})
+        signature = {"dy_ptr": t, "order_ptr": "*i32", "starts_ptr": "*i32", "table_ptr": t, "local_ptr": t, "factors_ptr": "*fp32", "total_ptr": "*fp32"}
+        signature |= {"dtable_ptr": t, "pre_ptr": "*fp32", "dots_ptr": "*fp32", "shape": _SHAPE, "N": "i32", "rows": "i32"}
+        constants = {"BLOCK_T": _BLOCK_T, "BLOCK_N": _BLOCK_N, "TILES": _TILES}
+        yield Specimen("patch_embed", f"place backward {dtype}", arch, place_bwd_kernel, signature, constants, {"num_warps": 4})
+    for ids in (False, True):
+        signature = {"aspect_ptr": "*i64", "gate_ptr": "*bf16", "pre_gate_ptr": "*bf16", "rows_ptr": "*i32", "factors_ptr": "*fp32", "fits_ptr": "*i1"}
+        signature |= dict.fromkeys(("n", "n_tiles", "side", "entries"), "i32")
+        yield Specimen("patch_embed", f"tile rows{' of ids' if ids else ''}", arch, tile_rows_kernel, signature, {"IDS": ids, "BLOCK": 1024}, {"num_warps": 4})
+
+
+def _precision(arch: str) -> str:
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
 def _projection(layout: str, x: str, adapter: str, factor: bool, bias: bool = False) -> tuple:
@@ -280,12 +377,12 @@ def _describe(kind, path: tuple, name: str, constants: dict, attrs: dict):
     """An argument's type for the compiler; None inside a tuple is a constant of its own, pointers and row lengths are aligned."""
     if isinstance(kind, tuple):
         return tuple(_describe(k, (*path, j), name, constants, attrs) for j, k in enumerate(kind))
-    if kind is None:
-        constants[path] = None
+    if kind is None or isinstance(kind, int):  # a stride of 1 is a constant too
+        constants[path] = kind
         return "constexpr"
-    if kind.startswith("*") or name in _ALIGNED or (name == "group" and path[-1] == 9):  # a projection's N
+    if kind.startswith("*") or kind.endswith("/16") or name in _ALIGNED or (name == "group" and path[-1] == 9):  # a projection's N
         attrs[path] = [["tt.divisibility", 16]]
-    return kind
+    return kind.removesuffix("/16")
 
 
 _ALIGNED = ("stride_xm", "stride_tm", "stride_xam", "stride_dxam", "K", "C", "N", "columns", "n_elements", "n")

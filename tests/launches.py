@@ -16,6 +16,7 @@ from fastfuse.ops.lora_row_norms import _nf4_row_norms
 from fastfuse.ops.low_rank import lora_grad
 from fastfuse.ops.nf4_linear import Group, Projection, _launch, _nf4_linear_dx
 from fastfuse.ops.nf4_swiglu_mlp import _swiglu, _swiglu_bwd
+from fastfuse.ops.patch_embed import _GRADIENTS, Tables, _patch_embed, _patch_embed_bwd
 from fastfuse.quant.nf4 import NF4View
 
 K = 256
@@ -76,6 +77,23 @@ def step(M: int, N: int, ranks: tuple, low: torch.dtype, everything: bool) -> No
         body(_nf4_row_norms)(*group.weight(i, K).parts(), dtype, group.a[i], group.b[i], 2.0, False)
 
 
+def embed(images: int, patch: int, norm: bool, ids: bool, tiled: bool, dtype: torch.dtype, pixels: torch.dtype = torch.bfloat16, pad_to: int = 1) -> None:
+    """Forward and backward of patch_embed with everything that goes with it."""
+    D, n_tiles, n = 64, 4, 5
+    like = {"dtype": dtype}
+    x, w = torch.zeros(images, n_tiles, 3, 2 * patch, 2 * patch, dtype=pixels), torch.zeros(D, 3, patch, patch, dtype=torch.bfloat16)
+    ratio = None if not tiled else torch.zeros(images, dtype=torch.int64) if ids else torch.ones(images, 2, dtype=torch.int32)
+    vector, gate = torch.zeros(D, **like), torch.zeros(1, **like)
+    rows = (7, 4) if ids else (4, 4)
+    of_tiles = (torch.zeros(*rows, n, D, **like), gate, torch.zeros(*rows, 1, D, **like), gate) if tiled else (None,) * 4
+    tables = Tables(vector, vector, torch.zeros(n, D, **like), *of_tiles, *((vector, vector) if norm else (None, None)))
+    numbers = ([0.5], [1.0, 2.0, 3.0]) if pixels == torch.uint8 else ([], [])
+    eps = 1e-5 if norm else None
+    y, kept, stats = body(_patch_embed)(x, w, ratio, *tables, eps, False, *numbers, pad_to, norm, False)
+    wanted = [name != "images" and getattr(tables, name, w) is not None for name in _GRADIENTS]
+    body(_patch_embed_bwd)(y, x, w, ratio, *tables, eps, False, *numbers, kept, stats, wanted, False)
+
+
 if __name__ == "__main__":
     real, JITFunction.run = JITFunction.run, compile_only
     triton.runtime.driver.set_active(NoDevice())
@@ -88,8 +106,19 @@ if __name__ == "__main__":
     before = len(compiled)
     for M in (2, 15, 16):  # other token counts, the same kernels
         step(M, 256, (16,), torch.bfloat16, False)
-    e = torch.zeros(3, 5, dtype=torch.bfloat16)
     again = len(compiled)
+    for patch in (14, 16):  # patchified, gathered
+        for dtype in (torch.bfloat16, torch.float32):
+            embed(2, patch, True, False, True, dtype)
+            embed(2, patch, False, True, True, dtype, torch.uint8, 8)
+            embed(2, patch, False, False, False, dtype, torch.float32)
+            embed(1, patch, False, True, True, dtype, torch.float32)
+    images = len(compiled)
+    for n in (3, 4, 16, 100):
+        embed(n, 14, False, True, True, torch.bfloat16, torch.uint8, 8)
+        embed(n, 14, True, False, True, torch.bfloat16)
+    images = len(compiled) - images
+    e = torch.zeros(3, 5, dtype=torch.bfloat16)
     body(_swiglu)(e, e, False)
     body(_swiglu_bwd)(e, e, e, False)
-    json.dump({"launched": launched, "compiled by other token counts": again - before}, sys.stdout)
+    json.dump({"launched": launched, "compiled by other token counts": again - before, "compiled by other image counts": images}, sys.stdout)

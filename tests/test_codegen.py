@@ -82,6 +82,21 @@ def test_decode_stays_cheap(reports, op):
         assert r["per_weight"] is not None and 4 < r["per_weight"] <= bound, (r["name"], r["per_weight"], bound)
 
 
+def test_patch_embedding_multiplies_on_the_matrix_units_and_stores_16_bytes(reports):
+    mine = [r for r in reports if r["op"] == "patch_embed"]
+    products = [r for r in mine if r["name"].startswith(("gemm", "gather"))]
+    assert {r["name"].split()[0] for r in products if r["arch"] == "sm_90"} == {"gemm", "gather"}
+    for r in products:
+        unit = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}.get(r["arch"], "HMMA")
+        assert any(k.startswith(unit) for k in r["counts"]), (r["arch"], r["name"], r["counts"])
+        if r["arch"].startswith("sm_"):  # pixels too come straight to shared memory, or through the registers that convert them
+            assert r["counts"].get("LDGSTS.128"), (r["arch"], r["name"])
+    for r in mine:
+        if r["arch"].startswith("sm_") and not r["name"].startswith("tile rows"):
+            narrow = 3 if "backward" in r["name"] or "kept" in r["name"] else 0  # a row's statistics, a program's sums
+            assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, (r["arch"], r["name"], r["counts"])
+
+
 def test_wide_stores(reports):
     for r in reports:
         if r["op"] == "nf4_dequantize" and r["arch"].startswith("sm_"):
@@ -107,7 +122,7 @@ print([report(s).problems() for s in linear_specimens("sm_90", tile, "nested", "
 def test_every_launch_binds_and_compiles():
     """What a launch hands to Triton (nested tuples, None, a rank of 1, unaligned rows) must suit its binder, not the interpreter alone.
 
-    A new number of tokens must compile nothing.
+    A new number of tokens, or of images, must compile nothing.
     """
     done = compiled("-m", "tests.launches")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -115,3 +130,4 @@ def test_every_launch_binds_and_compiles():
     kernels = {line.split("(")[0].removeprefix("def ") for f in ROOT.glob("kernels/*.py") for line in f.read_text().splitlines() if line.startswith("def ")}
     assert {k for k in kernels if k.endswith("_kernel")} == set(found["launched"])
     assert found["compiled by other token counts"] == 0
+    assert found["compiled by other image counts"] == 0

@@ -19,3 +19,7 @@ from fastfuse.ops.nf4_swiglu_mlp import nf4_swiglu_mlp as nf4_swiglu_mlp
 from fastfuse.ops.nf4_swiglu_mlp import nf4_swiglu_mlp_bwd_cost as nf4_swiglu_mlp_bwd_cost
 from fastfuse.ops.nf4_swiglu_mlp import nf4_swiglu_mlp_cost as nf4_swiglu_mlp_cost
 from fastfuse.ops.nf4_swiglu_mlp import nf4_swiglu_mlp_ref as nf4_swiglu_mlp_ref
+from fastfuse.ops.patch_embed import patch_embed as patch_embed
+from fastfuse.ops.patch_embed import patch_embed_bwd_cost as patch_embed_bwd_cost
+from fastfuse.ops.patch_embed import patch_embed_cost as patch_embed_cost
+from fastfuse.ops.patch_embed import patch_embed_ref as patch_embed_ref
