@@ -76,9 +76,26 @@ class _TileTable(nn.Module):
         tiles = F.embedding(cell, table.reshape(T * T, n * d)).view(-1, n_tiles, n, d)
         return torch.where(valid[:, :, None, None], tiles, 0)
 
-    def _check(self, aspect_ratio: Tensor, n_tiles: int) -> None:
+    def ids_of(self, aspect_ratio: Tensor, n_tiles: int) -> Tensor:
+        """The table's row of each image, int64 [images], where it holds one per aspect ratio; -1 for a ratio that has none.
+
+        Raises ValueError as forward, where the values are at hand.
+        """
+        self._check_dtype(aspect_ratio)
+        if values_are_at_hand(aspect_ratio):
+            self._check(aspect_ratio, n_tiles)
+        ratio = aspect_ratio.long()
+        h, w = ratio.clamp(0, self.max_num_tiles).unbind(-1)
+        fits = (ratio >= 0).all(-1) & (ratio <= self.max_num_tiles).all(-1) & (h * w <= n_tiles)
+        return torch.where(fits, self.ratio_ids[h, w], -1)
+
+    @staticmethod
+    def _check_dtype(aspect_ratio: Tensor) -> None:
         if aspect_ratio.is_floating_point() or aspect_ratio.dtype == torch.bool:
             raise ValueError(f"aspect_ratio is {aspect_ratio.dtype}, expected integers: tiles (h, w)")
+
+    def _check(self, aspect_ratio: Tensor, n_tiles: int) -> None:
+        self._check_dtype(aspect_ratio)
         h, w = aspect_ratio.unbind(-1)
         if self.aspect_ratios is not None and n_tiles > self.max_num_tiles:
             raise ValueError(f"images have {n_tiles} tiles, the position table holds max_num_tiles={self.max_num_tiles}")

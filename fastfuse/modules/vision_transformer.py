@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfuse.modules._hooks import is_hooked
 from fastfuse.modules.layer_norm import Fp32LayerNorm
+from fastfuse.modules.tile_position_embeddings import TiledTokenPositionalEmbedding, TilePositionalEmbedding, TokenPositionalEmbedding
+from fastfuse.ops import patch_embed
+from fastfuse.ops._device_checks import values_are_at_hand
+from fastfuse.ops._op import forward_mode, transformed
 
 
 class CLSEmbedding(nn.Module):
@@ -127,16 +132,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, {tile})")
         b, n_imgs, n_tiles = images.shape[:3]
         aspect_ratio = self._ratios(images, aspect_ratio)
-        x = self.conv(images.flatten(0, 2).to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
-        x = x.unflatten(0, (b * n_imgs, n_tiles))
-        if self.pre_tile_pos_embed is not None:
-            x = self.pre_tile_pos_embed(x, aspect_ratio)
-        x = self.cls_token_embedding(x)
-        x = self.token_pos_embedding(x, aspect_ratio)
-        x = self.ln_pre(x)
-        n_tokens = x.shape[2]
-        x, mask = self._padded(x, aspect_ratio)
-        per_tile = x.shape[2]
+        images = images.flatten(0, 1)
+        x = self._fused_embedding(images, aspect_ratio) if self._is_plain() else self._embedding(images, aspect_ratio)
+        n_tokens, per_tile = self.get_image_tokens_per_tile(), x.shape[2]
+        mask = None if self.pad_tokens_to == 1 else self._mask(x, n_tokens, aspect_ratio)
         x = x.flatten(1, 2)
         hidden_states = []
         for i, layer in enumerate(self.layers):
@@ -160,22 +159,79 @@ class VisionTransformer(nn.Module):
         if aspect_ratio is not None:
             if aspect_ratio.shape != (b, n_imgs, 2) and not (n_imgs == 1 and aspect_ratio.shape == (b, 2)):
                 raise ValueError(f"aspect_ratio has shape {tuple(aspect_ratio.shape)}, images {tuple(images.shape)} need {(b, n_imgs, 2)}")
-            return aspect_ratio.reshape(-1, 2).to(images.device, non_blocking=True)
+            aspect_ratio = aspect_ratio.reshape(-1, 2)
+            if aspect_ratio.device != images.device and values_are_at_hand(aspect_ratio):
+                for table in (self.pre_tile_pos_embed, self.token_pos_embedding, self.post_tile_pos_embed):
+                    if isinstance(table, (TilePositionalEmbedding, TiledTokenPositionalEmbedding)):
+                        table._check(aspect_ratio, n_tiles)  # a ValueError now is better than an assertion on the device
+            return aspect_ratio.to(images.device, non_blocking=True)
         if not tiled:
             return None
         if n_tiles > 1:
             raise ValueError(f"aspect_ratio was not provided, but found n_tiles>1 for images.shape={tuple(images.shape)}. Please provide aspect_ratio.")
         return torch.ones(b * n_imgs, 2, dtype=torch.int64, device=images.device)
 
-    def _padded(self, x: Tensor, aspect_ratio: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tiles filled up to a multiple of pad_tokens_to, and the mask [images, tokens, tokens] over all tiles, 0 or -inf in x's dtype.
+    def _embedding(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor:
+        """Placed tokens [images, n_tiles, n_tokens, embed_dim], padded to a multiple of pad_tokens_to, one module after another."""
+        x = self.conv(images.flatten(0, 1).to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, images.shape[:2])
+        if self.pre_tile_pos_embed is not None:
+            x = self.pre_tile_pos_embed(x, aspect_ratio)
+        x = self.ln_pre(self.token_pos_embedding(self.cls_token_embedding(x), aspect_ratio))
+        padding = -x.shape[2] % self.pad_tokens_to
+        return F.pad(x, (0, 0, 0, padding)) if padding else x
+
+    def _fused_embedding(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor:
+        """_embedding as one op."""
+        conv, cls, pre, pos, norm = self.conv, self.cls_token_embedding, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
+        tiled = isinstance(pos, TiledTokenPositionalEmbedding)
+        table = pre if pre is not None else pos if tiled else None
+        if table is not None and table.aspect_ratios is not None:
+            aspect_ratio = table.ids_of(aspect_ratio, images.shape[1])
+        if images.dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+            images = images.to(conv.weight.dtype)
+        h, w = conv.kernel_size
+        return patch_embed(
+            images[..., : images.shape[-2] // h * h, : images.shape[-1] // w * w],  # as the convolution, which drops what is left over
+            conv.weight,
+            cls.weight,
+            aspect_ratio if table is not None else None,
+            pos.local_token_positional_embedding if tiled else pos.positional_embedding,
+            pos.global_token_positional_embedding if tiled else None,
+            pos.gate if tiled else None,
+            None if pre is None else pre.embedding,
+            None if pre is None else pre.gate,
+            norm=(norm.weight, norm.bias, norm.eps),
+            append_cls=cls.append_cls_token,
+            pad_tokens_to=self.pad_tokens_to,
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether the modules in front of the layers are what the op computes: of these classes, without hooks, forwards or sharded weights of their own."""
+        conv, pre, pos, norm = self.conv, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
+        parts = [conv, self.cls_token_embedding, norm, pos, *([] if pre is None else [pre])]
+        if [type(m) for m in parts[:3]] != [nn.Conv2d, CLSEmbedding, Fp32LayerNorm]:
+            return False
+        if type(pos) not in (TokenPositionalEmbedding, TiledTokenPositionalEmbedding) or type(pre) not in (type(None), TilePositionalEmbedding):
+            return False
+        tables = {(m.max_num_tiles, str(m.aspect_ratios)) for m in parts[3:] if not isinstance(m, TokenPositionalEmbedding)}
+        if len(tables) > 1 or norm.normalized_shape != (conv.out_channels,):
+            return False
+        if conv.bias is not None or conv.kernel_size != conv.stride or conv.padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+            return False
+        if any({"forward", "_conv_forward"} & m.__dict__.keys() or is_hooked(m) for m in parts):
+            return False
+        weights = [p for m in parts for p in m.parameters(recurse=False)]
+        if any(type(p) not in (Tensor, nn.Parameter) or (p.is_cuda and p.dtype == torch.float64) for p in weights):
+            return False
+        return not forward_mode() and not transformed()
+
+    def _mask(self, x: Tensor, n_tokens: int, aspect_ratio: Tensor | None) -> Tensor:
+        """[images, tokens, tokens] over all tiles, 0 or -inf in x's dtype.
 
         Two tokens that are both padding (of a tile, or in a padding tile) do not see each other; every other pair does.
         """
-        if self.pad_tokens_to == 1:
-            return x, None
-        n_tiles, n_tokens = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -n_tokens % self.pad_tokens_to))
+        n_tiles = x.shape[1]
         real = torch.arange(x.shape[2], device=x.device) < n_tokens
         if aspect_ratio is None:
             valid = real.expand(x.shape[0], n_tiles, -1)
@@ -186,4 +242,4 @@ class VisionTransformer(nn.Module):
         valid = valid.flatten(1)
         # Added to the scores, in their dtype: of a bool mask every layer would make such a tensor for itself, and keep it for its backward.
         mask = torch.zeros(x.shape[0], valid.shape[1], valid.shape[1], dtype=x.dtype, device=x.device)
-        return x, mask.masked_fill_(~(valid[:, :, None] | valid[:, None, :]), -torch.inf)
+        return mask.masked_fill_(~(valid[:, :, None] | valid[:, None, :]), -torch.inf)
