@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.harness import EAGER, OURS, Case, installed
+from bench.harness import EAGER, OURS, Case, compile_once, installed
 from bench.nf4_peers import (
     Layer,
     Linear,
@@ -201,7 +201,7 @@ def dequantize_case(N: int, K: int, storage: str, dtype: torch.dtype, compiled: 
     providers: dict[str, Callable | None] = {name: (lambda i, fn=fn: (fn(i["layer"]),)) for name, fn in run.items()}
     providers[storage] = (lambda i: (host(i["layer"]),)) if installed(storage) else None
     if compiled:
-        decode = _compiled(lambda weight: nf4_dequantize_ref(weight, dtype))
+        decode = compile_once(lambda weight: nf4_dequantize_ref(weight, dtype))
         providers["torch.compile"] = lambda i: (decode(i["layer"].weight),)
 
     def make(device: str, seed: int) -> dict:
@@ -225,19 +225,8 @@ def _tuples(inputs: dict, weight: Callable[[Layer], object]) -> list[tuple]:
 def _provider(op: Op, peer: Peer) -> Callable[[dict], tuple[Tensor, ...]]:
     run = functools.partial(op.composed, peer.linear)
     if peer.compiled:
-        run = _compiled(run)
+        run = compile_once(run)
     return lambda i: run(i["x"], _tuples(i, peer.weight))
-
-
-def _compiled(fn: Callable) -> Callable:
-    """torch.compile at the first call. What earlier cases compiled is dropped: many shapes of one function hit the recompile limit."""
-
-    @functools.cache
-    def build() -> Callable:
-        torch.compiler.reset()
-        return torch.compile(lambda *args: fn(*args), dynamic=False)
-
-    return lambda *args: build()(*args)
 
 
 def _with_backward(forward: Callable[[dict], tuple[Tensor, ...]]) -> Callable[[dict], tuple[Tensor, ...]]:

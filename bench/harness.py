@@ -77,6 +77,17 @@ def floor_us(cost: Cost, peaks: Peaks, dtype: torch.dtype) -> float:
     return max(cost.bytes / peaks.bytes_per_s * 1e6, cost.flops / peaks.flops_per_s[dtype_name(dtype)] * 1e6, peaks.launch_us)
 
 
+def compile_once(fn: Callable) -> Callable:
+    """torch.compile at the first call. What earlier cases compiled is dropped: many shapes of one function hit the recompile limit."""
+
+    @functools.cache
+    def build() -> Callable:
+        torch.compiler.reset()
+        return torch.compile(lambda *args: fn(*args), dynamic=False)
+
+    return lambda *args: build()(*args)
+
+
 class Parity:
     """Inputs of a case with their float64 truth: tells whether a provider computes what it is timed for.
 

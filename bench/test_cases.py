@@ -6,11 +6,14 @@ import time
 import pytest
 import torch
 
-from bench import harness
+from bench import bench_patch_embed, harness
 from bench.bench_nf4_lora import DENSE, DROPOUT, LINEAR, LINEARS, PLAIN, SWIGLU, _cost, dequantize_case, layers_case
+from bench.bench_patch_embed import ROUTES, conv_case, embed_case
 from bench.nf4_peers import random_layer
+from bench.patch_peers import Size
 from bench.peaks import DATA_SHEET
-from fastfuse.ops import nf4_linear_bwd_cost, nf4_linear_cost
+from fastfuse import tune
+from fastfuse.ops import nf4_linear_bwd_cost, nf4_linear_cost, patch_embed_bwd_cost, patch_embed_cost
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 # torchao takes multiples of 64 * 256 elements.
@@ -52,6 +55,66 @@ def test_compiled_providers_are_right() -> None:
     case = layers_case(LINEAR, 16, [(256, 128)], dtype=torch.float32, backward=True, compiled=True)
     assert {"torchao compiled", "torch.compile"} <= case.providers.keys()
     assert_all_right(case)
+
+
+# Four images, so that every ratio is there; tiles of 3 x 3 patches.
+EMBEDDINGS = {
+    "grid": Size(4, 4, 24, 8, 64),
+    "norm": Size(4, 4, 24, 8, 64, norm=True),
+    "ids": Size(4, 4, 24, 8, 64, tables="ids", norm=True, pad_tokens_to=8),
+    "no tables": Size(4, 1, 24, 8, 64, tables=None, norm=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_every_patch_embedding_is_right(kind: str, backward: bool, dtype: torch.dtype) -> None:
+    case = embed_case(EMBEDDINGS[kind], dtype, backward=backward)
+    assert ("torchtune" in case.providers) == (EMBEDDINGS[kind].tables == "grid")
+    assert_all_right(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+def test_other_pixels_and_the_convolution_too(backward: bool, dtype: torch.dtype) -> None:
+    for pixels in (torch.float32, torch.uint8):
+        assert_all_right(embed_case(EMBEDDINGS["grid"], dtype, pixels, backward))
+    case = conv_case(EMBEDDINGS["grid"], dtype, backward)
+    assert harness.OURS not in case.providers  # so no speed-up over it is printed
+    assert_all_right(case)
+
+
+def test_a_compiled_patch_embedding_is_right_and_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = embed_case(EMBEDDINGS["grid"], torch.float32, backward=True, compiled=True)
+    assert_all_right(case)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    case.providers["torch.compile"](case.make("cpu", 1))  # other parameters of the same shapes
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["all", "quick"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_cases_of_patch_embeddings_are_made_from_shapes_alone(device: str, quick: bool) -> None:
+    for case in bench_patch_embed.cases(device, quick, compile_all=not quick):
+        assert math.isfinite(harness.floor_us(case.cost(case.make("meta", 0)), DATA_SHEET["H200"], case.dtype))
+        assert {f"fastfuse {name}" for name in ROUTES} <= case.providers.keys() or device == "cpu" or harness.OURS not in case.providers
+
+
+def test_pinned_routes_have_the_constants_of_the_rows() -> None:
+    row = next(row["tile"] for row in tune.table("patch_embed") if row["tile"])
+    assert all(tile is None or tile.constants.keys() == row["constants"].keys() for tile in ROUTES.values())
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+def test_cost_of_a_patch_embedding(backward: bool) -> None:
+    case = embed_case(EMBEDDINGS["ids"], backward=backward)
+    inputs = case.make("meta", 0)
+    e = inputs["embedding"]
+    tables = {name: t for name, t in e.tables().items() if name in ("local_pos", "global_pos", "pre_pos")}
+    each = [cost(inputs["images"], e.conv.weight, e.cls.weight, **tables, pad_tokens_to=8) for cost in (patch_embed_cost, patch_embed_bwd_cost)]
+    got = case.cost(inputs)
+    assert (got.bytes, got.flops) == (sum(c.bytes for c in each[: 1 + backward]), sum(c.flops for c in each[: 1 + backward]))
+    assert got.flops == (1 + backward) * 2 * 16 * 9 * 64 * 3 * 8 * 8
 
 
 def test_peers_are_the_real_ones() -> None:
