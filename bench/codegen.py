@@ -24,6 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastfuse import tune
+from fastfuse.kernels.cross_attention import (
+    cross_attention_delta_kernel,
+    cross_attention_dkdv_kernel,
+    cross_attention_dq_kernel,
+    cross_attention_fwd_kernel,
+    cross_attention_merge_kernel,
+)
+from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_mask_kernel, pack_tiles_kernel
+from fastfuse.kernels.kv_cache import kv_cache_write_kernel
 from fastfuse.kernels.lora import lora_down_kernel, lora_grad_kernel, lora_up_kernel
 from fastfuse.kernels.nf4 import nf4_dequantize_kernel
 from fastfuse.kernels.nf4_linear import (
@@ -42,7 +51,9 @@ from fastfuse.kernels.patch_embed import (
     tile_rows_kernel,
 )
 from fastfuse.kernels.swiglu import swiglu_bwd_kernel, swiglu_fwd_kernel
+from fastfuse.ops.encoder_mask import _LIST_BLOCK, _PACK_ROWS, _PACK_WORDS, _STATE_BLOCKS, _STATE_ROWS, _TILES_ROWS, _TILES_WORDS
 from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TILES, norm_warps, triton_block
+from fastfuse.ops.static_kv_cache import _ELEMENTS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Shared memory one block may use: CUDA programming guide, technical specifications per compute capability; CDNA3 ISA.
@@ -114,6 +125,14 @@ def specimens() -> Iterator[Specimen]:
                 if _serves(row["when"], *variant[:2]):
                     yield patch_specimen(arch, row["tile"], *variant)
         yield from _patch_passes(arch)
+        for op in ("cross_attention", "cross_attention_dq", "cross_attention_dkdv"):
+            for row in _rows(op, arch):
+                for variant in ATTENTION_VARIANTS + (MORE_ATTENTION[: {"sm_90": None, "sm_100": 1}.get(arch, 0)]):
+                    if specimen := attention_specimen(arch, op, row, *variant):
+                        yield specimen
+        yield from _attention_passes(arch)
+        yield from _masks(arch)
+        yield from _kv_cache(arch)
 
 
 def _rows(op: str, arch: str) -> list[dict]:
@@ -359,6 +378,97 @@ def _code(layout: str, w: str) -> str:
 
 def _branch(arch: str, layout: str, out: str) -> str:
     return "prmt" if arch.startswith("sm_") and (out == "bf16" or (out == "fp16" and not layout.startswith("torchao"))) else "gather"
+
+
+# (dtype, query heads of a key head, mask, head_dim where the row is for any up to 128). Lengths are the forward's, which is then split.
+ATTENTION_VARIANTS = [("bf16", 4, "interval", 128), ("bf16", 4, "bits", 128), ("bf16", 4, "lengths", 128), ("fp32", 4, "bits", 128)]
+MORE_ATTENTION = [("bf16", 4, "none", 128), ("bf16", 3, "bits", 96), ("fp16", 1, "bits", 64), ("fp32", 4, "interval", 128)]
+_ATTENTION_SHAPE = dict.fromkeys(("s", "s_e", "key_heads", "masks"), "i32")
+_STRIDES = ("i32/16",) * 3  # of a batch row, of a head, of a token
+_MASKS = {"none": (None,) * 4, "lengths": ("*i32", None, None, None), "interval": ("*i32", "*i1", "*i32", "*i32"), "bits": ("*i32", "*i1", "*i32", "*i32")}
+
+
+def attention_specimen(arch: str, op: str, row: dict, dtype: str, G: int, mask: str, D: int) -> Specimen | None:
+    """None where the row is not for these operands."""
+    tile, when, kind = row["tile"], row["when"], {"none": 0, "lengths": 0, "interval": 1, "bits": 2}[mask]
+    if (dtype == "fp32") != (when.get("dtype") == "fp32") or (mask == "lengths" and (op != "cross_attention" or tile["constants"]["TMA"])):
+        return None
+    if tile["constants"]["TMA"] and op == "cross_attention_dkdv" and G == 3:
+        return None  # descriptors hold a power of two of heads
+    wide = not when.get("D_max") and not when.get("M_max") and dtype != "fp32"
+    D, t, block, split = 256 if wide else D, f"*{dtype}", dict(tile["constants"]), mask == "lengths"
+    GP, columns, tma = 1 << (G - 1).bit_length(), 1 << (D - 1).bit_length(), block["TMA"]
+    block |= {"G": G, "GP": GP, "D": D, "KIND": kind, "LISTED": max(1, 128 // GP), "PRECISION": _precision(arch), "BLOCK_D": columns}
+    shared = {"mask": _MASKS[mask], "scale": "fp32"} | _ATTENTION_SHAPE
+    side = f"tensordesc<{dtype}[1,1,{block['BLOCK_N']},{columns}]>" if tma else t
+    if op == "cross_attention":
+        signature = {"q_ptr": t, "k": side, "v": side, "o_ptr": "*fp32" if split else t, "lse_ptr": "*fp32", "splits": "i32", "strides": (_STRIDES,) * 4}
+        kernel, block = cross_attention_fwd_kernel, block | {"SPLIT": split}
+    elif op == "cross_attention_dq":
+        signature = {"q_ptr": t, "k": side, "v": side, "do_ptr": t, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dq_ptr": t, "strides": (_STRIDES,) * 5}
+        kernel = cross_attention_dq_kernel
+    else:
+        side = f"tensordesc<{dtype}[1,{block['BLOCK_M'] // GP},{G},{columns}]>" if tma else t
+        signature = {"q": side, "do": side} | dict.fromkeys(("k_ptr", "v_ptr", "dk_ptr", "dv_ptr"), t) | dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
+        signature |= {"strides": (_STRIDES,) * 6}
+        kernel, block = cross_attention_dkdv_kernel, block | {"DK": True, "DV": True}
+    name = f"{mask} {dtype} d{D} group {G} {block['BLOCK_M']}x{block['BLOCK_N']} w{tile['num_warps']} s{tile['num_stages']}{' tma' if tma else ''}"
+    return Specimen(op, name, arch, kernel, signature | shared, block, {k: tile[k] for k in ("num_warps", "num_stages")})
+
+
+def _attention_passes(arch: str) -> Iterator[Specimen]:
+    """What puts the forward's splits together, and what the backward begins with."""
+    for dtype, D in (("bf16", 128), ("bf16", 256), ("fp32", 128)):
+        t, heads = f"*{dtype}", {"G": 4, "GP": 4, "D": D, "BLOCK_D": D}
+        signature = {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": t, "lse_ptr": "*fp32", "o_stride": _STRIDES, "splits": "i32"}
+        yield Specimen(
+            "cross_attention",
+            f"merge {dtype} d{D}",
+            arch,
+            cross_attention_merge_kernel,
+            signature | _ATTENTION_SHAPE,
+            heads | {"BLOCK_M": 16},
+            {"num_warps": 4},
+        )
+        signature = {"o_ptr": t, "do_ptr": t, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "o_stride": _STRIDES, "do_stride": _STRIDES}
+        yield Specimen(
+            "cross_attention",
+            f"delta {dtype} d{D}",
+            arch,
+            cross_attention_delta_kernel,
+            signature | _ATTENTION_SHAPE,
+            heads | {"BLOCK_M": 32},
+            {"num_warps": 4},
+        )
+
+
+def _masks(arch: str) -> Iterator[Specimen]:
+    """A mask made: flags one at a time or in fours, words of tiles, and the lists of blocks."""
+    made, four = {"bits_ptr": "*i32", "empty_ptr": "*i1"}, {"num_warps": 4}
+    for flags, row in ((1, "i32"), (4, "i32/16")):
+        signature = {"mask_ptr": "*i32" if flags == 4 else "*u8", "stride_b": "i32", "stride_s": row} | made | dict.fromkeys(("s", "width", "NK"), "i32")
+        constants = {"stride_n": 1, "FLAGS": flags, "BLOCK_S": _PACK_ROWS, "BLOCK_W": _PACK_WORDS}
+        yield Specimen("encoder_mask", f"pack mask by {flags}", arch, pack_mask_kernel, signature, constants, four)
+    signature = {"visible_ptr": "*u8"} | made | dict.fromkeys(("s", "n_tiles", "tokens_per_tile", "NK"), "i32")
+    constants = {"TILES_IN_A_WORD": 2, "BLOCK_S": _TILES_ROWS, "BLOCK_W": _TILES_WORDS}
+    yield Specimen("encoder_mask", "pack tiles", arch, pack_tiles_kernel, signature, constants, four)
+    for bits in (False, True):
+        signature = {"rows_ptr": "*i32", "empty_ptr": "*i1", "states_ptr": "*i8"} | dict.fromkeys(("s", "tokens", "NK"), "i32")
+        constants = {"BITS": bits, "BLOCK_S": _STATE_ROWS, "BLOCK_K": _STATE_BLOCKS}
+        yield Specimen("encoder_mask", f"states of {'bits' if bits else 'intervals'}", arch, block_states_kernel, signature, constants, four)
+    signature = {"states_ptr": "*i8", "list_ptr": "*i32", "counts_ptr": "*i32"} | dict.fromkeys(("stride_b", "stride_l", "stride_n", "length"), "i32")
+    yield Specimen("encoder_mask", "list", arch, block_list_kernel, signature, {"BLOCK": _LIST_BLOCK}, four)
+
+
+def _kv_cache(arch: str) -> Iterator[Specimen]:
+    """Tokens into the cache, compacted or in their columns."""
+    for dtype, D, compacted in (("bf16", 128, True), ("bf16", 80, False), ("fp32", 128, True)):
+        signature = dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{dtype}") | {"places_ptr": "*i32", "held_ptr": "*i32"}
+        signature |= {"strides": (_STRIDES,) * 2} | dict.fromkeys(("s_e", "max_len", "heads"), "i32")
+        columns = 1 << (D - 1).bit_length()
+        constants = {"D": D, "BLOCK_N": _ELEMENTS // columns, "BLOCK_D": columns} | ({} if compacted else {"places_ptr": None})
+        name = f"{dtype} d{D}{' compacted' if compacted else ''}"
+        yield Specimen("kv_cache_write", name, arch, kv_cache_write_kernel, signature, constants, {"num_warps": 8})
 
 
 def compile_specimen(s: Specimen):

@@ -12,11 +12,14 @@ from triton.runtime.jit import JITFunction
 
 from fastfuse import tune
 from fastfuse.kernels.nf4 import BITSANDBYTES
+from fastfuse.ops.cross_attention import _cross_attention, _cross_attention_bwd, _listed
+from fastfuse.ops.encoder_mask import _mask_blocks, _pack_mask, _pack_tiles
 from fastfuse.ops.lora_row_norms import _nf4_row_norms
 from fastfuse.ops.low_rank import lora_grad
 from fastfuse.ops.nf4_linear import Group, Projection, _launch, _nf4_linear_dx
 from fastfuse.ops.nf4_swiglu_mlp import _swiglu, _swiglu_bwd
 from fastfuse.ops.patch_embed import _GRADIENTS, Tables, _patch_embed, _patch_embed_bwd
+from fastfuse.ops.static_kv_cache import _kv_cache_write
 from fastfuse.quant.nf4 import NF4View
 
 K = 256
@@ -94,6 +97,31 @@ def embed(images: int, patch: int, norm: bool, ids: bool, tiled: bool, dtype: to
     body(_patch_embed_bwd)(y, x, w, ratio, *tables, eps, False, *numbers, kept, stats, wanted, False)
 
 
+def fill(s_e: int, compacted: bool, b: int = 2) -> None:
+    cache, new = torch.zeros(b, 2, 2048, 128, dtype=torch.bfloat16), torch.zeros(b, s_e, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    lengths = torch.zeros(b, dtype=torch.int32)
+    places = torch.zeros(b, s_e, dtype=torch.int32) if compacted else None
+    body(_kv_cache_write)(cache, cache.clone(), lengths, new, new, places, lengths, False, False)
+
+
+def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torch.bfloat16, mask: str = "bits", b: int = 2, masks: int = 2) -> None:
+    """A mask, forward and backward; with lengths the forward alone, as in decoding."""
+    hkv = 2
+    q, k = torch.zeros(b, s, hkv * G, d, dtype=dtype).transpose(1, 2), torch.zeros(b, hkv, s_e, d, dtype=dtype)
+    lengths, visible, blocks = None, (None, None), (None,) * 4
+    if mask == "lengths":
+        lengths = torch.zeros(b, dtype=torch.int32)
+    elif mask:
+        packed = body(_pack_tiles)(torch.zeros(masks, s, 2, dtype=torch.bool), s_e // 2, False) if mask == "tiles" else None
+        bits, empty = packed or body(_pack_mask)(torch.zeros(masks, s, s_e, dtype=torch.bool), False)
+        visible = torch.zeros(masks, s, 2, dtype=torch.int32) if mask == "interval" else bits, empty
+        blocks = body(_mask_blocks)(*visible, s_e, _listed(G), mask != "interval", False)
+    o, lse = body(_cross_attention)(q, k, k, lengths, *visible, *blocks, 0.1, False)
+    if lengths is None:
+        for dlse, wanted in ((None, [True, True, True]), (lse, [False, False, True])):
+            body(_cross_attention_bwd)(o, q, k, k, o, lse, dlse, None, *visible, *blocks, 0.1, wanted, False)
+
+
 if __name__ == "__main__":
     real, JITFunction.run = JITFunction.run, compile_only
     triton.runtime.driver.set_active(NoDevice())
@@ -118,7 +146,29 @@ if __name__ == "__main__":
         embed(n, 14, False, True, True, torch.bfloat16, torch.uint8, 8)
         embed(n, 14, True, False, True, torch.bfloat16)
     images = len(compiled) - images
+    for dtype in (torch.bfloat16, torch.float32):
+        for mask in ("bits", "interval", "tiles", "", "lengths"):
+            attend(37, 300, dtype=dtype, mask=mask)
+        attend(1, 300, dtype=dtype, mask="lengths")
+        attend(19, 130, 3, 80, dtype=dtype, masks=1)  # no descriptor holds three heads
+    attend(19, 130, 1, 7)  # nor rows of 14 bytes
+    attend(37, 300, d=256)
+    attend(700, 6404, mask="tiles")
+    attend(9, 1601)
+    attend(1, 4096, mask="lengths")  # in splits
+    for compacted in (False, True):
+        fill(1601, compacted)
+    texts = len(compiled)
+    for s_e in (1, 16, 333):
+        fill(s_e, True, 3)
+        fill(s_e, False, 16)
+    for s, s_e in ((38, 300), (64, 512), (33, 1601)):
+        for mask in ("bits", "interval", "lengths", "tiles"):
+            attend(s, s_e, mask=mask, b=3, masks=3)
+    attend(1, 5120, mask="lengths", b=3)
+    texts = len(compiled) - texts
     e = torch.zeros(3, 5, dtype=torch.bfloat16)
     body(_swiglu)(e, e, False)
     body(_swiglu_bwd)(e, e, e, False)
-    json.dump({"launched": launched, "compiled by other token counts": again - before, "compiled by other image counts": images}, sys.stdout)
+    counts = {"token counts": again - before, "image counts": images, "texts and encoder tokens": texts}
+    json.dump({"launched": launched, **{f"compiled by other {what}": n for what, n in counts.items()}}, sys.stdout)

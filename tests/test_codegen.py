@@ -59,7 +59,13 @@ def test_sm_90_feeds_wgmma_from_registers(reports):
 def test_matrix_units_are_used(reports, arch, instruction):
     linear = [r for r in reports if r["arch"] == arch and r["op"] == "nf4_linear"]
     used = [r for r in linear if any(k.startswith(instruction) for k in r["counts"])]
-    products = [r for r in reports if r["arch"] == arch and r["op"] not in ("nf4_dequantize", "swiglu", "patch_embed") and " lora - " not in r["name"]]
+    products = [
+        r
+        for r in reports
+        if r["arch"] == arch
+        and r["op"] not in ("nf4_dequantize", "swiglu", "patch_embed", "encoder_mask", "kv_cache_write", "cross_attention")
+        and " lora - " not in r["name"]
+    ]
     assert used and all(any("MMA" in k or "mfma" in k for k in r["counts"]) for r in products)
 
 
@@ -97,6 +103,23 @@ def test_patch_embedding_multiplies_on_the_matrix_units_and_stores_16_bytes(repo
             assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, (r["arch"], r["name"], r["counts"])
 
 
+def test_cross_attention_keeps_the_tensor_cores_fed(reports):
+    """On sm_90 wgmma, with the softmax's weights from registers, and K and V by TMA; 16-byte copies where there is none."""
+    products = [r for r in reports if r["op"].startswith("cross_attention") and not r["name"].startswith(("merge", "delta"))]
+    assert {r["op"] for r in products} == {"cross_attention", "cross_attention_dq", "cross_attention_dkdv"}
+    for r in products:
+        few = " 16x" in r["name"]  # rows: too few for wgmma and tcgen05
+        unit = "v_mfma" if r["arch"] == "gfx942" else "HMMA" if few or " 32x" in r["name"] else {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(r["arch"], "HMMA")
+        assert any(k.startswith(unit) or k.startswith("HGMMA") or k.startswith("UTCHMMA") for k in r["counts"]), (r["arch"], r["name"], r["counts"])
+        if " tma" in r["name"]:
+            assert r["counts"].get("UTMALDG"), (r["arch"], r["name"])
+            assert r["arch"] != "sm_90" or r["counts"].get("HGMMA from registers"), r["name"]
+        elif r["arch"].startswith("sm_"):
+            assert r["counts"].get("LDGSTS.128") or r["counts"].get("LDG.128"), (r["arch"], r["name"])
+    base = [r for r in products if r["arch"] == "sm_90" and " tma" in r["name"] and " d128 " in r["name"]]
+    assert {r["op"] for r in base} == {r["op"] for r in products}
+
+
 def test_wide_stores(reports):
     for r in reports:
         if r["op"] == "nf4_dequantize" and r["arch"].startswith("sm_"):
@@ -131,3 +154,4 @@ def test_every_launch_binds_and_compiles():
     assert {k for k in kernels if k.endswith("_kernel")} == set(found["launched"])
     assert found["compiled by other token counts"] == 0
     assert found["compiled by other image counts"] == 0
+    assert found["compiled by other texts and encoder tokens"] == 0

@@ -1,6 +1,11 @@
 """The fused ops, each with its eager reference (<op>_ref) and its cost (<op>_cost)."""
 
 from fastfuse.ops._scratch import freeing_scratch as freeing_scratch
+from fastfuse.ops.cross_attention import cross_attention as cross_attention
+from fastfuse.ops.cross_attention import cross_attention_bwd_cost as cross_attention_bwd_cost
+from fastfuse.ops.cross_attention import cross_attention_cost as cross_attention_cost
+from fastfuse.ops.cross_attention import cross_attention_ref as cross_attention_ref
+from fastfuse.ops.encoder_mask import EncoderMask as EncoderMask
 from fastfuse.ops.lora_row_norms import lora_row_norms as lora_row_norms
 from fastfuse.ops.lora_row_norms import lora_row_norms_cost as lora_row_norms_cost
 from fastfuse.ops.lora_row_norms import lora_row_norms_ref as lora_row_norms_ref
@@ -23,3 +28,7 @@ from fastfuse.ops.patch_embed import patch_embed as patch_embed
 from fastfuse.ops.patch_embed import patch_embed_bwd_cost as patch_embed_bwd_cost
 from fastfuse.ops.patch_embed import patch_embed_cost as patch_embed_cost
 from fastfuse.ops.patch_embed import patch_embed_ref as patch_embed_ref
+from fastfuse.ops.static_kv_cache import StaticKVCache as StaticKVCache
+from fastfuse.ops.static_kv_cache import cross_attention_decode as cross_attention_decode
+from fastfuse.ops.static_kv_cache import cross_attention_decode_cost as cross_attention_decode_cost
+from fastfuse.ops.static_kv_cache import cross_attention_decode_ref as cross_attention_decode_ref

@@ -125,21 +125,21 @@ def fused_op(name: str, reference: Callable, cpu: Callable | None = None) -> Cal
         def on_cpu(*args):
             return (launch if args[-1] else cpu or reference)(*args)
 
-        op = torch.library.custom_op(f"fastfuse::{name}", _no_autocast(_on_device(launch)), mutates_args=(), device_types="cuda")
-        op.register_kernel("cpu")(_no_autocast(on_cpu))
+        op = torch.library.custom_op(f"fastfuse::{name}", no_autocast(_on_device(launch)), mutates_args=(), device_types="cuda")
+        op.register_kernel("cpu")(no_autocast(on_cpu))
         op.register_fake(reference)
         return op
 
     return register
 
 
-def _no_autocast(kernel: Callable) -> Callable:
+def no_autocast(kernel: Callable) -> Callable:
     """Dtypes were settled by the public function: autocast must not reach the matrix products inside."""
 
     @functools.wraps(kernel)
     def run(x, *args):
         device = _lead(x).device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return kernel(x, *args)
         with torch.autocast(device, enabled=False):
             return kernel(x, *args)

@@ -1,0 +1,480 @@
+"""Which encoder tokens each text token may see: built once for a forward, shared by its cross-attention layers and by their backward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
+from fastfuse.ops._op import HAS_TRITON, fused_op, route
+
+if HAS_TRITON:
+    from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_mask_kernel, pack_tiles_kernel
+
+COLUMNS = 128  # of a column block
+KINDS = ("auto", "interval", "bits")
+_WORD = 32
+
+
+class Blocks(NamedTuple):
+    """Which blocks of COLUMNS columns and of `tokens` text tokens meet, listed both ways, int32.
+
+    A pair is full where every row that sees anything at all sees all of the columns, and some row does: no mask is needed inside of it, as
+    what is computed for rows that see nothing is thrown away. Lists have the full ones first, each group ascending; 0 follows.
+    """
+
+    cols: Tensor  # [b, NQ, NK]: the column blocks that some row of a token block sees
+    cols_n: Tensor  # [b, NQ, 2]: how many of them are full, how many there are
+    toks: Tensor  # [b, NK, NQ]: the token blocks that see some column of a column block
+    toks_n: Tensor  # [b, NK, 2]
+
+
+class EncoderMask:
+    """The mask [b, s, s_e] of cross-attention, as an interval of columns for each row or as a bit for each column.
+
+    kind "interval": rows int32 [b, s, 2], row t sees columns lo <= n < hi, (0, 0) where it sees nothing.
+    kind "bits": rows int32 [b, s, W], W = 4 * ceil(s_e / 128), column n is bit n % 32 of word n // 32; bits past s_e are 0.
+    rows_empty: bool [b, s], the rows that see nothing. Both are contiguous. Made by the from_ constructors; never changed afterwards.
+
+    Constructors with kind="auto" look where that costs nothing, on a CPU, and take intervals where every row is one; else bits, without a wait.
+    """
+
+    def __init__(self, kind: str, rows: Tensor, rows_empty: Tensor, s_e: int):
+        self.kind, self.rows, self.rows_empty, self.s_e = kind, rows, rows_empty, s_e
+        self._blocks: dict[int, Blocks] = {}
+        self._filled: EncoderMask | None = None
+
+    @classmethod
+    def from_dense(cls, mask: Tensor, *, kind: str = "auto") -> "EncoderMask":
+        """mask: bool [b, s, s_e], True where text token t sees encoder token n; any strides. Reads it once.
+
+        Raises ValueError for another dtype or shape, and with kind="interval" for a row that is not one interval, which on a GPU fails an
+        assertion of the device instead.
+        """
+        op = "EncoderMask.from_dense"
+        _check_kind(op, kind)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where a token is seen")
+        if mask.dim() != 3:
+            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected [b, s, s_e]")
+        bits, rows_empty = _run("pack_mask", _pack_mask, _pack_mask_ref, mask)
+        if kind == "interval" or (kind == "auto" and values_are_at_hand(mask)):
+            rows, single = _intervals_of_bits(bits)
+            if _all_single(op, "mask", kind, single):
+                return cls("interval", rows, rows_empty, mask.shape[2])
+        return cls("bits", bits, rows_empty, mask.shape[2])
+
+    @classmethod
+    def from_tiles(cls, visible: Tensor, tokens_per_tile: int, *, kind: str = "auto") -> "EncoderMask":
+        """visible: bool or integer [b, s, n_img, n_tiles], nonzero where text token t sees a tile, as transformers' Mllama has it.
+
+        Tile j of image i is columns (i * n_tiles + j) * tokens_per_tile onwards. Raises as from_dense.
+        """
+        op = "EncoderMask.from_tiles"
+        _check_kind(op, kind)
+        _check_integers(op, "visible", visible, 4, "[b, s, n_img, n_tiles]", allow_bool=True)
+        _check_count(op, "tokens_per_tile", tokens_per_tile, 1)
+        flags = visible.flatten(2) != 0
+        s_e = flags.shape[2] * tokens_per_tile
+        if kind == "interval" or (kind == "auto" and values_are_at_hand(visible)):
+            first = torch.arange(flags.shape[2], dtype=torch.int32, device=flags.device) * tokens_per_tile
+            rows, single = _intervals(flags, first, first + tokens_per_tile, tokens_per_tile)
+            if _all_single(op, "visible", kind, single):
+                return cls("interval", rows, ~flags.any(-1), s_e)
+        bits, rows_empty = _run("pack_tiles", _pack_tiles, _pack_tiles_ref, flags, tokens_per_tile)
+        return cls("bits", bits, rows_empty, s_e)
+
+    @classmethod
+    def from_intervals(cls, intervals: Tensor, s_e: int) -> "EncoderMask":
+        """intervals: integer [b, s, 2], text token t sees columns lo <= n < hi; nothing where lo >= hi.
+
+        Raises ValueError for a bound outside 0 to s_e, which on a GPU fails an assertion of the device instead.
+        """
+        op = "EncoderMask.from_intervals"
+        _check_integers(op, "intervals", intervals, 3, "[b, s, 2]")
+        if intervals.shape[2] != 2:
+            raise ValueError(f"{op}: intervals has shape {tuple(intervals.shape)}, expected [b, s, 2]")
+        _check_count(op, "s_e", s_e, 0)
+        _check_range(op, "intervals", intervals, s_e, "s_e")
+        rows_empty = intervals[..., 0] >= intervals[..., 1]
+        rows = torch.where(rows_empty[..., None], 0, intervals).to(torch.int32)
+        return cls("interval", rows.contiguous(), rows_empty.contiguous(), s_e)
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, image_token_id: int, tiles: Tensor, n_tiles: int, tokens_per_tile: int, *, kind: str = "auto") -> "EncoderMask":
+        """The rule of torchtune and Meta: text sees the images whose tokens come right before it (https://arxiv.org/abs/2407.21783).
+
+        tokens: integer [b, s], the i-th image_token_id of a row is image i; tiles: integer [b, n_img], how many tiles of each image are real,
+        0 for no image. Image i has columns i * n_tiles * tokens_per_tile onwards and is seen, its real tiles alone, from its token up to the
+        next image token that does not follow directly on one. Raises as from_dense, and ValueError for a row with more image tokens than
+        n_img and for tiles outside 0 to n_tiles; on a GPU these fail an assertion of the device instead.
+        """
+        op = "EncoderMask.from_tokens"
+        _check_kind(op, kind)
+        _check_integers(op, "tokens", tokens, 2, "[b, s]")
+        _check_integers(op, "tiles", tiles, 2, "[b, n_img]")
+        _check_count(op, "n_tiles", n_tiles, 1)
+        _check_count(op, "tokens_per_tile", tokens_per_tile, 1)
+        if tiles.shape[0] != tokens.shape[0]:
+            raise ValueError(f"{op}: tokens has {tokens.shape[0]} rows, tiles {tiles.shape[0]}")
+        if tiles.device != tokens.device:
+            raise ValueError(f"{op}: tokens is on {tokens.device}, tiles on {tiles.device}")
+        _check_range(op, "tiles", tiles, n_tiles, "n_tiles")
+        is_image = tokens == image_token_id
+        n, n_img = is_image.sum(1), tiles.shape[1]
+        if not values_are_at_hand(tokens):
+            assert_on_device((n <= n_img).all(), f"{op}: tokens has more image tokens in a row than the {n_img} images of tiles")
+        elif (n > n_img).any():
+            raise ValueError(f"{op}: tokens has {int(n.max())} image tokens in a row, tiles has {n_img} images")
+        past = is_image.cumsum(1)  # one past the last image that has begun
+        begins = is_image.clone()
+        begins[:, 1:] &= ~is_image[:, :-1]
+        first = torch.where(begins, past - 1, 0).cummax(1).values if tokens.shape[1] else past
+        image = torch.arange(n_img, device=tokens.device)
+        seen = (first[..., None] <= image) & (image < past[..., None])
+        real = torch.arange(n_tiles, device=tokens.device) < tiles[..., None]
+        return cls.from_tiles(seen[..., None] & real[:, None], tokens_per_tile, kind=kind)
+
+    @staticmethod
+    def cat(masks: Sequence["EncoderMask"]) -> "EncoderMask":
+        """The masks one after the other along the batch; bits where their kinds differ. Raises ValueError where s, s_e or devices do."""
+        op = "EncoderMask.cat"
+        masks = list(masks)
+        if not masks:
+            raise ValueError(f"{op}: masks is empty, expected one or more")
+        head = masks[0]
+        for m in masks[1:]:
+            if m.shape[1:] != head.shape[1:]:
+                raise ValueError(f"{op}: masks have (s, s_e) {head.shape[1:]} and {m.shape[1:]}")
+            if m.device != head.device:
+                raise ValueError(f"{op}: masks are on {head.device} and {m.device}")
+        kind = head.kind if all(m.kind == head.kind for m in masks) else "bits"
+        rows = torch.cat([m.rows if m.kind == kind else _bits_of_intervals(m.rows[..., 0], m.rows[..., 1], m.s_e) for m in masks])
+        return EncoderMask(kind, rows, torch.cat([m.rows_empty for m in masks]), head.s_e)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(b, s, s_e)"""
+        return self.rows.shape[0], self.rows.shape[1], self.s_e
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def blocks(self, tokens: int) -> Blocks:
+        """The block lists for token blocks of `tokens` rows, made at the first call. NQ = ceil(s / tokens), NK = ceil(s_e / 128)."""
+        found = self._blocks.get(tokens)
+        if found is None:
+            _check_count("EncoderMask.blocks", "tokens", tokens, 1)
+            args = (self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits")
+            found = Blocks(*_run("mask_blocks", _mask_blocks, _mask_blocks_ref, *args))
+            self._blocks[tokens] = found
+        return found
+
+    def filled(self, length: int | Tensor | None = None) -> "EncoderMask":
+        """Rows that see nothing see columns < length instead, all of them where None. length: a number, or an integer tensor () or [b].
+
+        Made once where length is None. Raises ValueError for a length outside 0 to s_e; a tensor on a GPU fails an assertion of the device instead.
+        """
+        if length is None:
+            if self._filled is None:
+                self._filled = self._fill(self.s_e)
+            return self._filled
+        op = "EncoderMask.filled"
+        if isinstance(length, Tensor):
+            _check_integers(op, "length", length, length.dim(), "() or [b]")
+            if length.shape not in ((), (self.shape[0],)):
+                raise ValueError(f"{op}: length has shape {tuple(length.shape)}, expected () or {(self.shape[0],)}")
+            if length.device != self.device:
+                raise ValueError(f"{op}: length is on {length.device}, the mask on {self.device}")
+            _check_range(op, "length", length, self.s_e, "s_e")
+        else:
+            _check_count(op, "length", length, 0)
+            if length > self.s_e:
+                raise ValueError(f"{op}: length is {length}, the mask has {self.s_e} columns")
+        return self._fill(length)
+
+    def _fill(self, length: int | Tensor) -> "EncoderMask":
+        if not isinstance(length, Tensor):  # made on the device, not copied there
+            length = torch.full((), length, dtype=torch.int32, device=self.device)
+        length = length.view(-1, 1)
+        low = torch.zeros_like(length)
+        row = torch.stack([low, length], -1) if self.kind == "interval" else _bits_of_intervals(low, length, self.s_e)
+        rows = torch.where(self.rows_empty[..., None], row.to(torch.int32), self.rows)
+        return EncoderMask(self.kind, rows, self.rows_empty & (length == 0), self.s_e)
+
+    def last_row(self) -> "EncoderMask":
+        """[b, 1, s_e]: what the tokens that are generated next see. Raises ValueError where there is no row."""
+        if self.shape[1] == 0:
+            raise ValueError(f"EncoderMask.last_row: the mask has shape {self.shape}, no row")
+        return self.narrow(self.shape[1] - 1, 1)
+
+    def narrow(self, start: int, length: int) -> "EncoderMask":
+        """Rows start to start + length, in memory of their own. Raises ValueError where there are fewer."""
+        if start < 0 or length < 0 or start + length > self.shape[1]:
+            raise ValueError(f"EncoderMask.narrow: rows {start} to {start + length} of a mask of {self.shape[1]}")
+        # A view would keep all rows alive, and where b is 1 start at an address that no wide load can read.
+        rows, rows_empty = (t.narrow(1, start, length).clone(memory_format=torch.contiguous_format) for t in (self.rows, self.rows_empty))
+        return EncoderMask(self.kind, rows, rows_empty, self.s_e)
+
+    def extended(self, s: int) -> "EncoderMask":
+        """s rows, the last one repeated. Raises ValueError where there are more already, or none."""
+        b, have, _ = self.shape
+        if s < have or (have == 0 and s > 0):
+            raise ValueError(f"EncoderMask.extended: s is {s}, the mask has {have} rows")
+        rows, rows_empty = (torch.cat([t, t[:, -1:].expand(b, s - have, *t.shape[2:])], 1) for t in (self.rows, self.rows_empty))
+        return EncoderMask(self.kind, rows, rows_empty, self.s_e)
+
+    def widened(self, s_e: int) -> "EncoderMask":
+        """s_e columns, nobody sees the new ones. Raises ValueError where there are more already."""
+        if s_e < self.s_e:
+            raise ValueError(f"EncoderMask.widened: s_e is {s_e}, the mask has {self.s_e} columns")
+        rows = _padded(self.rows, 2, _words(s_e)) if self.kind == "bits" else self.rows
+        return EncoderMask(self.kind, rows, self.rows_empty, s_e)
+
+    @property
+    def visible_fraction(self) -> float:
+        """Visible pairs of all b * s * s_e, 0 where there are none. Waits for the device."""
+        pairs = self.rows_empty.numel() * self.s_e
+        n = _ones(self.rows).sum() if self.kind == "bits" else (self.rows[..., 1] - self.rows[..., 0]).sum()
+        return n.item() / pairs if pairs else 0.0
+
+    def to_dense(self) -> Tensor:
+        """bool [b, s, s_e], True where text token t sees encoder token n."""
+        n = torch.arange(self.s_e, dtype=torch.int32, device=self.device)
+        if self.kind == "interval":
+            return (self.rows[..., :1] <= n) & (n < self.rows[..., 1:])
+        return (self.rows[..., n // _WORD] >> (n % _WORD)) & 1 != 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "EncoderMask":
+        """The mask on a device; itself where it is there already."""
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        return self if rows is self.rows else EncoderMask(self.kind, rows, self.rows_empty.to(device, non_blocking=non_blocking), self.s_e)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kind": self.kind, "rows": self.rows, "rows_empty": self.rows_empty, "s_e": self.s_e}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __repr__(self) -> str:
+        return f"EncoderMask({self.kind}, shape={self.shape}, device={str(self.device)!r})"
+
+
+def _run(name: str, op: Callable, reference: Callable, x: Tensor, *args):
+    """The op by the backend in force."""
+    chosen = route(name, x, None)
+    return reference(x, *args, False) if chosen == "reference" else op(x, *args, chosen == "interpreter")
+
+
+def _check_kind(op: str, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind is {kind!r}, not one of {', '.join(KINDS)}")
+
+
+def _check_integers(op: str, name: str, t: Tensor, dims: int, shape: str, allow_bool: bool = False) -> None:
+    if t.is_floating_point() or t.is_complex() or (t.dtype == torch.bool and not allow_bool):
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected {'bool or integers' if allow_bool else 'integers'}")
+    if t.dim() != dims:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")
+
+
+def _check_count(op: str, name: str, n: int, least: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is a {type(n).__name__}, expected a whole number")
+    if n < least:
+        raise ValueError(f"{op}: {name} is {n}, expected {least} or more")
+
+
+def _check_range(op: str, name: str, t: Tensor, most: int, what: str) -> None:
+    """ValueError for a value outside 0 to most, where values are at hand; an assertion on the device where they are not."""
+    t = t.long()  # most may be more than t's dtype holds
+    fits = (t >= 0) & (t <= most)
+    if not values_are_at_hand(t):
+        assert_on_device(fits.all(), f"{op}: {name} has a value outside 0 to {what}")
+    elif not fits.all():
+        raise ValueError(f"{op}: {name} has {t[~fits][0].item()}, expected 0 to {what}, which is {most}")
+
+
+def _all_single(op: str, name: str, kind: str, single: Tensor) -> bool:
+    """Whether rows may be held as intervals; with kind="interval" an error where they may not."""
+    if not values_are_at_hand(single):
+        assert_on_device(single.all(), f"{op}: kind is 'interval', a row of {name} is not one interval")
+        return True
+    if single.all():
+        return True
+    if kind == "interval":
+        raise ValueError(f"{op}: kind is 'interval', row {tuple((~single).nonzero()[0].tolist())} of {name} is not one interval")
+    return False
+
+
+def _words(s_e: int) -> int:
+    """Words of a row of bits: whole column blocks of them."""
+    return COLUMNS // _WORD * ((s_e + COLUMNS - 1) // COLUMNS)
+
+
+def _ones(words: Tensor) -> Tensor:
+    """How many bits of each int32 are set."""
+    x = words - ((words >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+def _word_starts(s_e: int, device: torch.device) -> Tensor:
+    return torch.arange(_words(s_e), device=device) * _WORD
+
+
+def _span(lo: Tensor, hi: Tensor, start: Tensor) -> Tensor:
+    """Words whose first column is `start`, with the bits of columns lo <= n < hi: int64 [...] -> int32."""
+    past, before = (torch.bitwise_left_shift(1, (bound - start).clamp(0, _WORD)) for bound in (hi, lo))
+    return (past - before).to(torch.int32)
+
+
+def _bits_of_intervals(lo: Tensor, hi: Tensor, s_e: int) -> Tensor:
+    """int [...] twice -> int32 [..., W]"""
+    return _span(lo[..., None], hi[..., None], _word_starts(s_e, lo.device))
+
+
+def _intervals(seen: Tensor, first: Tensor, past: Tensor, n: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Each row's interval int32 [b, s, 2], and whether it has no hole, bool [b, s].
+
+    seen: bool [b, s, parts], which parts of a row hold visible columns: n of them, from column `first` up to `past`.
+    """
+    if seen.shape[2] == 0:
+        return torch.zeros((*seen.shape[:2], 2), dtype=torch.int32, device=seen.device), torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
+    hi = torch.where(seen, past, 0).amax(-1)
+    lo = torch.minimum(torch.where(seen, first, torch.iinfo(torch.int32).max).amin(-1), hi)
+    return torch.stack([lo, hi], -1).to(torch.int32), torch.where(seen, n, 0).sum(-1) == hi - lo
+
+
+def _intervals_of_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
+    start = torch.arange(bits.shape[2], dtype=torch.int32, device=bits.device) * _WORD
+    filled = bits  # every bit up to the highest one that is set
+    for shift in (1, 2, 4, 8, 16):
+        filled = filled | (filled >> shift)
+    return _intervals(bits != 0, start + _ones((bits & -bits) - 1), start + _ones(filled), _ones(bits))
+
+
+def _padded(t: Tensor, dim: int, size: int) -> Tensor:
+    """t in memory of its own, zeros behind it. Assigned to a part of zeros, a t of that size already would need a graph of its own."""
+    shape = list(t.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([t, t.new_zeros(shape)], dim)
+
+
+def _pack_mask_ref(mask: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
+    b, s, s_e = mask.shape
+    flags = _padded(mask.view(torch.uint8) != 0, 2, _words(s_e) * _WORD)  # a byte that was made a bool need not be 1
+    flags = flags.view(torch.uint8).view(b, s, _words(s_e), _WORD)
+    # Eight flags at a time: the product adds flag i of each eight, bit 8 i, at bit 56 + i, and no two of the others meet.
+    octets = flags.view(torch.int64).mul_(0x0102040810204080).bitwise_right_shift_(56)
+    bits = octets.to(torch.uint8).view(torch.int32).squeeze(-1)
+    return bits, ~(bits != 0).any(-1)
+
+
+_PACK_ROWS, _PACK_WORDS = 8, 16  # of pack_mask_kernel: 32 flags a thread
+
+
+@fused_op("pack_mask", reference=_pack_mask_ref)
+def _pack_mask(mask: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
+    """mask: bool [b, s, s_e], any strides -> (bits int32 [b, s, W], rows that see nothing, bool [b, s])."""
+    b, s, s_e = mask.shape
+    bits = torch.empty((b, s, _words(s_e)), dtype=torch.int32, device=mask.device)
+    rows_empty = torch.empty((b, s), dtype=torch.bool, device=mask.device)
+    if b * s:
+        together = mask.stride(2) == 1 and all(n % 4 == 0 for n in (s_e, *mask.stride()[:2], mask.storage_offset()))
+        flags = mask.view(torch.int32 if together else torch.uint8)
+        pack_mask_kernel[(-(-s // _PACK_ROWS), b)](
+            flags, bits, rows_empty, *flags.stride(), s, flags.shape[2], bits.shape[2] // 4,
+            FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS,
+        )  # fmt: skip
+    return bits, rows_empty
+
+
+def _tiles_in_a_word(tokens_per_tile: int) -> int:
+    """How many tiles a word's 32 columns can touch."""
+    return (_WORD - 2) // tokens_per_tile + 2
+
+
+def _pack_tiles_ref(visible: Tensor, tokens_per_tile: int, interpret: bool) -> tuple[Tensor, Tensor]:
+    b, s, n_tiles = visible.shape
+    s_e = n_tiles * tokens_per_tile
+    start = _word_starts(s_e, visible.device)
+    bits = torch.zeros((b, s, _words(s_e)), dtype=torch.int32, device=visible.device)
+    for i in range(_tiles_in_a_word(tokens_per_tile) if n_tiles else 0):
+        tile = start // tokens_per_tile + i
+        lo, hi = (tile * tokens_per_tile).clamp(max=s_e), ((tile + 1) * tokens_per_tile).clamp(max=s_e)
+        bits |= torch.where(visible[..., tile.clamp(max=n_tiles - 1)], _span(lo, hi, start), 0)
+    return bits, ~visible.any(-1)
+
+
+_TILES_ROWS, _TILES_WORDS = 16, 128  # of pack_tiles_kernel: 16 words a thread
+
+
+@fused_op("pack_tiles", reference=_pack_tiles_ref)
+def _pack_tiles(visible: Tensor, tokens_per_tile: int, interpret: bool) -> tuple[Tensor, Tensor]:
+    """visible: bool [b, s, tiles] -> as _pack_mask, s_e = tiles * tokens_per_tile. Nothing of [b, s, s_e] is made."""
+    b, s, n_tiles = visible.shape
+    bits = torch.empty((b, s, _words(n_tiles * tokens_per_tile)), dtype=torch.int32, device=visible.device)
+    rows_empty = torch.empty((b, s), dtype=torch.bool, device=visible.device)
+    if b * s:
+        grid = (-(-s // _TILES_ROWS), b)
+        pack_tiles_kernel[grid](
+            visible.contiguous().view(torch.uint8), bits, rows_empty, s, n_tiles, tokens_per_tile, bits.shape[2] // 4,
+            TILES_IN_A_WORD=_tiles_in_a_word(tokens_per_tile), BLOCK_S=_TILES_ROWS, BLOCK_W=_TILES_WORDS,
+        )  # fmt: skip
+    return bits, rows_empty
+
+
+def _mask_blocks_ref(rows: Tensor, rows_empty: Tensor, s_e: int, tokens: int, bits: bool, interpret: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, s = rows_empty.shape
+    nq, nk = _block_counts(s, s_e, tokens)
+    if bits:
+        words = rows.reshape(b, s, nk, COLUMNS // _WORD)
+        some, every = (words != 0).any(-1), (words == -1).all(-1)
+    else:
+        start, (lo, hi) = torch.arange(nk, device=rows.device) * COLUMNS, (rows[..., i, None] for i in range(2))
+        some, every = (lo < start + COLUMNS) & (hi > start), (lo <= start) & (hi >= start + COLUMNS)
+    # Rows past s see nothing. Those that do have no say in what is full.
+    of_rows = _padded(torch.stack([some, ~(every | rows_empty[..., None])]), 2, nq * tokens)
+    some, cut = of_rows.view(2, b, nq, tokens, nk).any(3)
+    states = some.to(torch.uint8) + (some & ~cut).to(torch.uint8)
+    return *_listed(states), *_listed(states.mT.clone(memory_format=torch.contiguous_format))
+
+
+def _listed(states: Tensor) -> tuple[Tensor, Tensor]:
+    """states [b, lists, N], 0 none, 1 partial, 2 full -> (list int32 [b, lists, N], counts [b, lists, 2])."""
+    order = states.sort(dim=-1, descending=True, stable=True).indices
+    n = torch.stack([(states == 2).sum(-1), (states != 0).sum(-1)], -1)
+    listed = torch.where(torch.arange(states.shape[-1], device=states.device) < n[..., 1:], order, 0)
+    return listed.to(torch.int32), n.to(torch.int32)
+
+
+def _block_counts(s: int, s_e: int, tokens: int) -> tuple[int, int]:
+    """(NQ, NK)"""
+    return (s + tokens - 1) // tokens, (s_e + COLUMNS - 1) // COLUMNS
+
+
+_STATE_ROWS, _STATE_BLOCKS = 32, 32  # of block_states_kernel: 32 words a thread
+_LIST_BLOCK = 256  # of block_list_kernel
+
+
+@fused_op("mask_blocks", reference=_mask_blocks_ref)
+def _mask_blocks(rows: Tensor, rows_empty: Tensor, s_e: int, tokens: int, bits: bool, interpret: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Blocks. rows, rows_empty: those of an EncoderMask; bits: its kind."""
+    b, s = rows_empty.shape
+    nq, nk = _block_counts(s, s_e, tokens)
+    like = {"dtype": torch.int32, "device": rows.device}
+    if not b * nq * nk:
+        return tuple(torch.zeros((b, *shape), **like) for shape in ((nq, nk), (nq, 2), (nk, nq), (nk, 2)))
+    states = torch.empty((b, nq, nk), dtype=torch.int8, device=rows.device)
+    block = min(_STATE_ROWS, 1 << (tokens - 1).bit_length())
+    grid = (nq, -(-nk // _STATE_BLOCKS), b)
+    block_states_kernel[grid](rows.contiguous(), rows_empty.contiguous(), states, s, tokens, nk, BITS=bits, BLOCK_S=block, BLOCK_K=_STATE_BLOCKS)
+    found = []
+    for lists, n, strides in ((nq, nk, (nk, 1)), (nk, nq, (1, nk))):
+        listed, counts = torch.empty((b, lists, n), **like), torch.empty((b, lists, 2), **like)
+        block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=_LIST_BLOCK)
+        found += [listed, counts]
+    return tuple(found)

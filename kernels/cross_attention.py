@@ -1,0 +1,360 @@
+"""Attention of text over encoder tokens: softmax(scale q k^T) v where a mask lets it.
+
+BLOCK_M rows are tokens and query heads of one key head: row r is token t0 + r // GP and head r % GP of its group, GP the group's G heads
+rounded up to a power of two. Encoder tokens go by BLOCK_N at a time. lse and delta lie as [b * key heads, s, GP], a block's rows side
+by side. Logarithms are base 2 inside, natural outside. What the kernels share travels in tuples:
+    shape = (s, s_e, masks), masks: b, or 1 that serves all
+    strides = a (of a batch row, of a head, of a token) for each of a kernel's tensors; k and v are pointers, or with TMA descriptors of [b, key heads, s_e, D]
+    scale = that of the scores times log2(e)
+    mask, KIND 0: (lengths [b] or None: all of s_e,);  1: (rows [masks, s, 2] of lo, hi);  2: (rows [masks, s, W] of bits, 32 a word);
+           then rows_empty [masks, s], and lists of blocks with how many are full, how many there are, a block being 128 columns or LISTED tokens
+"""
+
+import triton
+import triton.language as tl
+
+COLUMNS = tl.constexpr(128)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows_of(x_ptr, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(pointers, mask) of rows [BLOCK_M, BLOCK_D] of q, o or their gradients, `head` the first of the group."""
+    r, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    start = x_ptr + b.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1] + t0.to(tl.int64) * stride[2]
+    mask = (t0 + r // GP < s) & (r % GP < G)
+    return start + (r // GP * stride[2] + r % GP * stride[1])[:, None] + d[None, :], mask[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def _columns_of(x, stride, b, head, n0, end, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, TMA: tl.constexpr):
+    """k or v [BLOCK_N, BLOCK_D] from column n0 on; with CUT columns from `end` on are not read and 0, as past s_e they are with TMA."""
+    if TMA:
+        return x.load([b, head, n0, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        start = x + b.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1] + n0.to(tl.int64) * stride[2]
+        mask = (d < D)[None, :]
+        if CUT:
+            mask = mask & (n0 + n < end)[:, None]
+        return tl.load(start + (n * stride[2])[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _across(rows, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return rows[None, :]
+    else:
+        return rows[:, None]
+
+
+@triton.jit
+def _intervals(mask, b, t, ok, shape, KIND: tl.constexpr):
+    """(lo, hi) of each row's tokens; nothing where the mask is of another kind."""
+    if KIND == 1:
+        at = mask[0] + ((b % shape[2]).to(tl.int64) * shape[0] + t) * 2
+        return tl.load(at, mask=ok, other=0), tl.load(at + 1, mask=ok, other=0)
+    else:
+        return t * 0, t * 0
+
+
+@triton.jit
+def _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """bool [rows, BLOCK_N], or transposed: which columns from n0 on each row sees."""
+    n = tl.arange(0, BLOCK_N)
+    columns = _across(n, not TRANSPOSED)
+    if KIND == 0:
+        return (n0 + columns < end) & _across(ok, TRANSPOSED)
+    elif KIND == 1:
+        return (n0 + columns >= _across(lo, TRANSPOSED)) & (n0 + columns < _across(hi, TRANSPOSED))
+    else:
+        words = (shape[1] + COLUMNS - 1) // COLUMNS * (COLUMNS // 32)
+        at = mask[0] + ((b % shape[2]).to(tl.int64) * shape[0] + t) * words + n0 // 32
+        word = _across(tl.load(at, mask=ok, other=0), TRANSPOSED)
+        for i in tl.static_range(1, BLOCK_N // 32):
+            word = tl.where(columns >= 32 * i, _across(tl.load(at + i, mask=ok, other=0), TRANSPOSED), word)
+        if BLOCK_N < 32:
+            columns += n0 % 32
+        return ((word >> (columns % 32)) & 1) != 0
+
+
+@triton.jit
+def _blocks(list_ptr, counts_ptr, at, PARTS: tl.constexpr):
+    """(full blocks, blocks) of the list at `at`, in parts of which PARTS make a block."""
+    return tl.load(counts_ptr + at * 2) * PARTS, tl.load(counts_ptr + at * 2 + 1) * PARTS
+
+
+@triton.jit
+def _token(list_ptr, j, tokens: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr):
+    """The first token of the j-th part."""
+    j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
+    if KIND == 0:
+        return j * tokens
+    else:
+        parts: tl.constexpr = LISTED // tokens
+        return tl.load(list_ptr + j // parts) * LISTED + j % parts * tokens
+
+
+@triton.jit
+def _column(list_ptr, j, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
+    """The first column of the j-th part."""
+    j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
+    if KIND == 0:
+        return j * BLOCK_N
+    else:
+        parts: tl.constexpr = COLUMNS // BLOCK_N
+        return tl.multiple_of(tl.load(list_ptr + j // parts) * COLUMNS + j % parts * BLOCK_N, BLOCK_N)
+
+
+@triton.jit
+def _column_lists(mask, b, t0, shape, BLOCK_N: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr):
+    """(list, full parts, parts, where columns end) of the token block at t0."""
+    if KIND == 0:
+        end = shape[1]
+        if mask[0] is not None:
+            end = tl.minimum(tl.load(mask[0] + b), end)
+        return 0, end // BLOCK_N, tl.cdiv(end, BLOCK_N), end
+    else:
+        at = (b % shape[2]) * tl.cdiv(shape[0], LISTED) + t0 // LISTED
+        full, every = _blocks(mask[2], mask[3], at, COLUMNS // BLOCK_N)
+        return mask[2] + at.to(tl.int64) * tl.cdiv(shape[1], COLUMNS), full, every, shape[1]
+
+
+@triton.jit
+def _softmax_step(scores, v, m, total, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """One block more: scores [rows, columns], base 2. CAREFUL where a row may have seen nothing yet."""
+    new = tl.maximum(m, tl.max(scores, 1))
+    base = new
+    if CAREFUL:
+        base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.math.exp2(scores - base[:, None])
+    shrink = tl.math.exp2(m - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new, total, acc
+
+
+@triton.jit(do_not_specialize=["s", "s_e", "masks", "splits"])
+def cross_attention_fwd_kernel(
+    q_ptr, k, v, o_ptr, lse_ptr, mask, strides, s, s_e, key_heads, masks, scale, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """o and lse = log2(sum(exp(scores))), strides those of q, k, v, o; of a row that sees nothing 0 and inf. Program (token block, batch row and key head, split).
+
+    With SPLIT a program takes its share of the block's columns, and writes o [splits, b * key heads, s * GP, D] and lse [splits, b * key
+    heads, s * GP] in fp32, -inf for nothing: cross_attention_merge_kernel puts them together. Full blocks come first, and
+    know no mask: rows that see nothing may gather anything there, and are cleared in the end.
+    """
+    tokens: tl.constexpr = BLOCK_M // GP
+    t0, bh = tl.program_id(0) * tokens, tl.program_id(1)
+    b, head, shape = bh // key_heads, bh % key_heads, (s, s_e, masks)
+    r = tl.arange(0, BLOCK_M)
+    t = t0 + r // GP
+    ok = t < s
+    at, inside = _rows_of(q_ptr, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    q = tl.load(at, mask=inside, other=0.0)
+    lo, hi = _intervals(mask, b, t, ok, shape, KIND)
+    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, LISTED)
+    first = 0
+    if SPLIT:
+        share = tl.cdiv(last, splits)
+        first = tl.program_id(2) * share
+        last = tl.minimum(first + share, last)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for j in tl.range(first, tl.minimum(full, last)):
+        n0 = _column(blocks, j, BLOCK_N, KIND)
+        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
+        x = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        m, total, acc = _softmax_step(scores, x, m, total, acc, False, PRECISION)
+    for j in tl.range(tl.maximum(full, first), last):
+        n0 = _column(blocks, j, BLOCK_N, KIND)
+        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
+        scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
+        x = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        m, total, acc = _softmax_step(scores, x, m, total, acc, True, PRECISION)
+    live = total > 0
+    if KIND == 1:
+        live = live & (lo < hi)
+    elif KIND == 2:
+        live = live & (tl.load(mask[1] + (b % masks).to(tl.int64) * s + t, mask=ok, other=1) == 0)
+    total = tl.where(live, total, 1.0)
+    o = tl.where(live[:, None], acc / total[:, None], 0.0)
+    row = bh.to(tl.int64) * s * GP + t0 * GP
+    if SPLIT:
+        row += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * s * GP
+        d = tl.arange(0, BLOCK_D)
+        tl.store(o_ptr + row * D + r[:, None] * D + d[None, :], o, mask=ok[:, None] & (d < D)[None, :])
+        tl.store(lse_ptr + row + r, tl.where(live, m + tl.math.log2(total), float("-inf")), mask=ok)
+    else:
+        at, inside = _rows_of(o_ptr, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+        tl.store(at, o.to(o_ptr.dtype.element_ty), mask=inside)
+        tl.store(lse_ptr + row + r, tl.where(live, m + tl.math.log2(total), float("inf")), mask=ok)
+
+
+@triton.jit(do_not_specialize=["s", "s_e", "masks", "splits"])
+def cross_attention_merge_kernel(
+    parts_ptr, part_lse_ptr, o_ptr, lse_ptr, o_stride, s, s_e, key_heads, masks, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """o and lse of all splits of cross_attention_fwd_kernel, in order. Program (token block, batch row and key head)."""
+    t0, bh = tl.program_id(0) * (BLOCK_M // GP), tl.program_id(1)
+    r, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    ok = t0 + r // GP < s
+    row = bh.to(tl.int64) * s * GP + t0 * GP
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    at = row
+    for _ in range(0, splits):
+        lse = tl.load(part_lse_ptr + at + r, mask=ok, other=float("-inf"))
+        new = tl.maximum(m, lse)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        shrink, weight = tl.math.exp2(m - base), tl.math.exp2(lse - base)
+        part = tl.load(parts_ptr + at * D + r[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        m = new
+        at += tl.num_programs(1).to(tl.int64) * s * GP
+    live = total > 0
+    total = tl.where(live, total, 1.0)
+    pointers, inside = _rows_of(o_ptr, o_stride, bh // key_heads, bh % key_heads * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    tl.store(pointers, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + row + r, tl.where(live, m + tl.math.log2(total), float("inf")), mask=ok)
+
+
+@triton.jit(do_not_specialize=["s", "s_e", "masks"])
+def cross_attention_delta_kernel(
+    o_ptr, do_ptr, dlse_ptr, delta_ptr, o_stride, do_stride, s, s_e, key_heads, masks,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(o do) - dlse of each row: what softmax's backward subtracts. Program (token block, batch row and key head)."""
+    t0, bh = tl.program_id(0) * (BLOCK_M // GP), tl.program_id(1)
+    b, head = bh // key_heads, bh % key_heads * G
+    at, inside = _rows_of(o_ptr, o_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    o = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at, inside = _rows_of(do_ptr, do_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    delta = tl.sum(o * tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)
+    r = tl.arange(0, BLOCK_M)
+    row = bh.to(tl.int64) * s * GP + t0 * GP + r
+    ok = t0 + r // GP < s
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row, mask=ok & (r % GP < G), other=0.0) * LOG2E
+    tl.store(delta_ptr + row, delta, mask=ok)
+
+
+@triton.jit
+def _dq_step(q, do, k, v, lse, delta, dq, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["s", "s_e", "masks"])
+def cross_attention_dq_kernel(
+    q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, dq_ptr, mask, strides, s, s_e, key_heads, masks, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dq = ds k, ds = p (do v^T - delta), p = exp(scores - lse): 0 for a row that sees nothing, whose lse is inf. Programs as the forward's.
+
+    strides: those of q, k, v, do, dq.
+    """
+    t0, bh = tl.program_id(0) * (BLOCK_M // GP), tl.program_id(1)
+    b, head, shape = bh // key_heads, bh % key_heads, (s, s_e, masks)
+    r = tl.arange(0, BLOCK_M)
+    t = t0 + r // GP
+    ok = t < s
+    at, inside = _rows_of(q_ptr, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    q = tl.load(at, mask=inside, other=0.0)
+    at, inside = _rows_of(do_ptr, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    do = tl.load(at, mask=inside, other=0.0)
+    row = bh.to(tl.int64) * s * GP + t0 * GP + r
+    lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
+    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
+    lo, hi = _intervals(mask, b, t, ok, shape, KIND)
+    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, LISTED)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for j in tl.range(0, full):
+        n0 = _column(blocks, j, BLOCK_N, KIND)
+        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        y = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        dq = _dq_step(q, do, x, y, lse, delta, dq, None, scale, False, PRECISION)
+    for j in tl.range(full, last):
+        n0 = _column(blocks, j, BLOCK_N, KIND)
+        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        y = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        visible = _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False)
+        dq = _dq_step(q, do, x, y, lse, delta, dq, visible, scale, True, PRECISION)
+    at, inside = _rows_of(dq_ptr, strides[4], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    tl.store(at, (dq * (scale / LOG2E)).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tokens_of(x, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """q or do [BLOCK_M, BLOCK_D] from token t0 on; with TMA x is a descriptor of [b, s, query heads, D] and G is GP."""
+    if TMA:
+        return x.load([b, t0, head, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        at, inside = _rows_of(x, stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["s", "s_e", "masks"])
+def cross_attention_dkdv_kernel(
+    q, k_ptr, v_ptr, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask, strides, s, s_e, key_heads, masks, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T do, dk = ds^T q, over all the heads of the group. Program (column block, batch row and key head), over the token blocks that see it.
+
+    strides: those of q, k, v, do, dk, dv. A column past s_e spoils its own row of dk and dv alone, which nobody stores.
+    """
+    n0, bh = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    b, head, end, shape = bh // key_heads, bh % key_heads, s_e, (s, s_e, masks)
+    k = _columns_of(k_ptr, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
+    v = _columns_of(v_ptr, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    r = tl.arange(0, BLOCK_M)
+    tokens: tl.constexpr = BLOCK_M // GP
+    rows = bh.to(tl.int64) * s * GP
+    if KIND == 0:
+        blocks, last = 0, tl.cdiv(s, tokens)
+    else:
+        at = (b % masks) * tl.cdiv(end, COLUMNS) + n0 // COLUMNS
+        blocks = mask[2] + at.to(tl.int64) * tl.cdiv(s, LISTED)
+        last = tl.load(mask[3] + at * 2 + 1) * (LISTED // tokens)
+    for j in tl.range(0, last):
+        t0 = _token(blocks, j, tokens, KIND, LISTED)
+        x = _tokens_of(q, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        y = _tokens_of(do, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        ok = r < (s - t0) * GP
+        p = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
+        lse = tl.load(lse_ptr + rows + t0 * GP + r, mask=ok, other=float("inf"))
+        p = tl.math.exp2(p - lse[None, :])
+        if KIND != 0:
+            t = t0 + r // GP
+            lo, hi = _intervals(mask, b, t, ok, shape, KIND)
+            p = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, True), p, 0.0)
+        if DV:
+            dv = tl.dot(p.to(y.dtype), y, dv, input_precision=PRECISION)
+        if DK:
+            ds = tl.dot(v, tl.trans(y), input_precision=PRECISION)
+            delta = tl.load(delta_ptr + rows + t0 * GP + r, mask=ok, other=0.0)
+            ds = p * (ds - delta[None, :])
+            dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = (n0 + n < end)[:, None] & (d < D)[None, :]
+    if DK:
+        start = dk_ptr + b.to(tl.int64) * strides[4][0] + head.to(tl.int64) * strides[4][1] + n0.to(tl.int64) * strides[4][2]
+        tl.store(start + (n * strides[4][2])[:, None] + d[None, :], (dk * (scale / LOG2E)).to(dk_ptr.dtype.element_ty), mask=inside)
+    if DV:
+        start = dv_ptr + b.to(tl.int64) * strides[5][0] + head.to(tl.int64) * strides[5][1] + n0.to(tl.int64) * strides[5][2]
+        tl.store(start + (n * strides[5][2])[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
