@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from fastfuse import tune
 from fastfuse.kernels.nf4 import BITSANDBYTES
-from fastfuse.ops.cross_attention import _cross_attention, _cross_attention_bwd, _listed
+from fastfuse.ops.cross_attention import _cross_attention, _cross_attention_bwd, listed_tokens
 from fastfuse.ops.encoder_mask import _mask_blocks, _pack_mask, _pack_tiles
 from fastfuse.ops.lora_row_norms import _nf4_row_norms
 from fastfuse.ops.low_rank import lora_grad
@@ -115,7 +115,7 @@ def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torc
         packed = body(_pack_tiles)(torch.zeros(masks, s, 2, dtype=torch.bool), s_e // 2, False) if mask == "tiles" else None
         bits, empty = packed or body(_pack_mask)(torch.zeros(masks, s, s_e, dtype=torch.bool), False)
         visible = torch.zeros(masks, s, 2, dtype=torch.int32) if mask == "interval" else bits, empty
-        blocks = body(_mask_blocks)(*visible, s_e, _listed(G), mask != "interval", False)
+        blocks = body(_mask_blocks)(*visible, s_e, listed_tokens(G), mask != "interval", False)
     o, lse = body(_cross_attention)(q, k, k, lengths, *visible, *blocks, 0.1, False)
     if lengths is None:
         for dlse, wanted in ((None, [True, True, True]), (lse, [False, False, True])):

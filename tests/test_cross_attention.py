@@ -518,7 +518,7 @@ def test_ops(case, interpret, device):
     given = Given(device, *CASES[case])
     mask = None if given.mask is None else EncoderMask.from_dense(given.mask)
     with fastfuse.backend("triton" if interpret else "auto"):
-        blocks = (None,) * 4 if mask is None or not (interpret or device == "cuda") else mask.blocks(OP["_listed"](given.heads[1]))
+        blocks = (None,) * 4 if mask is None or not (interpret or device == "cuda") else mask.blocks(OP["listed_tokens"](given.heads[1]))
     rest = (None, *((None, None) if mask is None else (mask.rows, mask.rows_empty)), *blocks, 0.25)
     checks = ("test_schema", "test_faketensor", *(("test_autograd_registration", "test_aot_dispatch_dynamic") if case == "holes" and not interpret else ()))
     torch.library.opcheck(torch.ops.fastfuse.cross_attention, (given.q, given.k, given.v, *rest, interpret), test_utils=checks)

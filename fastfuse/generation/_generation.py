@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from fastfuse.errors import InvalidArgument
 from fastfuse.modules.peft import norms_kept
+from fastfuse.modules.transformer import ready_for_steps
+from fastfuse.ops import EncoderMask
 
 
 def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, q: Tensor | None = None) -> Tensor:
@@ -88,14 +90,14 @@ def generate(
     rng: torch.Generator | None = None,
     compiled_generate_next_token: Callable | None = None,
     encoder_input: dict[str, Any] | Tensor | None = None,
-    encoder_mask: Tensor | None = None,
+    encoder_mask: Tensor | EncoderMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Extend each prompt by up to max_generated_tokens: (tokens [b, s + n] with the prompts, logits [b, n, v] of the new ones).
 
     prompt: int [s], [b, s] with shorter rows padded by pad_id on the left, or a list of 1-D tensors of any lengths, in which pad_id
     means nothing.
-    encoder_input, encoder_mask [b, s, s_e]: images, as the model's forward takes them for the prompt; new tokens see what
-    the prompt's last token sees. stop_tokens: a row that has made one of them goes on with pad_id and zero logits, and
+    encoder_input, encoder_mask [b, s, s_e], a tensor or an EncoderMask: images, as the model's forward takes them for the prompt; new
+    tokens see what the prompt's last token sees. stop_tokens: a row that has made one of them goes on with pad_id and zero logits, and
     generation ends when all have. temperature, top_k: as sample. rng: where the noise comes from.
     Works a token at a time where the model's caches are enabled (they are emptied first and left full), else over the
     whole sequence at every step; images are encoded once either way. compiled_generate_next_token: generate_next_token,
@@ -124,6 +126,7 @@ def generate(
             encoder_input = model.encoder(**encoder_input)
         model = getattr(model, "decoder", model)
         encoder_mask = _fitted(encoder_mask, encoder_input, model.encoder_max_cache_seq_len if cached else encoder_input.shape[1])
+        step_mask = _last_row(model, encoder_mask, encoder_input) if cached else None
     width = model.decoder_max_cache_seq_len if cached else total
     is_token = F.pad(is_token, (0, max_generated_tokens), value=True)
     masks = get_causal_mask_from_padding_mask(is_token, width)
@@ -140,7 +143,7 @@ def generate(
                 # A slice would have another stride at every step, and torch.compile make another graph of it.
                 x = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
                 pos, mask = positions[:, end - 1], masks[:, end - 1 : end]
-                encoder = {} if encoder_mask is None else {"encoder_mask": encoder_mask[:, -1:]}
+                encoder = {} if encoder_mask is None else {"encoder_mask": step_mask}
             else:
                 x, pos, mask = tokens, positions[:, :end], masks[:, :end, : width if cached else end]
                 encoder = {} if encoder_mask is None else {"encoder_input": encoder_input, "encoder_mask": _extended(encoder_mask, end)}
@@ -178,7 +181,7 @@ def _left_padded(prompt: Tensor | Sequence[Tensor], pad_id: int) -> tuple[Tensor
     return tokens, torch.arange(s, device=tokens.device) >= s - lengths[:, None]
 
 
-def _check_caches(model: nn.Module, b: int, total: int, encoder_mask: Tensor | None) -> None:
+def _check_caches(model: nn.Module, b: int, total: int, encoder_mask: Tensor | EncoderMask | None) -> None:
     if total > model.decoder_max_cache_seq_len:
         raise ValueError(f"prompt and max_generated_tokens are {total} tokens, decoder_max_seq_len of the caches is {model.decoder_max_cache_seq_len}")
     if encoder_mask is not None and encoder_mask.shape[2] > model.encoder_max_cache_seq_len:
@@ -188,14 +191,22 @@ def _check_caches(model: nn.Module, b: int, total: int, encoder_mask: Tensor | N
         raise ValueError(f"prompt has {b} rows, the caches are set up for a batch of {caches[0].batch_size}")
 
 
-def _fitted(mask: Tensor, encoder_input: Tensor, width: int) -> Tensor:
+def _fitted(mask: Tensor | EncoderMask, encoder_input: Tensor, width: int) -> Tensor | EncoderMask:
     """The mask as wide as the caches, whose tail nobody sees."""
     b, s_e = encoder_input.shape[:2]
     if b != mask.shape[0]:
         raise ValueError(f"encoder_input has {b} rows, the prompt has {mask.shape[0]}")
     if mask.shape[2] < s_e or mask.shape[2] > width:
         raise ValueError(f"encoder_mask has {mask.shape[2]} columns, encoder_input has {s_e} tokens")
+    if isinstance(mask, EncoderMask):
+        return mask.widened(width)
     return F.pad(mask, (0, width - mask.shape[2]), value=False if mask.dtype == torch.bool else -torch.inf)
+
+
+def _last_row(decoder: nn.Module, mask: Tensor | EncoderMask, x: Tensor) -> Tensor | EncoderMask:
+    """What new tokens see, [b, 1, s_e], made once for all steps; x: of the model's device and dtype."""
+    last = mask.last_row() if isinstance(mask, EncoderMask) else mask[:, -1:].contiguous()
+    return ready_for_steps(decoder, last, x)
 
 
 @contextlib.contextmanager
@@ -211,8 +222,10 @@ def _logits_of(decoder: nn.Module) -> Iterator[None]:
             setattr(decoder, name, value)
 
 
-def _extended(encoder_mask: Tensor, length: int) -> Tensor:
+def _extended(encoder_mask: Tensor | EncoderMask, length: int) -> Tensor | EncoderMask:
     """[b, s, s_e] -> [b, length, s_e], the last row repeated."""
+    if isinstance(encoder_mask, EncoderMask):
+        return encoder_mask.extended(length)
     new = length - encoder_mask.shape[1]
     return torch.cat([encoder_mask, encoder_mask[:, -1:].expand(-1, new, -1)], 1) if new else encoder_mask
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastfuse.modules.attention_utils import sdpa_or_flex_attention
 from fastfuse.modules.kv_cache import KVCache
+from fastfuse.ops import EncoderMask
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,12 @@ class MultiHeadAttention(nn.Module):
             raise RuntimeError("Key value caches are not setup. Call ``setup_caches()`` first.")
         self.kv_cache.reset()
 
-    def forward(self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | EncoderMask | None = None, input_pos: Tensor | None = None) -> Tensor:
         """x: [b, s_x, embed_dim], y: [b, s_y, embed_dim], the source of keys and values (x itself for self-attention), or None
         to attend to the cache alone  ->  [b, s_x, embed_dim].
 
-        mask: [b or 1, s_x, s_k], bool (True may attend) or float (added to the scores); s_k is s_y, or the cache's length
-        where one is enabled. input_pos: int [b or 1, s_x] or [s_x], the positions of the tokens; their indices where None.
+        mask: [b or 1, s_x, s_k], bool (True may attend), float (added to the scores) or an EncoderMask; s_k is s_y, or the cache's
+        length where one is enabled. input_pos: int [b or 1, s_x] or [s_x], the positions of the tokens; their indices where None.
         Raises ValueError without y and without an enabled cache.
         """
         cache = self.kv_cache if self.cache_enabled else None
@@ -104,6 +105,8 @@ class MultiHeadAttention(nn.Module):
                 if torch.is_autocast_enabled(x.device.type):  # norms leave another dtype than projections do
                     k, v = k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype)
                 k, v = cache.update(k, v)
+        if isinstance(mask, EncoderMask) and self._attention_call is not sdpa_or_flex_attention:
+            mask = mask.to_dense()
         out = self._attention_call(
             q, k, v,
             mask=mask,

@@ -8,10 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _nn
 
 from fastfuse.errors import InvalidArgument
 from fastfuse.modules.attention import MultiHeadAttention
+from fastfuse.modules.attention_utils import list_blocks, sdpa_or_flex_attention, serves_cross_attention
 from fastfuse.modules.kv_cache import KVCache
+from fastfuse.ops import EncoderMask
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +109,43 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
         """A cache of encoder_max_seq_len tokens."""
         self.attn.setup_cache(batch_size, dtype, max_seq_len=encoder_max_seq_len)
 
-    def _skip_mask(self, mask: Tensor | None) -> Tensor | None:
+    def _takes_encoder_mask(self, x: Tensor) -> bool:
+        """Whether attention goes by an EncoderMask. Where anything else is called, looks at the mask, drops weights or transforms, a tensor it is."""
+        attn = self.attn
+        if type(attn) is not MultiHeadAttention or attn._attention_call is not sdpa_or_flex_attention or _keywords_are_seen(attn):
+            return False
+        return not (attn.training and attn.attn_dropout > 0) and serves_cross_attention(x, attn.head_dim, attn.num_heads // attn.num_kv_heads)
+
+    def _packs(self, x: Tensor, encoder_input: Tensor | None, mask: Tensor | EncoderMask | None) -> bool:
+        """Whether forward makes an EncoderMask of the mask: a bool tensor shaped as the scores (PyTorch's attention would broadcast another)."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != x.device or hasattr(mask, "device_mesh"):
+            return False
+        if self.attn.cache_enabled:
+            cache = self.attn.kv_cache
+            if encoder_input is None and cache.is_empty:
+                return False
+            b, width = cache.k_cache.shape[0], cache.k_cache.shape[2]
+        elif encoder_input is None:
+            return False
+        else:
+            b, width = encoder_input.shape[:2]
+        fits = b == x.shape[0] and mask.shape[0] in (1, b) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
+        return fits and self._takes_encoder_mask(x)
+
+    def _filled(self, mask: EncoderMask, encoder_input: Tensor | None, cache: KVCache | None) -> EncoderMask:
+        """The mask, where rows that may see nothing see every token, of a cache those it holds."""
+        s_e = mask.shape[2]
+        held = s_e if cache is None else 0 if encoder_input is None else encoder_input.shape[1]
+        if cache is not None and not cache.is_empty:
+            return mask.filled((cache.cache_pos[0] + held).clamp(max=s_e))
+        return mask.filled(held) if held < s_e else mask.filled()
+
+    def _skip_mask(self, mask: Tensor | EncoderMask | None) -> Tensor | None:
         """bool [b, s, 1]: the tokens that may see nothing; None without a mask."""
         if mask is None:
             return None
+        if isinstance(mask, EncoderMask):
+            return mask.rows_empty[..., None]
         hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         return hidden.all(-1, keepdim=True)
 
@@ -121,18 +157,24 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
         visible = torch.arange(mask.shape[-1], device=mask.device) < held
         return visible if mask.dtype == torch.bool else torch.where(visible, 0.0, -torch.inf).to(mask.dtype)
 
-    def forward(self, x: Tensor, *, encoder_input: Tensor | None = None, encoder_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, *, encoder_input: Tensor | None = None, encoder_mask: Tensor | EncoderMask | None = None, **kwargs: object) -> Tensor:
         """x: [b, s, d], encoder_input: [b, s_e, d]  ->  [b, s, d]; other keywords are ignored.
 
-        encoder_mask: [b or 1, s, s_e], bool (True may attend) or float (added to the scores); s_e is the cache's length
-        where one is enabled. With an enabled cache encoder_input is appended to it, and None attends to what it holds;
-        without anything to attend to x is returned as it is.
+        encoder_mask: [b or 1, s, s_e], bool (True may attend), float (added to the scores) or an EncoderMask, which a model
+        prepares once for all its layers; s_e is the cache's length where one is enabled. With an enabled cache encoder_input
+        is appended to it, and None attends to what it holds; without anything to attend to x is returned as it is.
         """
         cache = self.attn.kv_cache if self.attn.cache_enabled else None
         if encoder_input is None and (cache is None or cache.is_empty):
             return x
+        if isinstance(encoder_mask, EncoderMask):
+            encoder_mask = encoder_mask if self._takes_encoder_mask(x) else encoder_mask.to_dense()
+        elif self._packs(x, encoder_input, encoder_mask):
+            encoder_mask = EncoderMask.from_dense(encoder_mask)
         skip = self._skip_mask(encoder_mask)
-        if skip is not None:
+        if isinstance(encoder_mask, EncoderMask):
+            encoder_mask = self._filled(encoder_mask, encoder_input, cache) if self.empty_rows == "uniform" else encoder_mask
+        elif skip is not None:
             # Left alone, an empty softmax is NaN in some attention kernels.
             encoder_mask = torch.where(skip, self._everything(encoder_mask, encoder_input, cache), encoder_mask)
         attended = self.attn(self.ca_norm(x), encoder_input, mask=encoder_mask)
@@ -242,7 +284,7 @@ class TransformerDecoder(nn.Module):
         return [self.output(chunk) for chunk in h.tensor_split(self.num_output_chunks, dim=1)]
 
     def _validate_inputs(
-        self, tokens: Tensor | None, mask: Tensor | None, encoder_input: Tensor | None, encoder_mask: Tensor | None,
+        self, tokens: Tensor | None, mask: Tensor | None, encoder_input: Tensor | None, encoder_mask: Tensor | EncoderMask | None,
         input_pos: Tensor | None, input_embeds: Tensor | None,
     ) -> None:  # fmt: skip
         given = tokens if tokens is not None else input_embeds
@@ -267,7 +309,7 @@ class TransformerDecoder(nn.Module):
         if encoder_input is not None and encoder_input.shape[0] != b:
             raise ValueError(f"encoder_input has {encoder_input.shape[0]} rows, the batch has {b}")
         for name, m in (("mask", mask), ("encoder_mask", encoder_mask)):
-            if isinstance(m, Tensor) and m.dim() == 3 and (m.shape[0] not in (1, b) or m.shape[1] != s):
+            if isinstance(m, (Tensor, EncoderMask)) and len(m.shape) == 3 and (m.shape[0] not in (1, b) or m.shape[1] != s):
                 raise ValueError(f"{name} has shape {tuple(m.shape)}, expected ({b} or 1, {s}, keys)")
 
     def forward(
@@ -276,14 +318,15 @@ class TransformerDecoder(nn.Module):
         *,
         mask: Tensor | None = None,
         encoder_input: Tensor | None = None,
-        encoder_mask: Tensor | None = None,
+        encoder_mask: Tensor | EncoderMask | None = None,
         input_pos: Tensor | None = None,
         input_embeds: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """tokens: int [b, s], or input_embeds: [b, s, d] in their place  ->  logits [b, s, v] in fp32.
 
         mask: [b or 1, s, s_k] as MultiHeadAttention.forward; causal where None. encoder_input: [b, s_e, d] and
-        encoder_mask: [b, s, s_e] for cross-attention. input_pos: [b, s], [s], or [b] for one token each. With enabled
+        encoder_mask: [b or 1, s, s_e] for cross-attention, a tensor or an EncoderMask; of a bool tensor one EncoderMask is made for all
+        layers, layers of other classes get what was passed. input_pos: [b, s], [s], or [b] for one token each. With enabled
         caches mask, input_pos and, beside encoder_input, encoder_mask are needed, masks as wide as the caches.
         Returns [*hidden states, logits] with output_hidden_states, a list of chunks with num_output_chunks, the normed
         hidden states with skip_output_layer.
@@ -291,15 +334,25 @@ class TransformerDecoder(nn.Module):
         """
         self._validate_inputs(tokens, mask, encoder_input, encoder_mask, input_pos, input_embeds)
         h = self.tok_embeddings(tokens) if input_embeds is None else input_embeds
+        encoder_masks = self._encoder_masks(h, encoder_input, encoder_mask)
         hidden = []
         for i, layer in enumerate(self.layers):
             if i in self.output_hidden_states:
                 hidden.append(h)
-            h = layer(h, mask=mask, encoder_input=encoder_input, encoder_mask=encoder_mask, input_pos=input_pos)
+            h = layer(h, mask=mask, encoder_input=encoder_input, encoder_mask=encoder_masks[i], input_pos=input_pos)
         if len(self.layers) in self.output_hidden_states:
             hidden.append(h)
         output = self.unembed(h)
         return [*hidden, output] if hidden else output
+
+    def _encoder_masks(self, h: Tensor, encoder_input: Tensor | None, mask: Tensor | EncoderMask | None) -> list[Tensor | EncoderMask | None]:
+        """The mask that each layer gets: the same EncoderMask where it would make one itself, what was passed elsewhere."""
+        if not isinstance(mask, Tensor):
+            return [mask] * len(self.layers)
+        known = [cross_attention_of(layer) for layer in self.layers]
+        packs = [layer is not None and layer._packs(h, encoder_input, mask) for layer in known]
+        packed = EncoderMask.from_dense(mask) if any(packs) else None
+        return [packed if p else mask for p in packs]
 
     def unembed(self, h: Tensor) -> Tensor | list[Tensor]:
         """The norm and the output projection: logits in fp32 (fp64 for fp64)."""
@@ -310,6 +363,45 @@ class TransformerDecoder(nn.Module):
             return self._chunked(h)
         logits = self.output(h)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_attention_of(layer: nn.Module) -> TransformerCrossAttentionLayer | None:
+    """The cross-attention in a decoder's layer, where all that its keywords pass on their way is of our own classes, with nothing else looking at them."""
+    from fastfuse.modules.model_fusion import FusionLayer  # which needs this module
+
+    outer, layer = layer, getattr(layer, "_checkpoint_wrapped_module", layer)  # torch's checkpoint_wrapper hands keywords on
+    parts = {type(part): part for part in ((layer.layer, layer.fusion_layer) if type(layer) is FusionLayer else (layer,))}
+    if not parts.keys() <= {TransformerSelfAttentionLayer, TransformerCrossAttentionLayer} or any(map(_keywords_are_seen, (outer, layer, *parts.values()))):
+        return None
+    return parts.get(TransformerCrossAttentionLayer)
+
+
+def ready_for_steps(decoder: nn.Module, mask: Tensor | EncoderMask, x: Tensor) -> Tensor | EncoderMask:
+    """The mask [b, 1, s_e] of cached steps with everything in it that the decoder would make of it at each of them.
+
+    x: a tensor of the decoder's device and dtype. Comes back as it is where a layer, or the decoder, is not known to take an EncoderMask.
+    """
+    if type(decoder) is not TransformerDecoder or _keywords_are_seen(decoder) or mask.device != x.device:
+        return mask
+    layers = [cross_attention_of(layer) for layer in decoder.layers if type(layer) is not TransformerSelfAttentionLayer]
+    if not layers or any(layer is None or not layer._takes_encoder_mask(x) for layer in layers):
+        return mask
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            return mask
+        mask = EncoderMask.from_dense(mask)
+    for layer in layers:
+        if layer.empty_rows == "zero":  # the others add rows of their own to it, which the cache's length decides
+            # Made inside of a compiled step they would change the mask that its graph is guarded by.
+            list_blocks(mask, x, layer.attn.num_heads // layer.attn.num_kv_heads)
+    return mask
+
+
+def _keywords_are_seen(module: nn.Module) -> bool:
+    """Whether a forward of the module's own or a hook gets the keywords that it is called with."""
+    own = module._forward_pre_hooks_with_kwargs or module._forward_hooks_with_kwargs
+    # PyTorch leaves the latter set when it removes the hook.
+    return "forward" in module.__dict__ or bool(own or (_nn._global_forward_hooks and _nn._global_forward_hooks_with_kwargs))
 
 
 _warned = set()

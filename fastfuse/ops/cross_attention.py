@@ -76,7 +76,7 @@ def attend(op: str, q: Tensor, k: Tensor, v: Tensor, mask: EncoderMask | None, l
         if reason := uncovered(q.dtype, q.shape[-1], q.shape[1] // k.shape[1]):
             raise Unsupported(f"{op}: {reason}")
         if mask is not None:
-            blocks = mask.blocks(_listed(q.shape[1] // k.shape[1]))
+            blocks = mask.blocks(listed_tokens(q.shape[1] // k.shape[1]))
     return _cross_attention(q, k, v, lengths, *visible, *blocks, scale, chosen == "interpreter")
 
 
@@ -130,7 +130,7 @@ def _group(q: Tensor, k: Tensor) -> tuple[int, int]:
     return G, 1 << (G - 1).bit_length()
 
 
-def _listed(G: int) -> int:
+def listed_tokens(G: int) -> int:
     """Tokens of a block in the mask's lists: 128 rows."""
     return max(1, 128 // (1 << (G - 1).bit_length()))
 
@@ -203,8 +203,9 @@ def _on_cpu(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scal
     q, k, v = (_operand(t) for t in (q, k, v))
     lse = torch.full((b, hkv, s, GP), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for row, tokens, columns, bias in _pieces(lengths, rows, b, s, s_e, q.dtype):
+        packed = _packed(q[row][:, :, tokens], hkv)
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _packed(q[row][:, :, tokens], hkv), k[row][:, :, columns], v[row][:, :, columns], 0.0, False, attn_mask=_repeated(bias, G), scale=scale
+            packed, k[row][:, :, columns], v[row][:, :, columns], 0.0, False, attn_mask=_repeated(bias, G, packed.shape[2]), scale=scale
         )
         o[row, :, tokens] = _unpacked(found, G)
         lse[row, :, tokens, :G] = (sums * LOG2E).unflatten(-1, (G, -1)).transpose(2, 3)
@@ -220,13 +221,15 @@ def _unpacked(x: Tensor, G: int) -> Tensor:
     return x.unflatten(2, (G, -1)).flatten(1, 2)
 
 
-def _repeated(bias: Tensor | None, G: int) -> Tensor | None:
-    """[s, columns] -> [1, 1, G * s, columns]"""
-    return None if bias is None else bias.expand(G, -1, -1).flatten(0, 1)[None, None]
+def _repeated(bias: Tensor | None, G: int, rows: int) -> Tensor | None:
+    """[s or 1, columns] -> [1, 1, rows, columns], rows = G * s; one row for all is not copied."""
+    if bias is None:
+        return None
+    return (bias.expand(rows, -1) if bias.shape[0] == 1 else bias.expand(G, -1, -1).flatten(0, 1))[None, None]
 
 
 def _pieces(lengths: Tensor | None, rows: Tensor | None, b: int, s: int, s_e: int, dtype: torch.dtype) -> Iterator[tuple]:
-    """(batch rows, tokens, columns, bias or None) of everything that is visible: tokens that see the same go together."""
+    """(batch rows, tokens, slice of columns, bias or None) of everything that is visible: tokens that see the same go together."""
     if not (b and s and s_e):
         return
     if lengths is not None:
@@ -241,25 +244,24 @@ def _pieces(lengths: Tensor | None, rows: Tensor | None, b: int, s: int, s_e: in
         batch = slice(i, i + 1) if rows.shape[0] == b else slice(0, b)
         runs, counts = torch.unique_consecutive(one, dim=0, return_counts=True)
         if len(runs) <= max(4, s // 8):
-            t = 0
-            for run, n in zip(runs, counts.tolist(), strict=True):
-                columns = _shown(run[None, None], s_e).flatten().nonzero().flatten()
-                if len(columns):
-                    yield batch, slice(t, t + n), _slice(columns), None
-                t += n
-        else:  # every token its own: 64 at a time under a bias, over the columns that any of them sees
-            for t in range(0, s, 64):
-                seen = _shown(one[None, t : t + 64], s_e)[0]
-                tokens, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
-                if len(columns):
-                    bias = torch.zeros((), dtype=dtype).where(seen[tokens][:, columns], -torch.inf)
-                    yield batch, tokens + t, _slice(columns), bias
-
-
-def _slice(indices: Tensor) -> Tensor | slice:
-    """Ascending indices as a slice where they have no gap."""
-    first, last = indices[0].item(), indices[-1].item()
-    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+            ends = counts.cumsum(0).tolist()
+            chunks = [(slice(start, end), _shown(run[None, None], s_e)[0]) for start, end, run in zip([0, *ends], ends, runs, strict=False)]
+        else:  # every token its own: 64 at a time
+            chunks = ((slice(t, t + 64), _shown(one[None, t : t + 64], s_e)[0]) for t in range(0, s, 64))
+        for tokens, seen in chunks:
+            columns = seen.any(0).nonzero().flatten()
+            if not len(columns):
+                continue
+            first, last = columns[0].item(), columns[-1].item() + 1
+            if len(seen) > 1:
+                # PyTorch's kernel sums 512 columns at a time: whole ones, so that no row's rounding depends on what its neighbours see
+                first, last = first // 512 * 512, min(-(-last // 512) * 512, s_e)
+                rows_seen = seen.any(1).nonzero().flatten()
+                tokens, seen = tokens.start + rows_seen, seen[rows_seen]
+            seen = seen[:, first:last]
+            # Columns that nobody sees between others are read and thrown away: a copy without them would cost more.
+            bias = None if seen.all() else torch.zeros((), dtype=dtype).where(seen, -torch.inf)
+            yield batch, tokens, slice(first, last), bias
 
 
 @fused_op("cross_attention", reference=_reference, cpu=_on_cpu)
@@ -287,7 +289,7 @@ def _cross_attention(
     strides = tuple(t.stride()[:3] for t in (q, k, v, o))
     cross_attention_fwd_kernel[(*grid, splits)](
         q, *sides, parts, part_lse, mask, strides, *_shape(q, k, rows), scale * LOG2E, splits, **heads, KIND=kind, SPLIT=splits > 1,
-        LISTED=_listed(G), PRECISION=precision(), **tile.launch() | {"BLOCK_M": BLOCK_M}, **block_d,
+        LISTED=listed_tokens(G), PRECISION=precision(), **tile.launch() | {"BLOCK_M": BLOCK_M}, **block_d,
     )  # fmt: skip
     if splits > 1:
         rows_each = max(GP, 16)
@@ -371,7 +373,7 @@ def _bwd_on_cpu(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols
         sums = lse[row, :, tokens, :G].transpose(2, 3).flatten(2, 3) / LOG2E
         of_k, of_v = (t[row][:, :, columns] for t in (k, v))
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            packed[0], packed[1], of_k, of_v, packed[2], sums, 0.0, False, attn_mask=_repeated(bias, G), scale=scale
+            packed[0], packed[1], of_k, of_v, packed[2], sums, 0.0, False, attn_mask=_repeated(bias, G, packed[0].shape[2]), scale=scale
         )
         dq[row, :, tokens] = _unpacked(found[0], G)
         dk[row, :, columns] += found[1]
@@ -399,7 +401,7 @@ def _cross_attention_bwd(
     cross_attention_delta_kernel[(-(-s * GP // rows_each), b * hkv)](
         o, do, dlse, delta, o.stride()[:3], do.stride()[:3], *shape, **heads, BLOCK_M=rows_each, **block_d
     )
-    common = heads | {"LISTED": _listed(G), "PRECISION": precision()} | block_d
+    common = heads | {"LISTED": listed_tokens(G), "PRECISION": precision()} | block_d
     strides = [t.stride()[:3] for t in (q, k, v, do)]
     if wanted[0]:
         mask, kind = _kernel_mask(lengths, rows, rows_empty, cols, cols_n)

@@ -43,7 +43,7 @@ class EncoderMask:
     def __init__(self, kind: str, rows: Tensor, rows_empty: Tensor, s_e: int):
         self.kind, self.rows, self.rows_empty, self.s_e = kind, rows, rows_empty, s_e
         self._blocks: dict[int, Blocks] = {}
-        self._filled: EncoderMask | None = None
+        self._filled: dict[int | None, EncoderMask] = {}
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, kind: str = "auto") -> "EncoderMask":
@@ -175,13 +175,11 @@ class EncoderMask:
     def filled(self, length: int | Tensor | None = None) -> "EncoderMask":
         """Rows that see nothing see columns < length instead, all of them where None. length: a number, or an integer tensor () or [b].
 
-        Made once where length is None. Raises ValueError for a length outside 0 to s_e; a tensor on a GPU fails an assertion of the device instead.
+        Made once for each number. Raises ValueError for a length outside 0 to s_e; a tensor on a GPU fails an assertion of the device instead.
         """
-        if length is None:
-            if self._filled is None:
-                self._filled = self._fill(self.s_e)
-            return self._filled
         op = "EncoderMask.filled"
+        if length is None:
+            return self._filled_once(None, self.s_e)
         if isinstance(length, Tensor):
             _check_integers(op, "length", length, length.dim(), "() or [b]")
             if length.shape not in ((), (self.shape[0],)):
@@ -193,7 +191,14 @@ class EncoderMask:
             _check_count(op, "length", length, 0)
             if length > self.s_e:
                 raise ValueError(f"{op}: length is {length}, the mask has {self.s_e} columns")
+            if not torch.compiler.is_compiling():  # a symbolic number as a key would become a constant of the graph
+                return self._filled_once(length, length)
         return self._fill(length)
+
+    def _filled_once(self, key: int | None, length: int) -> "EncoderMask":
+        if key not in self._filled:
+            self._filled[key] = self._fill(length)
+        return self._filled[key]
 
     def _fill(self, length: int | Tensor) -> "EncoderMask":
         if not isinstance(length, Tensor):  # made on the device, not copied there

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastfuse.modules.model_fusion._fusion_utils import get_fusion_params
 from fastfuse.modules.peft import set_trainable_params
 from fastfuse.modules.transformer import TransformerDecoder
+from fastfuse.ops import EncoderMask
 
 
 class DeepFusionModel(nn.Module):
@@ -91,12 +92,12 @@ class DeepFusionModel(nn.Module):
         *,
         mask: Tensor | None = None,
         encoder_input: dict[str, Any] | None = None,
-        encoder_mask: Tensor | None = None,
+        encoder_mask: Tensor | EncoderMask | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """tokens: int [b, s], encoder_input: a dict of the encoder's keyword arguments  ->  as TransformerDecoder.forward.
 
-        mask: [b or 1, s, s_k], encoder_mask: [b, s, s_e] over the encoder's tokens, input_pos: [b, s].
+        mask: [b or 1, s, s_k], encoder_mask: [b, s, s_e] over the encoder's tokens, a tensor or an EncoderMask, input_pos: [b, s].
         """
         if encoder_input is not None and not isinstance(encoder_input, Mapping):
             raise TypeError(f"encoder_input is a {type(encoder_input).__name__}, expected a dict of the encoder's keyword arguments")
