@@ -2,17 +2,22 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from bench import bench_patch_embed, harness
+from bench import attention_peers, bench_cross_attention, bench_patch_embed, harness
+from bench.attention_peers import Call
+from bench.attention_peers import Size as Attention
+from bench.bench_cross_attention import attention_case
 from bench.bench_nf4_lora import DENSE, DROPOUT, LINEAR, LINEARS, PLAIN, SWIGLU, _cost, dequantize_case, layers_case
 from bench.bench_patch_embed import ROUTES, conv_case, embed_case
 from bench.nf4_peers import random_layer
 from bench.patch_peers import Size
 from bench.peaks import DATA_SHEET
-from fastfuse import tune
+from fastfuse import ops, tune
 from fastfuse.ops import nf4_linear_bwd_cost, nf4_linear_cost, patch_embed_bwd_cost, patch_embed_cost
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
@@ -85,11 +90,11 @@ def test_other_pixels_and_the_convolution_too(backward: bool, dtype: torch.dtype
     assert_all_right(case)
 
 
-def test_a_compiled_patch_embedding_is_right_and_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_patch_embedding_is_right_and_compiled_once() -> None:
     case = embed_case(EMBEDDINGS["grid"], torch.float32, backward=True, compiled=True)
     assert_all_right(case)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    case.providers["torch.compile"](case.make("cpu", 1))  # other parameters of the same shapes
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        case.providers["torch.compile"](case.make("cpu", 1))  # other parameters of the same shapes
 
 
 @pytest.mark.parametrize("quick", [False, True], ids=["all", "quick"])
@@ -117,6 +122,163 @@ def test_cost_of_a_patch_embedding(backward: bool) -> None:
     assert got.flops == (1 + backward) * 2 * 16 * 9 * 64 * 3 * 8 * 8
 
 
+HEADS = {"hq": 8, "hkv": 2, "d": 32, "tile": 61}
+ATTENTIONS = {
+    "one image": Attention(24, shown=(3,), **HEADS),
+    "one tile": Attention(24, tiles=1, shown=(1,), **HEADS),
+    "two images": Attention(24, 2, (1,), **HEADS),
+    "in turn": Attention(24, 2, (3,), in_turn=True, **HEADS),
+    "batch": Attention(24, batch=3, shown=(1, 4, 2), **HEADS),
+    "no mask": Attention(24, masked=False, **HEADS),
+}
+STEPS = {
+    "all": Attention(1, batch=4, **HEADS),
+    "two images": Attention(1, 2, (1,), batch=4, **HEADS),
+    "batch": Attention(1, batch=4, shown=(1, 2, 3, 4), **HEADS),
+}
+
+
+def assert_names(case: harness.Case, size: Attention, names: set[str]) -> None:
+    """names: PyTorch's backends. The others follow from what is visible."""
+    names |= {harness.OURS, harness.EAGER, "transformers"}
+    names |= {"sliced flash"} if len(size.shown) == 1 else set()
+    names |= {"fastfuse from_tiles", "fastfuse from_dense"} if size.masked and not size.decode else set()
+    names |= {"fastfuse in place"} if size.decode and set(size.shown) != {size.tiles} else set()
+    assert case.providers.keys() == names
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_every_cross_attention_is_right(kind: str, backward: bool, dtype: torch.dtype) -> None:
+    case = attention_case(ATTENTIONS[kind], dtype, "cpu", backward)
+    assert_names(case, ATTENTIONS[kind], {"sdpa_flash", "sdpa_math"})
+    assert_all_right(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", STEPS)
+def test_every_attention_of_a_step_is_right(kind: str, dtype: torch.dtype) -> None:
+    case = attention_case(STEPS[kind], dtype, "cpu")
+    assert_names(case, STEPS[kind], {"sdpa_flash", "sdpa_math"})
+    assert_all_right(case)
+
+
+@pytest.mark.parametrize("size", [pytest.param(size, id=f"{n}-{kind}") for n, sizes in enumerate((ATTENTIONS, STEPS)) for kind, size in sizes.items()])
+def test_attention_peers_of_a_gpu_are_called_rightly(monkeypatch: pytest.MonkeyPatch, size: Attention) -> None:
+    """With the backend that a CPU has in place of theirs."""
+    for name in ("sdpa_cudnn", "sdpa_efficient"):
+        monkeypatch.setitem(attention_peers.SDPA, name, (SDPBackend.MATH, attention_peers.SDPA[name][1]))
+    case = attention_case(size, torch.float32, "cuda", backward=not size.decode)
+    names = {"sdpa_cudnn", "sdpa_efficient", "sdpa_math"} | (set() if size.masked else {"sdpa_flash"})
+    assert_names(case, size, names | ({"fastfuse interval"} if size.masked and size.intervals and not size.decode else set()))
+    assert_all_right(case)
+
+
+@pytest.mark.parametrize("size", [*ATTENTIONS.values(), *STEPS.values()], ids=str)
+def test_exact_attention_is_the_formula(size: Attention) -> None:
+    """Of which the limits of all others are drawn."""
+    case = attention_case(size, torch.float64, "cpu", backward=not size.decode)
+    inputs = case.make("cpu", 0)
+    for got, want in zip(case.providers[harness.EAGER](inputs), case.truth(inputs), strict=True):
+        assert got.shape == want.shape and harness.max_error(got, want) < 1e-13
+
+
+def test_compiled_attention_is_right_and_compiled_once() -> None:
+    case = attention_case(ATTENTIONS["one image"], torch.float32, "cpu", compiled=True)
+    compiled = ["torch.compile", "FlexAttention", "FlexAttention +mask"]
+    assert list(case.providers)[-3:] == compiled
+    parity, others = harness.Parity(case, "cpu"), case.make("cpu", 1)
+    for name in compiled:
+        assert parity.ratio(name) <= 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            case.providers[name](others)  # another mask
+
+
+@pytest.mark.parametrize("output", range(4), ids=["y", "dq", "dk", "dv"])
+@pytest.mark.parametrize("peer", ["transformers", "sdpa_math"])
+def test_nan_of_a_row_that_sees_nothing_is_a_wrong_result(peer: str, output: int) -> None:
+    case = attention_case(ATTENTIONS["one image"], torch.float32, "cpu", backward=True)
+
+    def broken(inputs: dict) -> tuple[torch.Tensor, ...]:
+        outputs = case.providers[peer](inputs)
+        outputs[output][(0,) * outputs[output].dim()] = torch.nan
+        return outputs
+
+    assert harness.Parity(replace(case, providers=case.providers | {peer: broken}), "cpu").ratio(peer) == math.inf
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["all", "quick"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_cases_of_cross_attention_are_made_from_shapes_alone(device: str, quick: bool) -> None:
+    cases = list(bench_cross_attention.cases(device, quick, compile_all=not quick))
+    assert len({case.key for case in cases}) == len(cases)
+    for case in cases:
+        assert len(str(case.shape)) <= 48
+        assert math.isfinite(harness.floor_us(case.cost(case.make("meta", 0)), DATA_SHEET["H200"], case.dtype))
+        # FlexAttention has no backward on a CPU.
+        assert quick or (device == "cpu" and "bwd" in case.op) or "FlexAttention" in case.providers
+
+
+def test_cross_attention_is_timed_at_the_shapes_of_the_model() -> None:
+    keys = {case.key[:2] for case in bench_cross_attention.cases("cuda", False, False)}
+    for op in ("cross_attention", "cross_attention fwd+bwd"):
+        for s in (256, 1024, 4096):
+            assert (op, f"s{s} s_e1601 H32/8 d128 1/1 tiles") in keys
+            assert {(op, f"s{s} s_e{n} H32/8 d128 {shown}/4 tiles") for n in (6404, 12808) for shown in (4, 3, 1)} <= keys
+    for b in (1, 4, 16, 64):
+        assert {("cross_attention_decode", f"b{b} s_e{n} H32/8 d128 {shown}/4 tiles") for n in (6404, 12808) for shown in (4, 1)} <= keys
+
+
+@pytest.mark.parametrize("size", [*ATTENTIONS.values(), *STEPS.values()], ids=str)
+def test_what_is_visible_is_what_is_counted(size: Attention) -> None:
+    call = Call(size, torch.float32, "cpu")
+    pairs = size.batch * size.tokens * size.s_e
+    seen = pairs if call.dense is None else call.dense.sum().item()
+    assert size.visible * pairs == pytest.approx(seen, abs=1e-6)
+    assert call.encoder_mask is None or call.encoder_mask.visible_fraction == pytest.approx(seen / pairs)
+    flops = attention_case(size).cost({"call": Call(size, torch.float32, "meta")}).flops
+    assert flops == pytest.approx(4 * size.hq * size.d * seen, abs=1)
+    shown = call.k.new_ones(call.k.shape[:3]) if call.dense is None else call.dense.any(1)[:, None].expand(call.k.shape[:3])
+    assert call.nbytes == call.q.nbytes + 2 * 4 * size.d * shown.sum().item()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+def test_cost_of_cross_attention(backward: bool) -> None:
+    size = ATTENTIONS["one image"]
+    inputs = attention_case(size, backward=backward).make("meta", 0)
+    c = inputs["call"]
+    each = [cost(c.q, c.k, c.v, visible=size.visible) for cost in (ops.cross_attention_cost, ops.cross_attention_bwd_cost)]
+    got = attention_case(size, backward=backward).cost(inputs)
+    assert (got.bytes, got.flops) == (sum(c.bytes for c in each[: 1 + backward]), sum(c.flops for c in each[: 1 + backward]))
+
+
+def test_cost_of_a_step() -> None:
+    size = STEPS["batch"]
+    inputs = attention_case(size).make("meta", 0)
+    c = inputs["call"]
+    got = attention_case(size).cost(inputs)
+    assert got == ops.cross_attention_decode_cost(c.q, c.empty_cache(), tokens=10 * 61)  # 1 + 2 + 3 + 4 tiles
+    assert got.bytes == pytest.approx(2 * 10 * 61 * 2 * 32 * 2 + 2 * c.q.nbytes, abs=64)  # and a few lengths
+
+
+def test_attention_peers_are_the_real_ones() -> None:
+    mllama = pytest.importorskip("transformers.models.mllama.modeling_mllama")
+    for size in (ATTENTIONS["in turn"], ATTENTIONS["batch"], STEPS["batch"]):
+        call = Call(size, torch.bfloat16, "cpu")
+        bias, _ = mllama._prepare_cross_attention_mask(call.seen_tiles.int(), size.tile, torch.bfloat16)
+        assert torch.equal(call.bias, bias)
+    one, two = (Call(ATTENTIONS[kind], torch.bfloat16, "cpu") for kind in ("one image", "two images"))
+    assert one.shown(slice(None))[0].data_ptr() == one.k.data_ptr() and one.shown(slice(None))[0].shape[2] == 3 * 61  # nothing is copied
+    assert torch.equal(two.shown(slice(None))[1], two.v[:, :, two.dense[0, -1]])
+
+
+def test_masks_that_can_be_intervals() -> None:
+    """On a CPU the mask finds out itself."""
+    kinds = {name: Call(size, torch.bfloat16, "cpu").encoder_mask.kind for name, size in ATTENTIONS.items() if size.masked}
+    assert kinds == {name: "interval" if ATTENTIONS[name].intervals else "bits" for name in kinds} and "bits" in kinds.values()
+
+
 def test_peers_are_the_real_ones() -> None:
     bnb, peft, torchao = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft"), pytest.importorskip("torchao")
     layer = random_layer(256, 128, 16, "bitsandbytes", torch.bfloat16, "cpu", requires_grad=True)
@@ -132,7 +294,7 @@ def test_gpu_cases_are_made_from_shapes_alone(quick: bool) -> None:
     assert len({case.key for case in cases}) == len(cases)
     for case in cases:
         assert math.isfinite(harness.floor_us(case.cost(case.make("meta", 0)), DATA_SHEET["H200"], case.dtype))
-    first = [case.shape for case in cases[:3]]
+    first = [case.shape for case in cases if case.op == "nf4_lora_linear"][:3]
     assert first == [f"M{M} N4096 K4096 R16 bitsandbytes" for M in ((1, 16, 256) if quick else (1, 16, 64))]
 
 
