@@ -13,6 +13,7 @@ from fastfuse.generation import generate, generate_next_token, get_causal_mask_f
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build
 from fastfuse.modules import TransformerDecoder, local_kv_cache
 from fastfuse.modules.loss import LinearCrossEntropyLoss
+from fastfuse.ops import EncoderMask
 
 V = mllama.VOCAB
 
@@ -157,6 +158,36 @@ def test_prompts_of_different_lengths_with_images(model, photos):
     with local_kv_cache(model, batch_size=3, device="cpu", dtype=torch.float32, encoder_max_seq_len=136, decoder_max_seq_len=20):
         cached, _ = generate(model, padded, max_generated_tokens=6, temperature=0, pad_id=95, **images)
     assert torch.equal(cached[:, 12:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("kind", ["bits", "auto"])
+def test_an_encoder_mask_in_place_of_a_tensor(model, photos, kind):
+    """Prompts of different lengths, with caches and without; caches as wide as the images and wider."""
+    given = dict(photos)
+    prompts, dense = [row[12 - n :] for row, n in zip(given.pop("tokens"), (12, 7, 9), strict=True)], given.pop("encoder_mask").clone()
+    for i, n in enumerate((12, 7, 9)):
+        dense[i, : 12 - n] = False
+    masks = dense, EncoderMask.from_dense(dense, kind=kind)
+    for width in (None, 136, 200):
+        with contextlib.ExitStack() as stack:
+            if width:
+                stack.enter_context(local_kv_cache(model, encoder_max_seq_len=width, **CACHES))
+            (want, want_logits), (got, logits) = (generate(model, prompts, max_generated_tokens=6, temperature=0, encoder_mask=m, **given) for m in masks)
+        assert torch.equal(got, want) and torch.equal(logits, want_logits)
+
+
+def test_an_encoder_mask_that_does_not_fit_is_refused(model, photos):
+    given = dict(photos)
+    prompt, mask = given.pop("tokens"), EncoderMask.from_dense(given.pop("encoder_mask"))
+    with pytest.raises(ValueError, match=r"encoder_mask has shape \(3, 5, 136\), the prompt has 3 rows of 12 tokens"):
+        generate(model, prompt, max_generated_tokens=2, encoder_mask=mask.narrow(0, 5), **given)
+    with pytest.raises(ValueError, match="encoder_mask has 137 columns, encoder_input has 136 tokens"):
+        generate(model, prompt, max_generated_tokens=2, encoder_mask=mask.widened(137), **given)
+    with (
+        local_kv_cache(model, encoder_max_seq_len=100, **CACHES),
+        pytest.raises(ValueError, match="encoder_mask has 136 image tokens, encoder_max_seq_len of the caches is 100"),
+    ):
+        generate(model, prompt, max_generated_tokens=2, encoder_mask=mask, **given)
 
 
 def test_a_token_equal_to_pad_id_counts_in_a_list(model):
