@@ -177,7 +177,7 @@ def cross_attention_fwd_kernel(
         scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
         x = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
         m, total, acc = _softmax_step(scores, x, m, total, acc, True, PRECISION)
-    live = total > 0
+    live = total != 0  # of NaN too, which must not pass for nothing
     if KIND == 1:
         live = live & (lo < hi)
     elif KIND == 2:
@@ -220,7 +220,7 @@ def cross_attention_merge_kernel(
         total = total * shrink + weight
         m = new
         at += tl.num_programs(1).to(tl.int64) * s * GP
-    live = total > 0
+    live = total != 0
     total = tl.where(live, total, 1.0)
     pointers, inside = _rows_of(o_ptr, o_stride, bh // key_heads, bh % key_heads * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     tl.store(pointers, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
@@ -351,6 +351,9 @@ def cross_attention_dkdv_kernel(
             ds = p * (ds - delta[None, :])
             dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    if KIND == 0 and mask[0] is not None:
+        held = (n0 + n < tl.load(mask[0] + b))[:, None]
+        dk, dv = tl.where(held, dk, 0.0), tl.where(held, dv, 0.0)
     inside = (n0 + n < end)[:, None] & (d < D)[None, :]
     if DK:
         start = dk_ptr + b.to(tl.int64) * strides[4][0] + head.to(tl.int64) * strides[4][1] + n0.to(tl.int64) * strides[4][2]

@@ -27,7 +27,7 @@ def sdpa_or_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Enco
         if not (dropout_p or is_causal) and all(serves_cross_attention(t, q.shape[3], q.shape[1] // k.shape[1]) for t in (q, k, v)):
             return cross_attention(q, k, v, mask)
         # Left alone, an empty softmax is NaN in some attention kernels.
-        out = sdpa_or_flex_attention(q, k, v, mask.filled().to_dense(), dropout_p, is_causal)
+        out = sdpa_or_flex_attention(q, k, v, mask.to_dense() | mask.rows_empty[..., None], dropout_p, is_causal)
         return out.masked_fill(mask.rows_empty[:, None, :, None], 0)
     if isinstance(mask, BlockMask):
         if dropout_p > 0.0:
@@ -59,6 +59,8 @@ def serves_cross_attention(x: Tensor, head_dim: int, group: int) -> bool:
         if dtype == torch.float64:  # which autocast leaves as it is, and the op does not
             return False
         dtype = torch.get_autocast_dtype(device.type)
+    if route("cross_attention", x, None) == "reference":  # which makes all scores: PyTorch's own attention is better there
+        return False
     return not _by_kernels(x) or uncovered(dtype, head_dim, group) is None
 
 

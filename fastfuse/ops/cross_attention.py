@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, no_autocast, precision, route
-from fastfuse.ops.encoder_mask import COLUMNS, EncoderMask
+from fastfuse.ops.encoder_mask import EncoderMask
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,6 +25,8 @@ if HAS_TRITON:
 
 # Beyond 128 in fp32 every tile spills: three tf32 products of 256 columns unroll into 240 HMMA and their operands.
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
+MAX_GROUP = 32  # rows of 64 heads and more need more shared memory than the smaller chips have
+MAX_KEY_HEADS = 65535  # of a grid's second dimension
 LOG2E = math.log2(math.e)
 
 
@@ -53,29 +55,33 @@ def cross_attention(
     """
     op = "cross_attention"
     _check(op, q, k, v, mask, empty_rows)
-    if mask is not None and not isinstance(mask, EncoderMask):
-        mask = EncoderMask.from_dense(mask)
-    if mask is not None and empty_rows == "uniform":
-        mask = mask.filled()
-    o, lse = attend(op, q, k, v, mask, None, scale, backend)
+    o, lse = attend(op, q, k, v, mask, None, scale, backend, empty_rows == "uniform")
     return (o, _public_lse(lse, q)) if return_lse else o
 
 
-def attend(op: str, q: Tensor, k: Tensor, v: Tensor, mask: EncoderMask | None, lengths: Tensor | None, scale: float | None, backend: str | None):
+def attend(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | EncoderMask | None, lengths: Tensor | None, scale: float | None, backend: str | None,
+    uniform: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o, lse [b, hkv, s, GP], base 2) of checked arguments; lengths: int32 [b], how many of the columns there are, in place of a mask."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     chosen = route(op, q, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    visible = (None, None) if mask is None else (mask.rows, mask.rows_empty)
     if chosen == "reference":
-        return no_autocast(_formula)(q, k, v, lengths, visible[0], scale)
+        visible = mask.to_dense() if isinstance(mask, EncoderMask) else mask
+        if uniform and visible is not None:
+            visible = visible | ~visible.any(-1, keepdim=True)
+        return no_autocast(_formula)(q, k, v, visible if lengths is None else _dense(lengths, None, q.shape[2], k.shape[2]), scale)
     by_kernels = chosen == "interpreter" or q.device.type == "cuda"
-    blocks = (None,) * 4
-    if by_kernels:
-        if reason := uncovered(q.dtype, q.shape[-1], q.shape[1] // k.shape[1]):
-            raise Unsupported(f"{op}: {reason}")
-        if mask is not None:
+    if by_kernels and (reason := uncovered(q.dtype, q.shape[-1], q.shape[1] // k.shape[1], q.shape[0] * k.shape[1])):
+        raise Unsupported(f"{op}: {reason}")
+    visible, blocks = (None, None), (None,) * 4
+    if mask is not None:
+        mask = mask if isinstance(mask, EncoderMask) else EncoderMask.from_dense(mask)
+        mask = mask.filled() if uniform else mask
+        visible = mask.rows, mask.rows_empty
+        if by_kernels:
             blocks = mask.blocks(listed_tokens(q.shape[1] // k.shape[1]))
     return _cross_attention(q, k, v, lengths, *visible, *blocks, scale, chosen == "interpreter")
 
@@ -115,13 +121,15 @@ def _check(op: str, q, k, v, mask, empty_rows: str) -> None:
         raise ValueError(f"{op}: empty_rows is {empty_rows!r}, expected 'zero' or 'uniform'")
 
 
-def uncovered(dtype: torch.dtype, head_dim: int, group: int) -> str | None:
-    """Why no kernel takes queries like these, `group` of whose heads share a key head; None where one does."""
+def uncovered(dtype: torch.dtype, head_dim: int, group: int, key_heads: int = 1) -> str | None:
+    """Why no kernel takes queries like these, `group` of whose heads share a key head, `key_heads` of them in the batch; None where one does."""
     if dtype not in MAX_HEAD_DIM:
         return f"q is {dtype}, covered are bf16, fp16 and fp32"
     if head_dim > MAX_HEAD_DIM[dtype]:
         return f"head_dim is {head_dim}, covered are up to {MAX_HEAD_DIM[dtype]} in {dtype}"
-    return f"{group} query heads share a key head, covered are up to {COLUMNS}" if group > COLUMNS else None
+    if group > MAX_GROUP:
+        return f"{group} query heads share a key head, covered are up to {MAX_GROUP}"
+    return f"the batch has {key_heads} key heads in all, covered are up to {MAX_KEY_HEADS}" if key_heads > MAX_KEY_HEADS else None
 
 
 def _group(q: Tensor, k: Tensor) -> tuple[int, int]:
@@ -145,10 +153,9 @@ def cross_attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | EncoderM
     return cross_attention(q, k, v, mask, **options, backend="torch")
 
 
-def _formula(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, rows: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    (_, hkv, s_e, _), (G, GP), wide = k.shape, _group(q, k), torch.promote_types(q.dtype, torch.float32)
+def _formula(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    hkv, (G, GP), wide = k.shape[1], _group(q, k), torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide).unflatten(1, (hkv, G)) @ k.to(wide).mT[:, :, None] * scale
-    visible = _dense(lengths, rows, q.shape[2], s_e)
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
@@ -178,8 +185,9 @@ def _like(q: Tensor, x: Tensor) -> Tensor:
 
 
 def _empty_like(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """A result in q's layout, without its gaps; contiguous where q's last dim is not."""
-    return torch.empty_like(q, dtype=dtype, memory_format=torch.preserve_format if q.stride(-1) == 1 else torch.contiguous_format)
+    """A result in q's layout, without its gaps; contiguous where that would put another dim than the last one innermost."""
+    made = torch.empty_like(q, dtype=dtype)
+    return made if made.stride(-1) == 1 else torch.empty(q.shape, dtype=dtype, device=q.device)
 
 
 def cross_attention_cost(q: Tensor, k: Tensor, v: Tensor, mask: object = None, *, visible: float = 1.0) -> Cost:
@@ -193,14 +201,14 @@ def cross_attention_bwd_cost(q: Tensor, k: Tensor, v: Tensor, mask: object = Non
 
 
 def _reference(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, interpret) -> tuple[Tensor, Tensor]:
-    return _formula(q, k, v, lengths, rows, scale)
+    return _formula(q, k, v, _dense(lengths, rows, q.shape[2], k.shape[2]), scale)
 
 
 def _on_cpu(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, interpret) -> tuple[Tensor, Tensor]:
     """PyTorch's CPU kernel over what each run of tokens sees, without a copy of k or v for every query head and without scores."""
     (b, hkv, s_e, _), (G, GP), s = k.shape, _group(q, k), q.shape[2]
     o = _empty_like(q, q.dtype).zero_()
-    q, k, v = (_operand(t) for t in (q, k, v))
+    q, k, v = (_apart(t) for t in (q, k, v))
     lse = torch.full((b, hkv, s, GP), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for row, tokens, columns, bias in _pieces(lengths, rows, b, s, s_e, q.dtype):
         packed = _packed(q[row][:, :, tokens], hkv)
@@ -210,6 +218,12 @@ def _on_cpu(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scal
         o[row, :, tokens] = _unpacked(found, G)
         lse[row, :, tokens, :G] = (sums * LOG2E).unflatten(-1, (G, -1)).transpose(2, 3)
     return o, lse
+
+
+def _apart(t: Tensor) -> Tensor:
+    """Rows that share no memory: of windows over one another PyTorch's kernel makes results that are partly uninitialised."""
+    own = t.stride(-1) == 1 and all(n == 1 or stride >= t.shape[-1] for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
+    return t if own else t.contiguous()
 
 
 def _packed(q: Tensor, hkv: int) -> Tensor:
@@ -276,7 +290,7 @@ def _cross_attention(
     if not (o.numel() and s_e):
         return o.zero_().to(dtype), lse.fill_(torch.inf)
     q, k, v = (_operand(t.to(kernel_dtype(dtype))) for t in (q, k, v))
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the largest score is the largest product only then
+    q, scale = (_operand(-q), -scale) if scale < 0 else (q, scale)  # the largest score is the largest product only then
     mask, kind = _kernel_mask(lengths, rows, rows_empty, cols, cols_n)
     tile = _tile("cross_attention", q, k, s * GP, *(() if lengths is not None else (k, v)))  # TMA reads what lies beyond lengths
     BLOCK_M, BLOCK_N = max(tile["BLOCK_M"], GP), tile["BLOCK_N"]
@@ -367,7 +381,7 @@ def _bwd_on_cpu(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols
     dq, dk, dv = (
         _empty_like(t, dtype).zero_() for t, dtype in ((q, q.dtype), (k, wide), (v, wide))
     )  # several runs may see a column: their parts add up in fp32
-    do, q, k, v, o = (_operand(t) for t in (do, q, k, v, o))
+    do, q, k, v, o = (_apart(t) for t in (do, q, k, v, o))
     for row, tokens, columns, bias in _pieces(lengths, rows, b, s, s_e, q.dtype):
         packed = [_packed(t[row][:, :, tokens], hkv) for t in (do, q, o)]
         sums = lse[row, :, tokens, :G].transpose(2, 3).flatten(2, 3) / LOG2E
@@ -393,7 +407,8 @@ def _cross_attention_bwd(
     if not (q.numel() and k.numel()):
         return [t.zero_().to(dtype) for t in made]
     q, k, v, o, do = (_operand(t.to(kernel_dtype(dtype))) for t in (q, k, v, o, do))
-    q, scale, sign = (-q, -scale, -1) if scale < 0 else (q, scale, 1)
+    negative = scale < 0
+    q, scale = (_operand(-q), -scale) if negative else (q, scale)
     delta = torch.empty_like(lse)
     heads, block_d, shape = {"G": G, "GP": GP, "D": d}, {"BLOCK_D": max(16, 1 << (d - 1).bit_length())}, _shape(q, k, rows)
     rows_each = max(GP, 32)
@@ -412,7 +427,7 @@ def _cross_attention_bwd(
             q, *sides, do, lse, delta, made[0], mask, (*strides, made[0].stride()[:3]), *shape, scale * LOG2E, **common, KIND=kind,
             **tile.launch() | {"BLOCK_M": BLOCK_M},
         )  # fmt: skip
-        made[0] *= sign
+        made[0] = made[0].neg_() if negative else made[0]
     if wanted[1] or wanted[2]:
         mask, kind = _kernel_mask(lengths, rows, rows_empty, toks, toks_n)
         by_token = [t.transpose(1, 2) for t in (q, do)]
@@ -458,7 +473,7 @@ def _bwd_backward(ctx, grads: list[Tensor | None]):
     leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
     do, q, k, v, dlse = leaves
     with torch.enable_grad():
-        y, lse = _formula(q, k, v, lengths, rows, ctx.scale)
+        y, lse = _formula(q, k, v, _dense(lengths, rows, q.shape[2], k.shape[2]), ctx.scale)
         asked = [(t, g) for t, g, wanted in zip((q, k, v), grads, ctx.wanted, strict=True) if wanted and g is not None]
         ups = [do] if dlse is None else [do, dlse]
         first = torch.autograd.grad([y, lse][: len(ups)], [t for t, _ in asked], ups, create_graph=True)

@@ -1,5 +1,6 @@
 """Which encoder tokens each text token may see: built once for a forward, shared by its cross-attention layers and by their backward."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
-from fastfuse.ops._op import HAS_TRITON, fused_op, route
+from fastfuse.ops._op import HAS_TRITON, fused_op, route, transformed
 
 if HAS_TRITON:
     from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_mask_kernel, pack_tiles_kernel
@@ -167,9 +168,11 @@ class EncoderMask:
         found = self._blocks.get(tokens)
         if found is None:
             _check_count("EncoderMask.blocks", "tokens", tokens, 1)
-            args = (self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits")
-            found = Blocks(*_run("mask_blocks", _mask_blocks, _mask_blocks_ref, *args))
-            self._blocks[tokens] = found
+            args = self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits"
+            with _as_to_last():
+                found = Blocks(*_run("mask_blocks", _mask_blocks, _mask_blocks_ref, *args))
+            if _will_last(self.device):
+                self._blocks[tokens] = found
         return found
 
     def filled(self, length: int | Tensor | None = None) -> "EncoderMask":
@@ -196,9 +199,13 @@ class EncoderMask:
         return self._fill(length)
 
     def _filled_once(self, key: int | None, length: int) -> "EncoderMask":
-        if key not in self._filled:
-            self._filled[key] = self._fill(length)
-        return self._filled[key]
+        found = self._filled.get(key)
+        if found is None:
+            with _as_to_last():
+                found = self._fill(length)
+            if _will_last(self.device):
+                self._filled[key] = found
+        return found
 
     def _fill(self, length: int | Tensor) -> "EncoderMask":
         if not isinstance(length, Tensor):  # made on the device, not copied there
@@ -265,6 +272,19 @@ class EncoderMask:
 
     def __repr__(self) -> str:
         return f"EncoderMask({self.kind}, shape={self.shape}, device={str(self.device)!r})"
+
+
+def _as_to_last() -> contextlib.AbstractContextManager:
+    """What is kept must be fit for a later backward, which tensors made in inference mode are not."""
+    needed = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if needed else contextlib.nullcontext()
+
+
+def _will_last(device: torch.device) -> bool:
+    """Whether what is made now may be used later: what a CUDA graph records has no values yet, what torch.func sees is of its level alone."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (transformed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))
 
 
 def _run(name: str, op: Callable, reference: Callable, x: Tensor, *args):
