@@ -155,7 +155,10 @@ def _pinned(run: Callable[[dict], tuple[Tensor, ...]], tile: tune.Tile | None) -
 def _with_backward(forward: Callable[[dict], tuple[Tensor, ...]]) -> Callable[[dict], tuple[Tensor, ...]]:
     def run(i: dict) -> tuple[Tensor, ...]:
         (y,) = forward(i)
-        return y.detach(), *torch.autograd.grad(y, list(i["embedding"].parameters()), i["dy"])
+        grads = torch.autograd.grad(y, list(i["embedding"].parameters()), i["dy"])
+        # The gates are judged together: of one number alone either side may be right by luck.
+        gates = [g for g in grads if g.numel() == 1]
+        return y.detach(), *(g for g in grads if g.numel() > 1), *([torch.cat(gates)] if gates else [])
 
     return run
 
