@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from waiting import Launched
 
 import fastfuse
 from fastfuse import tune
@@ -190,10 +191,9 @@ def test_uniform_is_the_softmax_over_everything(case, route, device):
         check(given)
         y = given()
     blind = ~given.mask.any(-1)
-    full = given.double()
-    full.mask = None
-    torch.testing.assert_close(y.transpose(1, 2)[blind].double(), full.eager().transpose(1, 2)[blind], rtol=1e-5, atol=1e-6)
+    given.mask = None
     assert blind.any()
+    assert_no_worse(*(t.transpose(1, 2)[blind] for t in (y, given.eager(), given.double().eager())))
 
 
 @pytest.mark.parametrize("BLOCK_M, BLOCK_N, TMA", [(16, 16, False), (16, 64, True), (64, 128, True), (128, 32, False), (128, 128, False)])
@@ -317,9 +317,7 @@ def test_large_scores_stay_finite(route, device):
     """exp would overflow in fp32 from 88 on; a row's largest score is taken off first."""
     given = Given(device, *CASES["two images, padded tiles"], scale=40.0)
     with fastfuse.backend(route):
-        y = given()
-        assert y.isfinite().all() and all(g.isfinite().all() for g in grads(given, y, torch.ones_like(y)).values())
-    torch.testing.assert_close(y.double(), given.double().eager(), rtol=1e-4, atol=1e-4)
+        check(given)  # which no inf or NaN passes
 
 
 @pytest.mark.parametrize("route", [*ROUTES, "torch"])
@@ -342,27 +340,12 @@ def test_lse_and_its_gradient(case, route, device):
         assert alone[0].any() and alone[1].any() and (alone[2] is None or not alone[2].any())
 
 
-class Launched:
-    """A kernel that notes its launches; the interpreter's inside is out of every mode's sight."""
-
-    def __init__(self, kernel, name, names):
-        self.kernel, self.name, self.names = kernel, name, names
-
-    def __getitem__(self, grid):
-        def run(*args, **options):
-            self.names.append(self.name)
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
-                self.kernel[grid](*args, **options)
-
-        return run
-
-
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     names = []
     for space in (OP, EncoderMask.from_dense.__func__.__globals__):
         for name in [n for n in space if n.endswith("_kernel")]:
-            monkeypatch.setitem(space, name, Launched(space[name], name, names))
+            monkeypatch.setitem(space, name, Launched(space[name], name, lambda name, grid: names.append(name)))
     return names
 
 

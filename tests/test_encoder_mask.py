@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waiting import Launched, NoReading
 
 import fastfuse
 from fastfuse.data import VisionCrossAttentionMask
@@ -702,35 +702,13 @@ class NoWaiting(Largest):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class NoReading(TorchFunctionMode):
-    """Fails on ways between host and device that are no op on a CPU."""
-
-    NAMES = ("tolist", "item", "numpy", "cpu", "tensor", "as_tensor", "__bool__", "__index__", "__int__", "__float__", "__array__", "__contains__")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert getattr(func, "__name__", "") not in self.NAMES, f"{func.__name__} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """The names of the kernels that were launched. What the interpreter does inside of one is out of every mode's sight."""
     names = []
 
-    class Launched:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            def run(*args, **options):
-                names.append(self.name)
-                with _disable_current_modes(), torch._C.DisableTorchFunction():
-                    self.kernel[grid](*args, **options)
-
-            return run
-
     for name in [n for n in vars(encoder_mask) if n.endswith("_kernel")]:
-        monkeypatch.setattr(encoder_mask, name, Launched(name, getattr(encoder_mask, name)))
+        monkeypatch.setattr(encoder_mask, name, Launched(getattr(encoder_mask, name), name, lambda name, grid: names.append(name)))
     return names
 
 

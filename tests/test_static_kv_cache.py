@@ -12,8 +12,8 @@ from numerics import assert_no_worse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Launched, NoReading
 
 import fastfuse
 from fastfuse.ops import EncoderMask, cross_attention
@@ -664,36 +664,14 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class NoReading(TorchFunctionMode):
-    """Fails on ways between host and device that are no op on a CPU."""
-
-    NAMES = ("tolist", "item", "numpy", "cpu", "tensor", "as_tensor", "__bool__", "__index__", "__int__", "__float__", "__array__", "__contains__")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert getattr(func, "__name__", "") not in self.NAMES, f"{func.__name__} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple]:
     """(name, grid) of the kernels that were launched. What the interpreter does inside of one is out of every mode's sight."""
     seen = []
 
-    class Launched:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            def run(*args, **options):
-                seen.append((self.name, grid))
-                with _disable_current_modes(), torch._C.DisableTorchFunction():
-                    self.kernel[grid](*args, **options)
-
-            return run
-
     for names in (OP, ATTEND, MASK):
         for name in [n for n in names if n.endswith("_kernel")]:
-            monkeypatch.setitem(names, name, Launched(name, names[name]))
+            monkeypatch.setitem(names, name, Launched(names[name], name, lambda *launch: seen.append(launch)))
     return seen
 
 
