@@ -129,7 +129,7 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             return False
         else:
             b, width = encoder_input.shape[:2]
-        fits = b == x.shape[0] and mask.shape[0] in (1, b) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
+        fits = b == x.shape[0] and (mask.shape[0] == 1 or mask.shape[0] == b) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
         return fits and self._takes_encoder_mask(x)
 
     def _filled(self, mask: EncoderMask, encoder_input: Tensor | None, cache: KVCache | None) -> EncoderMask:

@@ -113,7 +113,8 @@ def _check(op: str, q, k, v, mask, empty_rows: str) -> None:
             raise TypeError(f"{op}: mask is a {type(mask).__name__}, expected a bool tensor or an EncoderMask")
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where attention is allowed")
-        if len(mask.shape) != 3 or mask.shape[0] not in (1, b) or tuple(mask.shape[1:]) != (s, s_e):
+        # Compared one by one: torch.compile answers `n in (1, b)` with no for a b that is a symbol.
+        if len(mask.shape) != 3 or (mask.shape[0] != 1 and mask.shape[0] != b) or mask.shape[1] != s or mask.shape[2] != s_e:
             raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, q and k need ({b} or 1, {s}, {s_e})")
         if mask.device != q.device:
             raise ValueError(f"{op}: q is on {q.device}, mask on {mask.device}")

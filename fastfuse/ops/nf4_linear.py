@@ -436,7 +436,7 @@ def _linear_cpu(x: Tensor, *args) -> list[Tensor]:
     for i in range(len(group)):
         weight, bias = group.weight(i, x.shape[-1]), _inner_bias(group, i)
         y = F.linear(x2, weight, bias if bias is None else bias.to(x.dtype)) if isinstance(weight, Tensor) else _nf4_cpu.linear(x2, weight, bias)
-        base.append(y.view(*x.shape[:-1], group.rows[i]))
+        base.append(_shaped(y, x.shape[:-1]))
     return _finish(group, x, base, raw)
 
 
@@ -492,7 +492,12 @@ def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
             x2 = x2.to(work)
             grid = (-(-M // tile["BLOCK_M"]) * tiles,)
             nf4_linear_fwd_kernel[grid](x2, args, xa, x2.stride(0), ranks, M, K, **common, **constants)
-    return [*(t.to(x.dtype).view(*lead, t.shape[1]) for t in outs), xa.to(low).view(*lead, ranks), *(t.to(x.dtype).view(*lead, t.shape[1]) for t in raws)]
+    return [_shaped(t, lead) for t in (*(t.to(x.dtype) for t in outs), xa.to(low), *(t.to(x.dtype) for t in raws))]
+
+
+def _shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
+    """[M, n] as [*lead, n], not a view: autograd forbids to change one of several views that a function returns in place."""
+    return torch.ops.aten._unsafe_view(t, (*lead, t.shape[1]))
 
 
 def _tile(group: Group, op: str, x: Tensor, M: int, K: int) -> tuple[tune.Tile | None, str]:

@@ -266,7 +266,8 @@ def _eager(images: Tensor, weight: Tensor, aspect_ratio: Tensor | None, *rest) -
         x, *stats = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         stats = torch.stack([_padded(t, padding).flatten() for t in stats])
     x = _padded(x.to(dtype), padding).contiguous()
-    return x.unflatten(0, (images.shape[0], n_tiles)), kept, stats
+    # Not a view: autograd forbids to change one of several views that a function returns in place.
+    return torch.ops.aten._unsafe_view(x, (images.shape[0], n_tiles, *x.shape[1:])), kept, stats
 
 
 def _padded(x: Tensor, n: int) -> Tensor:

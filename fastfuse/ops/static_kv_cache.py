@@ -127,7 +127,7 @@ def _check_mask(op: str, mask: Tensor | EncoderMask | None, k: Tensor) -> None:
         raise TypeError(f"{op}: mask is a {type(mask).__name__}, expected a bool tensor or an EncoderMask")
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where attention is allowed")
-    if len(mask.shape) != 3 or mask.shape[0] not in (1, b) or mask.shape[1] == 0 or mask.shape[2] != s_e:
+    if len(mask.shape) != 3 or (mask.shape[0] != 1 and mask.shape[0] != b) or mask.shape[1] == 0 or mask.shape[2] != s_e:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, k needs ({b} or 1, 1 or more, {s_e})")
     if mask.device != k.device:
         raise ValueError(f"{op}: k is on {k.device}, mask on {mask.device}")

@@ -1,0 +1,44 @@
+"""What ops return belongs to the caller: it may be changed in place, with gradients flowing through.
+
+Not cross_attention's, which its backward needs, as that of PyTorch's attention does.
+"""
+
+import pytest
+import torch
+from weights import quantize
+
+import fastfuse
+from fastfuse.ops import lora_linear, nf4_linear, nf4_lora_linear, nf4_lora_linears, nf4_swiglu_mlp, patch_embed
+
+
+def adapter(N: int = 64, K: int = 64):
+    return torch.randn(4, K, requires_grad=True), torch.randn(N, 4, requires_grad=True), 0.5
+
+
+def weight():
+    return quantize(torch.randn(64, 64), "flat")
+
+
+CALLS = {
+    "nf4_linear": lambda x: nf4_linear(x, weight(), torch.randn(64, requires_grad=True)),
+    "nf4_lora_linear": lambda x: nf4_lora_linear(x, weight(), *adapter()),
+    "nf4_lora_linear, DoRA": lambda x: nf4_lora_linear(x, weight(), *adapter(), magnitude=torch.rand(64), bias=torch.randn(64)),
+    "nf4_lora_linears": lambda x: nf4_lora_linears(x, [(weight(), *adapter()), (weight(),)])[1],
+    "nf4_swiglu_mlp": lambda x: nf4_swiglu_mlp(x, *((weight(), *adapter()) for _ in range(3))),
+    "lora_linear": lambda x: lora_linear(x, torch.randn(64, 64), *adapter()),
+    "patch_embed": lambda x: patch_embed(x.view(2, 1, 1, 8, 24), torch.randn(16, 1, 4, 4), torch.randn(16), norm=(torch.ones(16), torch.zeros(16), 1e-5)),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("op", CALLS)
+def test_changed_in_place(op, backend):
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    with fastfuse.backend(backend):
+        torch.manual_seed(1)
+        y = CALLS[op](x)
+        (want,) = torch.autograd.grad((y * 2 + 1).relu().square().sum(), x)
+        torch.manual_seed(1)
+        y = CALLS[op](x).mul_(2).add_(1).relu_()
+        (got,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(got, want)
