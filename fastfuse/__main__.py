@@ -1,4 +1,4 @@
-"""Command line: `python -m fastfuse demo` and `python -m fastfuse info`."""
+"""Command line: `python -m fastfuse demo`, `info` and `hosts`."""
 
 import argparse
 import logging
@@ -25,11 +25,17 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens to generate (default 16)")
     demo.add_argument("--interpret", action="store_true", help="on a CPU, also run the Triton kernels themselves on one layer, through Triton's interpreter")
     commands.add_parser("info", help="versions, device, which kernels cover it, tuned rows found")
+    commands.add_parser("hosts", help="which libraries' modules patch knows, and what it covers of them")
     a = p.parse_args(argv)
     if a.command == "info":
         from fastfuse.info import info
 
         print(info())
+        return 0
+    if a.command == "hosts":
+        from fastfuse.patching.hosts import table
+
+        print(table())
         return 0
     if a.interpret and torch.cuda.is_available():
         return _failed("--interpret is for machines without a GPU: here the kernels run as they are")

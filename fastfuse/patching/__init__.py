@@ -2,6 +2,7 @@
 
 from fastfuse.patching.engine import patch as patch
 from fastfuse.patching.engine import patched as patched
+from fastfuse.patching.engine import register_host as register_host
 from fastfuse.patching.engine import status as status
 from fastfuse.patching.engine import unpatch as unpatch
 from fastfuse.patching.report import Entry as Entry

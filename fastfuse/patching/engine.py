@@ -8,21 +8,23 @@ import collections
 import contextlib
 import fnmatch
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastfuse.errors import Unsupported
-from fastfuse.ops._op import BACKENDS, INTERPRET, backend_for, check, check_triton
-from fastfuse.patching.hosts import HOSTS
-from fastfuse.patching.hosts._host import Host, Record, foreign_forward, forward_slot, own_forward, readable
+from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
+from fastfuse.patching.hosts import host_for, hosts, registered
+from fastfuse.patching.hosts._host import Host, Options, Reason, Record, foreign_forward, forward_slot, host_of, own_forward, parameters, runs_on
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
+MASKED_ROWS = ("host", "zero", "uniform")
 
 
 def patch(
@@ -32,39 +34,45 @@ def patch(
     include: Filter | None = None,
     exclude: Filter | None = None,
     on_unsupported: str = "skip",
+    masked_rows: str = "host",
     backend: str = "auto",
     verify: bool = False,
     dry_run: bool = False,
 ) -> PatchReport:
     """Run the hot paths of a model through fused ops, in place. `unpatch` gives it back exactly.
 
-    ops: op names ("nf4_linear", "nf4_lora_linear"), all where None.  include, exclude: a glob over module names, a
-    function (name, module) -> bool, or several.  on_unsupported: "skip", "warn" or "raise" for a candidate no fused op
-    covers; "raise" changes nothing.  backend: as fastfuse.backend.  verify: run each module on random input before and
-    after, and leave it alone where the two differ by more than rounding.  dry_run: report what would be done.
-    Patching twice changes nothing. What a fused op does not cover at a call runs the module's own forward, counted in
-    `status(model)`.  Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
+    ops: op names ("nf4_linear", "nf4_lora_linear", "patch_embed", "cross_attention"), all where None.  include, exclude: a glob over
+    module names, a function (name, module) -> bool, or several.  on_unsupported: "skip", "warn" or "raise" for a candidate that no fused
+    op covers; "raise" changes nothing.  masked_rows: what text that sees no image gets from cross-attention, "host": as the
+    model has it, "zero": nothing (Meta, torchtune), "uniform": attention over every image token (transformers).  backend: as fastfuse.backend.
+    verify: run each module on random input before and after, and leave it alone where the two differ by more than rounding.
+    dry_run: report what would be done.
+    Patching twice changes nothing. What a fused op does not cover at a call runs the module's own forward, counted in `status(model)`.
+    FASTFUSE_DISABLE=1 in the environment makes patch leave everything alone, FASTFUSE_STRICT=1 makes such a call raise Unsupported.
+    Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
     """
-    return _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run)[0]
+    return _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run)[0]
 
 
-def _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run) -> tuple[PatchReport, list[nn.Module]]:
+def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run) -> tuple[PatchReport, list[nn.Module]]:
     """The report, and the modules this call patched."""
     _check_model("patch", model)
     check(on_unsupported in ("skip", "warn", "raise"), f"patch: on_unsupported is {on_unsupported!r}, not 'skip', 'warn' or 'raise'")
+    check(masked_rows in MASKED_ROWS, f"patch: masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
     check(backend in BACKENDS, f"patch: backend is {backend!r}, not one of {', '.join(BACKENDS)}")
-    plan = _plan(model, _op_names(ops), _matcher(include, True), _matcher(exclude, False), backend)
+    options = Options(backend, masked_rows, os.environ.get("FASTFUSE_STRICT") == "1")
+    plan = _plan(model, _op_names(ops), _matcher(include, True), _matcher(exclude, False), options)
     todo = [p for p in plan if p.entry.status == "planned"]
-    refused = [p.entry for p in plan if p.entry.status == "skipped" and p.entry.code != "EXCLUDED"]
+    refused = [p.entry for p in plan if p.entry.status == "skipped" and p.entry.code not in ("EXCLUDED", "DISABLED")]
     note = "" if plan else _nothing_found(model)
     if refused or not plan:
         message = note or f"{len(refused)} modules are not covered, the first: {refused[0].name}: {refused[0].code}: {refused[0].reason}"
         if on_unsupported == "raise":
             raise Unsupported(f"patch: {message}", refused[0].code if refused else "NOTHING_FOUND")
         if on_unsupported == "warn" or not plan:
-            warnings.warn(f"fastfuse.patch: {message}", stacklevel=2)
+            warnings.warn(f"fastfuse.patch: {message}", stacklevel=3)
     if not dry_run:
-        _apply(todo, backend, verify)
+        _apply(todo, options, verify)
         if on_unsupported == "raise" and (bad := [p.entry for p in todo if p.entry.code == "MISMATCH"]):
             for p in todo:
                 _uninstall(p.module)
@@ -76,10 +84,10 @@ def _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_ru
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back. The order relative to other wrappers does not matter."""
     _check_model("unpatch", model)
-    names, wanted = _op_names(ops), _matcher(include, True)
+    names, wanted = None if ops is None else _op_names(ops), _matcher(include, True)
     entries = []
     for name, module, record in _records(model):
-        if record.op in names and wanted(name, module):
+        if (names is None or record.op in names) and wanted(name, module):
             found = _uninstall(module)
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
@@ -97,11 +105,12 @@ def patched(
     include: Filter | None = None,
     exclude: Filter | None = None,
     on_unsupported: str = "skip",
+    masked_rows: str = "host",
     backend: str = "auto",
     verify: bool = False,
 ) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches for the block alone, with patch's options. Earlier patches stay."""
-    report, mine = _patch(model, ops, include, exclude, on_unsupported, backend, verify, dry_run=False)
+    report, mine = _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run=False)
     try:
         yield report
     finally:
@@ -112,22 +121,58 @@ def patched(
 def status(model: nn.Module) -> PatchReport:
     """What is patched now, and how often each patched module ran its own forward instead, by reason."""
     _check_model("status", model)
-    hosts = {id(module): host for _, module, host in _candidates(model)}
     entries = []
     for name, module in model.named_modules():
-        host, record = hosts.get(id(module)), module.__dict__.get("_fastfuse")
+        host, record = host_for(module), module.__dict__.get("_fastfuse")
         if record is not None:
             entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
             if host is None:
-                entry = replace(entry, code="NOT_NF4", reason="runs its own forward for now: the weight was replaced by one that is not NF4")
+                entry = replace(entry, code="CHANGED", reason="runs its own forward for now: it is not what it was when it was patched")
             else:
-                entry = _with_obstacle(host, module, entry, record.backend)
+                entry = _described(host, module, entry, record.options)
         elif host is not None:
-            entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched")
+            entry = Entry(name, type(module).__name__, host.name, host.op, "already" if host.native else "unpatched", layout=_layout(host, module))
+            entry = replace(entry, backend=runs_on(host.device(module), Options())) if host.native else entry
         else:
             continue
-        entries.append(entry if host is None else _with_layout(host, module, entry))
+        entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
+
+
+class Registration:
+    """What register_host gives back; remove() forgets the host. Models patched by it stay patched."""
+
+    def __init__(self, host: Host):
+        self._host = host
+
+    def remove(self) -> None:
+        if self._host in registered:
+            registered.remove(self._host)
+
+
+def register_host(name: str, op: str, matches: Callable[[nn.Module], bool], forward: Callable) -> Registration:
+    """Let patch know modules of your own: those for which matches(module) is true run forward(module, *args, **kwargs) instead of their own.
+
+    op: the name under which `ops=` and the report have it, one of fastfuse's or another. forward may raise fastfuse.Unsupported(words, code)
+    before it has done anything: the module's own forward then runs, counted under that code. The latest registration comes first, before
+    the hosts that fastfuse has.
+    Raises TypeError for what is not callable, ValueError for a name that is taken.
+    """
+    for what, given in (("matches", matches), ("forward", forward)):
+        check(callable(given), f"register_host: {what} is a {type(given).__name__}, not callable", TypeError)
+    for what, given in (("name", name), ("op", op)):
+        check(isinstance(given, str) and bool(given), f"register_host: {what} is {given!r}, not a name", TypeError)
+    check(name not in [host.name for host in hosts()], f"register_host: the name {name!r} is taken")
+
+    def fused(module: nn.Module, given: dict, options: Options):
+        try:
+            return forward(module, **given)
+        except Unsupported as e:
+            return Reason(e.code, str(e))
+
+    host = Host(name=name, op=op, matches=matches, fused=fused, device=lambda module: next((p.device for p in module.parameters()), None))
+    registered.insert(0, host)
+    return Registration(host)
 
 
 @dataclass
@@ -135,13 +180,6 @@ class _Planned:
     module: nn.Module
     host: Host
     entry: Entry
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
-    for name, module in model.named_modules():
-        for host in HOSTS:
-            if host.matches(module):
-                yield name, module, host
 
 
 def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
@@ -152,64 +190,74 @@ def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
             yield name, module, record
 
 
-def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, backend: str) -> list[_Planned]:
+def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, options: Options) -> list[_Planned]:
     aliases = collections.defaultdict(list)  # a shared module has several names, and any of them may be asked for
     for name, module in model.named_modules(remove_duplicate=False):
         aliases[id(module)].append(name)
-    plan = []
-    for name, module, host in _candidates(model):
-        names = aliases[id(module)]
-        entry = Entry(name, type(module).__name__, host.name, host.op, "planned")
+    disabled, plan = os.environ.get("FASTFUSE_DISABLE") == "1", []
+    for name, module in model.named_modules():
+        host = host_for(module)
+        if host is None:
+            continue
+        names, record = aliases[id(module)], module.__dict__.get("_fastfuse")
+        entry = Entry(name, type(module).__name__, host.name, host.op, "planned", layout=_layout(host, module))
         asked = host.op in ops and any(included(n, module) for n in names) and not any(excluded(n, module) for n in names)
-        if (record := module.__dict__.get("_fastfuse")) is not None:
-            entry = _with_obstacle(host, module, replace(entry, status="already"), record.backend)
+        if record is not None:
+            entry = _described(host, module, replace(entry, status="already"), record.options)
+        elif host.native:
+            entry = replace(entry, status="already", backend=runs_on(host.device(module), Options()))
+        elif disabled:
+            entry = _skipped(entry, Reason("DISABLED", "FASTFUSE_DISABLE is set"))
         elif not asked:
-            entry = replace(entry, status="skipped", code="EXCLUDED", reason="not asked for")
+            entry = _skipped(entry, Reason("EXCLUDED", "not asked for"))
         elif (author := foreign_forward(host, module)) is not None:
-            entry = replace(entry, status="skipped", code="FOREIGN_FORWARD", reason=f"its forward comes from {author}")
-        elif (found := readable(host, module, backend)[1]) is not None:
-            entry = replace(entry, status="skipped", code=found[0], reason=found[1])
+            entry = _skipped(entry, Reason("FOREIGN_FORWARD", f"its forward comes from {author}"))
+        elif found := host.drift(module) or host.refuses(module, options):
+            entry = _skipped(entry, found)
         else:
-            _check_interpreter(host, module, backend)
-            entry = _with_obstacle(host, module, entry, backend)
-        plan.append(_Planned(module, host, _with_layout(host, module, entry)))
+            _check_interpreter(host, module, options)
+            entry = _described(host, module, entry, options)
+        plan.append(_Planned(module, host, entry))
     return plan
 
 
-def _check_interpreter(host: Host, module: nn.Module, backend: str) -> None:
-    if backend == "triton" and host.view(module).device.type == "cpu":
+def _skipped(entry: Entry, reason: Reason) -> Entry:
+    return replace(entry, status="skipped", code=reason.code, reason=reason.words)
+
+
+def _check_interpreter(host: Host, module: nn.Module, options: Options) -> None:
+    device = host.device(module)
+    if options.backend == "triton" and device is not None and device.type == "cpu":
         check_triton("patch")
         if not INTERPRET:
             raise Unsupported("patch: backend 'triton' on a CPU model needs TRITON_INTERPRET=1 set before import", "NO_GPU")
 
 
-def _with_obstacle(host: Host, module: nn.Module, entry: Entry, backend: str) -> Entry:
+def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    weight, found = readable(host, module, backend)
-    found = host.obstacle(module, None) or found
-    if weight is not None:
-        entry = replace(entry, backend=backend_for(weight.device, backend))
-    return entry if found is None else replace(entry, code=found[0], reason=f"runs its own forward for now: {found[1]}")
+    found = host.drift(module) or host.refuses(module, options) or host.obstacle(module, options)
+    entry = replace(entry, layout=_layout(host, module), backend="" if found and host.drift(module) else runs_on(host.device(module), options))
+    return entry if found is None else replace(entry, code=found.code, reason=f"runs its own forward for now: {found.words}")
 
 
-def _with_layout(host: Host, module: nn.Module, entry: Entry) -> Entry:
-    weight, _ = readable(host, module, "torch")
-    return entry if weight is None else replace(entry, layout=weight.layout)
+def _layout(host: Host, module: nn.Module) -> str:
+    return "" if host.drift(module) else host.layout(module)
 
 
-def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
+def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
     try:
         for p in todo:
             slot = forward_slot(p.module)
             before = p.module.__dict__.get(slot)
-            if getattr(before, "__func__", None) is p.host.forward:
+            if host_of(before) is not None:
                 before = None  # ours, put back by a wrapper that outlived an unpatch
-            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, backend, slot, before)
-            p.module.__dict__[slot] = MethodType(p.host.forward, p.module)
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, parameters(p.module))
+            p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
+        for p in todo:
             if verify and not p.entry.code and (reason := _mismatch(p)):
                 _uninstall(p.module)
-                p.entry = replace(p.entry, status="skipped", code="MISMATCH", reason=reason)
+                p.entry = _skipped(p.entry, Reason("MISMATCH", reason))
     except BaseException:
         for p in todo:
             _uninstall(p.module)
@@ -219,9 +267,8 @@ def _apply(todo: list[_Planned], backend: str, verify: bool) -> None:
 def _uninstall(module: nn.Module) -> bool:
     """Put back exactly what was there; False where another wrapper has hidden our forward."""
     record = module.__dict__.pop("_fastfuse", None)
-    ours = [host.forward for host in HOSTS]
     for slot in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(slot), "__func__", None) in ours:
+        if host_of(module.__dict__.get(slot)) is not None:
             if record is not None and slot == record.slot and record.original is not None:
                 module.__dict__[slot] = record.original
             elif slot == "forward":
@@ -237,26 +284,42 @@ def _mismatch(p: _Planned) -> str | None:
     """How far the fused path is from the module's own forward on random input, where that is more than rounding.
 
     Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
-    2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed.
+    2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed for each step.
     """
-    weight, dtype = p.host.view(p.module), p.host.probe_dtype(p.module)
-    K = weight.shape[1]
-    x = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     # A layer may settle its compute dtype, or cast its bias, by the first input it sees: the probe must not be that.
     settled = [(m, dict(m.__dict__)) for m in p.module.modules()]
     biases = [(b, b.data) for m in p.module.modules() if (b := getattr(m, "bias", None)) is not None]
+    record = p.module.__dict__["_fastfuse"]
     try:
-        with torch.enable_grad():  # on a CPU bitsandbytes repacks its weight for good when the input needs no gradient
-            want = own_forward(p.module)(x.requires_grad_()).double()
-        got = p.host.forward(p.module, x).double()  # as bound, without the module's hooks
+        for m, _ in settled:
+            if isinstance(m, nn.Dropout):  # two masks would be two results
+                m.training = False
+        probe = p.host.probe(p.module)
+        if probe is None:
+            return None
+        own = p.host.fallback or (lambda module, given, options: own_forward(module)(**given))
+        with torch.enable_grad():
+            want = _first_tensor(own(p.module, probe.given, record.options)).double()
+            got = p.host.fused(p.module, probe.given, record.options)  # without the module's hooks
     finally:
         for m, attributes in settled:
             m.__dict__.update(attributes)
         for b, data in biases:
             b.data = data
-    allowed = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(K))
-    err = ((got - want).norm() / want.norm().clamp_min(torch.finfo(dtype).tiny)).item()
+    if type(got) is Reason:
+        return f"does not run: {got.code}: {got.words}"
+    got = _first_tensor(got).double()
+    allowed = probe.steps * max(torch.finfo(probe.dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(probe.depth))
+    err = ((got - want).norm() / want.norm().clamp_min(torch.finfo(probe.dtype).tiny)).item()
+    # A NaN on one side alone must not pass.
     return None if err <= allowed else f"differs from its own forward by {err:.1e} relative, rounding explains {allowed:.1e}"
+
+
+def _first_tensor(out) -> Tensor:
+    """The result of a forward that returns a tensor, a tuple that starts with one, or transformers' output of named ones."""
+    if isinstance(out, Tensor):
+        return out
+    return _first_tensor(next(iter(out.values())) if hasattr(out, "values") else out[0])
 
 
 def _check_model(function: str, model) -> None:
@@ -265,7 +328,7 @@ def _check_model(function: str, model) -> None:
 
 
 def _op_names(ops: str | Iterable[str] | None) -> set[str]:
-    known = {host.op for host in HOSTS}
+    known = {host.op for host in hosts()}
     if ops is None:
         return known
     if not isinstance(ops, Iterable):
@@ -289,4 +352,4 @@ def _nothing_found(model: nn.Module) -> str:
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     kinds = sorted({f"{type(m.weight).__name__} of {m.weight.dtype}" for m in linear})
     held = f"its {len(linear)} linear layers hold {', '.join(kinds)}" if linear else "it has no linear layers"
-    return f"found nothing to patch in {type(model).__name__}: no module holds an NF4 weight; {held}"
+    return f"found nothing to patch in {type(model).__name__}: no module holds an NF4 weight, none embeds patches or attends to images as fastfuse knows it; {held}"

@@ -1,5 +1,25 @@
-"""The ecosystems patch knows, one file each. The order does not matter: no module matches two."""
+"""The ecosystems patch knows, one file each, and the modules that callers have registered."""
 
-from fastfuse.patching.hosts import bitsandbytes, peft, torchao
+from torch import nn
 
-HOSTS = (peft.HOST, bitsandbytes.HOST, torchao.HOST)
+from fastfuse.patching.hosts import _own, bitsandbytes, peft, torchao
+from fastfuse.patching.hosts._host import Host
+
+BUILT_IN = (*_own.HOSTS, peft.HOST, bitsandbytes.HOST, torchao.HOST)
+registered: list[Host] = []  # the latest first: a caller may take over what is built in
+
+
+def hosts() -> tuple[Host, ...]:
+    return (*registered, *BUILT_IN)
+
+
+def host_for(module: nn.Module) -> Host | None:
+    """The first host that recognises the module."""
+    return next((host for host in hosts() if host.recognises(module)), None)
+
+
+def table() -> str:
+    """Which libraries' modules run which op, and what of it is covered: a table in Markdown."""
+    lines = ["| library | modules | op | covered |", "|---|---|---|---|"]
+    lines += [f"| {host.name} | {host.modules} | `{host.op}` | {host.covers} |" for host in hosts() if host.covers]
+    return "\n".join(lines)

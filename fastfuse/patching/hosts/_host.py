@@ -1,44 +1,131 @@
-"""What a host file provides, and what all of their forwards share."""
+"""What a host file provides, and what every patched forward does."""
 
 import collections
 import copy
+import functools
+import inspect
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as _nn
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
-from fastfuse.ops._op import check_device
-from fastfuse.quant.nf4 import NF4View
-
-# Reasons a user asked for: counted, but not worth a warning. The base layer underneath is patched by itself.
-EXPECTED = ("ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER")
+from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 
 
-@dataclass(frozen=True)
+class Reason(NamedTuple):
+    """Why a module, or one call of it, is left to its own forward."""
+
+    code: str  # stable: programs may compare it
+    words: str
+
+
+# Reasons a user asked for: counted, but not worth a warning, and no error with FASTFUSE_STRICT=1.
+EXPECTED = ("ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER", "OUTPUTS")
+
+
+class Options(NamedTuple):
+    """What patch was asked for, as far as a call needs to know."""
+
+    backend: str = "auto"
+    masked_rows: str = "host"
+    strict: bool = False
+
+    def named(self) -> str | None:
+        """The backend as ops take it: None leaves the choice to fastfuse.backend."""
+        return None if self.backend == "auto" else self.backend
+
+
+class Probe(NamedTuple):
+    """Random arguments for verify, and how far two correct results may lie apart: dtype's rounding or fp32 sums of `depth` terms, `steps` times."""
+
+    given: dict[str, Any]
+    dtype: torch.dtype
+    depth: int
+    steps: int = 1
+
+
+def _nothing(module: nn.Module, *_) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Host:
-    """How one kind of module is recognised and what replaces its forward.
+    """How one kind of module is recognised, and what is bound in place of its forward.
 
-    matches: recognises the module by its parts. written_by: prefix of the modules whose forward this host knows; a
-    subclass with a forward of its own is left alone. view: the NF4 weight, read anew at every call; raises where there is
-    none. obstacle: (module, input or None) -> (code, reason) that makes a call run the module's own forward, None where
-    nothing is in the way; without an input it answers for the module alone. fused: (module, input, weight, backend) -> output.
-    forward: what is bound in place of the module's. probe_dtype: what the module computes in.
+    matches: recognises the module by its parts. classes: names by which it is recognised even where a part is missing, so that the
+    report can say which. parts: attributes that `fused` reads, dotted. needs: arguments that its forward must have. takes: those that `fused`
+    knows, () for all; another one that is not None makes a call run the module's own forward, unless it is among `ignores`. written_by: prefix of the modules whose
+    forward this host knows, "" for any; a subclass with a forward of its own is left alone.
+    refuses: why the module is not patched at all. obstacle: why its calls would run its own forward as things stand, for the report.
+    fused: (module, arguments, options) -> what forward returns, or a Reason, before anything has happened, to have the module's own forward run.
+    fallback: (module, arguments, options) -> the same by the module's own forward, where that needs more than its arguments.
+    device, layout: of what the op reads. modules, covers: what it is for, in words, for the table of hosts. probe: None where verify has nothing to compare. native: the module is fastfuse's own, and fused as it is.
     """
 
     name: str
     op: str
     matches: Callable[[nn.Module], bool]
-    written_by: str
-    view: Callable[[nn.Module], NF4View]
-    obstacle: Callable[[nn.Module, Tensor | None], tuple[str, str] | None]
-    fused: Callable[[nn.Module, Tensor, NF4View, str], Tensor]
-    forward: Callable
-    probe_dtype: Callable[[nn.Module], torch.dtype]
+    fused: Callable[[nn.Module, dict[str, Any], Options], Any]
+    classes: tuple[str, ...] = ()
+    written_by: str = ""
+    parts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
+    refuses: Callable[[nn.Module, Options], Reason | None] = _nothing
+    obstacle: Callable[[nn.Module, Options], Reason | None] = _nothing
+    fallback: Callable[[nn.Module, dict[str, Any], Options], Any] | None = None
+    device: Callable[[nn.Module], torch.device | None] = _nothing
+    layout: Callable[[nn.Module], str] = lambda module: ""
+    probe: Callable[[nn.Module], Probe | None] = _nothing
+    modules: str = ""
+    covers: str = ""
+    native: bool = False
+    _forwards: weakref.WeakKeyDictionary = field(init=False, repr=False, default_factory=weakref.WeakKeyDictionary)
+
+    def bound(self, module: nn.Module) -> MethodType:
+        """What takes the place of the module's forward, under its signature. One function for all modules of a class, so that torch.compile shares graphs."""
+        kind = type(module)
+        if kind not in self._forwards:
+
+            @functools.wraps(kind.forward)
+            def forward(self_, *args, **kwargs):
+                return run(self, self_, args, kwargs)
+
+            forward.__name__ = "forward"  # by which a bound method is pickled
+            # Code of its own: torch.compile keeps its graphs by code object, eight of them at most.
+            forward.__code__ = forward.__code__.replace(co_name=f"forward_of_{kind.__name__}")
+            forward._fastfuse_host = self
+            self._forwards[kind] = forward
+        return MethodType(self._forwards[kind], module)
+
+    def recognises(self, module: nn.Module) -> bool:
+        if self.matches(module):
+            return True
+        return any(c.__name__ in self.classes and c.__module__.startswith(self.written_by) for c in type(module).__mro__)
+
+    def drift(self, module: nn.Module) -> Reason | None:
+        """What this host expects of the module's class and does not find."""
+        for path in self.parts:
+            part = module
+            for name in path.split("."):
+                if not hasattr(part, name):
+                    return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
+                part = getattr(part, name)
+        accepted = _accepted(module)
+        missing = [name for name in (*self.needs, *self.takes) if name not in accepted] if accepted is not None else []
+        if missing:
+            return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {missing[0]}: a version that fastfuse does not know")
+        return None if self.matches(module) else Reason("STRUCTURE", f"{type(module).__name__} is not built as fastfuse knows it")
 
 
 @dataclass
@@ -47,51 +134,70 @@ class Record:
 
     host: str
     op: str
-    backend: str
+    options: Options
     slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
     original: Callable | None  # what the instance had there; None where it used its class's forward
+    parameters: tuple[str, ...]  # of its forward, in order
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
-        return Record(self.host, self.op, self.backend, self.slot, copy.deepcopy(self.original, memo))
+        return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.parameters)
 
     def __reduce__(self):
         return type(None), ()
 
 
-def readable(host: Host, module: nn.Module, backend: str) -> tuple[NF4View | None, tuple[str, str] | None]:
-    """The module's NF4 weight, or (code, reason) why `backend` cannot read it where it is."""
+def parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names that positional arguments of the module's own forward go to."""
+    found = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _accepted(module: nn.Module) -> set[str] | None:
+    """The arguments its forward names."""
     try:
-        weight = host.view(module)
-        check_device("nf4_linear", weight.device, backend)
-        return weight, None
-    except Unsupported as e:
-        return None, (e.code, str(e).removeprefix("NF4View: "))
-    except (AttributeError, TypeError, ValueError) as e:
-        return None, ("NOT_NF4", str(e).removeprefix("NF4View: "))
+        return set(inspect.signature(type(module).forward).parameters)
+    except (TypeError, ValueError):
+        return None
 
 
-def run(host: Host, self: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """The body of every patched forward: fused where nothing is in the way, else the module's own forward."""
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, *args, **kwargs)
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-        found = "ARGUMENTS", "called with something else than one tensor"
-    elif torch.autograd.forward_ad._current_level >= 0:
-        found = "FORWARD_AD", "forward-mode differentiation is not covered"
-    elif (found := host.obstacle(self, args[0])) is None:
-        weight, found = readable(host, self, record.backend)
-        if found is None and args[0].shape[-1:] != weight.shape[1:]:
-            found = "SHAPE", "the input's last dim is not the weight's K"
-        if found is None:
-            return host.fused(self, args[0], weight, record.backend)
-    if not torch.compiler.is_compiling():
-        code, reason = found
-        if not record.fallbacks[code] and code not in EXPECTED:
-            warnings.warn(f"fastfuse: {type(self).__name__} runs its own forward: {code}: {reason}", stacklevel=3)
-        record.fallbacks[code] += 1
+    given, found = dict(zip(record.parameters, args, strict=False)) | kwargs, None
+    if len(args) > len(record.parameters):
+        found = Reason("ARGUMENTS", "called with more arguments than its forward names")
+    elif host.takes:
+        for name, value in given.items():
+            if value is not None and name not in host.takes and name not in host.ignores:
+                found = Reason("ARGUMENTS", f"called with {name}, which the fused op does not know")
+                break
+    if found is None and forward_mode():
+        found = Reason("FORWARD_AD", "forward-mode differentiation is not covered")
+    if found is None and transformed():
+        found = Reason("FUNCTORCH", "torch.func transforms are not covered")
+    if found is None:
+        out = host.fused(self, given, record.options)
+        if type(out) is not Reason:
+            return out
+        found = out
+    fell_back(self, record, found)
+    if host.fallback is not None and len(args) <= len(record.parameters):
+        return host.fallback(self, given, record.options)
     return own_forward(self)(*args, **kwargs)
+
+
+def fell_back(self: nn.Module, record: Record, found: Reason) -> None:
+    """Count, and say so at the first call of this module for this reason. Raises Unsupported with FASTFUSE_STRICT=1."""
+    code, reason = found
+    if record.options.strict and code not in EXPECTED:
+        raise Unsupported(f"{type(self).__name__} would run its own forward, and FASTFUSE_STRICT is set: {code}: {reason}", code)
+    if not torch.compiler.is_compiling():
+        if not record.fallbacks[code] and code not in EXPECTED:
+            warnings.warn(f"fastfuse: {type(self).__name__} runs its own forward: {code}: {reason}", stacklevel=4)
+        record.fallbacks[code] += 1
 
 
 def own_forward(module: nn.Module) -> Callable:
@@ -99,7 +205,7 @@ def own_forward(module: nn.Module) -> Callable:
     record = module.__dict__.get("_fastfuse")
     if record is not None and record.original is not None:
         return record.original
-    return MethodType(type(module).forward, module)
+    return functools.partial(type(module).forward, module)  # torch.compile makes no bound method inside of a graph
 
 
 def forward_slot(module: nn.Module) -> str:
@@ -107,16 +213,89 @@ def forward_slot(module: nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
 
 
+def host_of(bound: Any) -> Host | None:
+    """The host whose forward this is, None for a forward of anybody else."""
+    return getattr(getattr(bound, "__func__", None), "_fastfuse_host", None)
+
+
 def foreign_forward(host: Host, module: nn.Module) -> str | None:
-    """Who wrote the forward that a call would run, where it is neither the host library's own class nor this host."""
+    """Who wrote the forward that a call would run, where it is neither the host library's own class nor fastfuse."""
     own = type(module).forward
     current = module.__dict__.get(forward_slot(module), own)
-    current = getattr(current, "__func__", current)
-    if current is host.forward or (current is own and own.__module__.startswith(host.written_by)):
+    if host_of(current) is not None:
         return None
-    return getattr(current, "__module__", None) or "an unknown place"
+    current = getattr(current, "__func__", current)
+    author = getattr(current, "__module__", None) or "an unknown place"
+    return None if current is own and author.startswith(host.written_by) else author
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance."""
-    return is_hooked(module) or "_hf_hook" in module.__dict__
+    return is_hooked(module) or ("_hf_hook" in module.__dict__ and not _only_aligns(module))
+
+
+def _only_aligns(module: nn.Module) -> bool:
+    """Whether accelerate's hook does no more than to move the input to the module's device, where the module around it has it already.
+
+    Of a model spread over several GPUs every module with weights has such a hook.
+    """
+    hook = module.__dict__["_hf_hook"]
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.io_same_device
+
+
+def only_asks_for_grad(module: nn.Module) -> bool:
+    """Whether all that calling the module does beside its forward is transformers' enable_input_require_grads: its output is made to require a gradient."""
+    if not hooked(module) or _nn._has_any_global_hook() or "_hf_hook" in module.__dict__:
+        return False
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not others and all(getattr(hook, "__name__", "") == "make_inputs_require_grads" for hook in module._forward_hooks.values())
+
+
+def plain(module: nn.Module, kind: type[nn.Module], harmless: bool = False) -> Reason | None:
+    """Why a child that the op would swallow has to be called instead; None where it is a `kind`, computes as that does, and holds ordinary tensors.
+
+    harmless: its hooks, if any, need not run.
+    """
+    if hooked(module) and not harmless:
+        return Reason("HOOKED", f"a hook on a {kind.__name__} inside must run")
+    if type(module) is not kind or rebound(module):
+        return Reason("CHILD_TYPE", f"{type(module).__name__} in place of a plain {kind.__name__}")
+    return plain_tensors(*module._parameters.values())
+
+
+def rebound(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own, or under accelerate's hook had one before it."""
+    own = module.__dict__.get(forward_slot(module))
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def plain_tensors(*tensors: Tensor | None) -> Reason | None:
+    """Why the op cannot read these in place; None where they are ordinary tensors."""
+    for t in tensors:
+        if t is not None and hasattr(t, "device_mesh"):
+            return Reason("DTENSOR", "a weight is sharded (DTensor): the op would see one shard")
+        if t is not None and type(t) not in (nn.Parameter, Tensor, FakeTensor):
+            return Reason("TENSOR_TYPE", f"a weight is a {type(t).__name__}")
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast multiplies in on x's device; None outside it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def on_device(op: str, device: torch.device | None, options: Options) -> Reason | None:
+    """Why the backend has no kernel there."""
+    if device is None:
+        return None
+    try:
+        check_device(op, device, options.backend)
+    except Unsupported as e:
+        return Reason(e.code, str(e))
+    return None
+
+
+def runs_on(device: torch.device | None, options: Options) -> str:
+    """What serves a module there, in words; "" where it has no tensors of its own."""
+    return "" if device is None else backend_for(device, options.backend)

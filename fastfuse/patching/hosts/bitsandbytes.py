@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Host, run
+from fastfuse.patching.hosts._host import Reason, autocast_dtype
+from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
 
@@ -13,13 +14,13 @@ def matches(module: nn.Module) -> bool:
     return hasattr(weight, "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
 
 
-def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
+def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if x is None:
         return None
     if x.dtype not in DTYPES or compute_dtype(self, x) not in DTYPES:
-        return "DTYPE", f"the input is {x.dtype}, the layer computes in {self.compute_dtype}"
-    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != compute_dtype(self, x):
-        return "AUTOCAST", "autocast's dtype is not the layer's compute_dtype"
+        return Reason("DTYPE", f"the input is {x.dtype}, the layer computes in {self.compute_dtype}")
+    if autocast_dtype(x) not in (None, compute_dtype(self, x)):
+        return Reason("AUTOCAST", "autocast's dtype is not the layer's compute_dtype")
     return None
 
 
@@ -31,16 +32,17 @@ def compute_dtype(self: nn.Module, x: Tensor) -> torch.dtype:
     return self.compute_dtype or x.dtype
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> Tensor:
     return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias, backend=backend).to(x.dtype)
-
-
-def forward(self: nn.Module, *args, **kwargs) -> Tensor:
-    return run(HOST, self, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or module.weight.quant_state.dtype
 
 
-HOST = Host("bitsandbytes", "nf4_linear", matches, "bitsandbytes.nn.", lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)
+HOST = nf4_host(
+    name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
+    parts=("weight.quant_state", "compute_dtype", "compute_type_is_set", "set_compute_type", "bias"), weight=lambda module: module.weight,
+    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear4bit`",
+    covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512, FP4",
+)  # fmt: skip

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Host, foreign_forward, hooked, run
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, plain, plain_tensors, rebound
+from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
@@ -20,60 +21,109 @@ def _base(module: nn.Module):
     return next((host for host in (bitsandbytes, torchao) if host.matches(module.base_layer)), None)
 
 
-def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
+def _active(self: nn.Module) -> list[str]:
+    """The active adapters that touch this layer."""
+    return [name for name in self.active_adapters if name in self.lora_A]
+
+
+def _dropout(self: nn.Module, name: str) -> float:
+    """The probability with which the adapter's input is zeroed now."""
+    dropout = self.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if self.disable_adapters:
-        return "ADAPTERS_DISABLED", "adapters are disabled"
+        return Reason("ADAPTERS_DISABLED", "adapters are disabled")
     if self.merged:
-        return "MERGED", "the adapter is merged into the base weight"
-    active = self.active_adapters
-    if len(active) != 1:
-        return "ADAPTERS", f"{len(active)} adapters are active, one is covered"
-    name = active[0]
-    if name not in self.lora_A:
-        return "NO_ADAPTER", "the active adapter does not touch this layer"
-    if name in self.lora_variant:
-        return "VARIANT", f"{type(self.lora_variant[name]).__name__} (DoRA and the like) is not covered"
-    a, b, dropout, base = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.base_layer
-    if b.bias is not None or a.bias is not None:
-        return "LORA_BIAS", "the adapter has a bias"
-    if dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
-        return "DROPOUT", "dropout on the adapter is active"
-    if hooked(base) or hooked(a) or hooked(b) or hooked(dropout):
-        return "HOOKED", "a hook on the base layer or the adapter must run"
-    if not all(type(m) is nn.Linear and "forward" not in m.__dict__ for m in (a, b)):
-        return "ADAPTER_TYPE", "the adapter is no plain nn.Linear"
-    if not all(type(w) in (nn.Parameter, Tensor) for w in (a.weight, b.weight)):
-        return "ADAPTER_TYPE", f"the adapter's weight is a {type(a.weight).__name__}"
+        return Reason("MERGED", "the adapter is merged into the base weight")
+    names, base = _active(self), self.base_layer
+    if not names:
+        return Reason("NO_ADAPTER", "the active adapter does not touch this layer")
+    for name in names:
+        if found := _adapter_obstacle(self, name, alone=len(names) == 1):
+            return found
+    if hooked(base):
+        return Reason("HOOKED", "a hook on the base layer must run")
+    if found := plain_tensors(base.bias):
+        return found
     host = _base(self)
-    if host is None:
-        return "NOT_NF4", "the base layer's weight is not NF4 any more"
+    if host is None:  # a sharded weight has lost what makes it NF4
+        sharded = hasattr(getattr(base, "weight", None), "device_mesh")
+        return plain_tensors(base.weight) if sharded else Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
     if (author := foreign_forward(host.HOST, base)) is not None:
-        return "FOREIGN_FORWARD", f"the base layer's forward comes from {author}"
+        return Reason("FOREIGN_FORWARD", f"the base layer's forward comes from {author}")
     if found := host.obstacle(base, x):
         return found
     if x is None:
         return None
-    if torch.is_autocast_enabled(x.device.type):
-        if x.dtype != torch.get_autocast_dtype(x.device.type):
-            return "AUTOCAST", f"the input is {x.dtype} under autocast to another dtype"
-    elif x.dtype != a.weight.dtype and not getattr(self, "cast_input_dtype_enabled", True):
-        return "DTYPE", "casting the input to the adapter's dtype is switched off"
-    if host is bitsandbytes and bitsandbytes.compute_dtype(base, x) != x.dtype:
-        return "COMPUTE_DTYPE", f"the input is {x.dtype}, the base layer computes in {base.compute_dtype}"
-    return None if a.weight.dtype in DTYPES else ("DTYPE", f"the adapter is {a.weight.dtype}")
+    if x.dim() == 1 and names[0] in self.lora_variant:
+        return Reason("SHAPE", "PEFT's DoRA gives a vector another dimension")
+    adapters = {self.lora_A[name].weight.dtype for name in names}
+    if (autocast := autocast_dtype(x)) is not None:
+        # bitsandbytes' layer gives back the dtype it was given, and the adapter's product is added to that.
+        widened = host is bitsandbytes and x.dtype == torch.float32 and names[0] not in self.lora_variant
+        if x.dtype != autocast and not widened:
+            return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
+    elif adapters != {x.dtype} and not getattr(self, "cast_input_dtype_enabled", True):
+        return Reason("DTYPE", "casting the input to the adapter's dtype is switched off")
+    elif host is bitsandbytes and bitsandbytes.compute_dtype(base, x) != x.dtype:
+        return Reason("COMPUTE_DTYPE", f"the input is {x.dtype}, the base layer computes in {base.compute_dtype}")
+    return None if adapters <= set(DTYPES) else Reason("DTYPE", f"the adapter is {adapters.difference(DTYPES).pop()}")
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
-    name = self.active_adapters[0]
-    return nf4_lora_linear(x, weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], bias=self.base_layer.bias, backend=backend)
+def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
+    a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+    for child in (a, b):
+        if found := plain(child, nn.Linear):
+            return found
+    if a.bias is not None:
+        return Reason("LORA_BIAS", "the adapter's A has a bias")
+    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout):
+        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, or hooked")
+    drops = _dropout(self, name) > 0
+    if drops and not alone:
+        return Reason("DROPOUT", "several adapters with dropout draw a mask each")
+    if name not in self.lora_variant:
+        return None
+    variant = self.lora_variant[name]
+    if type(variant).__name__ != "DoraLinearVariant":
+        return Reason("VARIANT", f"{type(variant).__name__} is not covered")
+    # With dropout in training PEFT's DoRA passes the base weight's second product a dropped x: another formula.
+    if drops or (self.training and not isinstance(dropout, nn.Identity)):
+        return Reason("DORA_DROPOUT", "DoRA with dropout is another formula in PEFT")
+    if not alone or b.bias is not None:
+        return Reason("VARIANT", "DoRA together with another adapter, or with a bias of its own")
+    magnitude = self.lora_magnitude_vector[name]
+    if hooked(magnitude) or rebound(magnitude):
+        return Reason("HOOKED", "a hook on DoRA's magnitude must run")
+    return plain_tensors(magnitude.weight)
 
 
-def forward(self: nn.Module, *args, **kwargs) -> Tensor:
-    return run(HOST, self, args, kwargs)
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> Tensor:
+    names, bias, magnitude = _active(self), self.base_layer.bias, None
+    first = names[0]
+    if len(names) == 1:
+        a, b, scaling = self.lora_A[first].weight, self.lora_B[first].weight, self.scaling[first]
+        if first in self.lora_variant:
+            magnitude = self.lora_magnitude_vector[first].weight
+    else:  # the sum of several is one of all their ranks
+        a, scaling = torch.cat([self.lora_A[name].weight for name in names]), 1.0
+        b = torch.cat([self.lora_B[name].weight.float() * self.scaling[name] for name in names], 1)  # a small fp16 B would lose its digits
+    for name in names:
+        if (own := self.lora_B[name].bias) is not None:
+            own = own * self.scaling[name]
+            bias = own if bias is None else bias + own
+    y = nf4_lora_linear(
+        x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=_dropout(self, first), training=self.lora_dropout[first].training, backend=backend
+    )
+    return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
 
 
-def probe_dtype(module: nn.Module) -> torch.dtype:
-    return _base(module).probe_dtype(module.base_layer)
-
-
-HOST = Host("PEFT LoRA", "nf4_lora_linear", matches, "peft.tuners.lora.", lambda m: NF4View.of(m.base_layer.weight), obstacle, fused, forward, probe_dtype)
+HOST = nf4_host(
+    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
+    weight=lambda module: module.base_layer.weight,
+    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer),
+    modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
+    covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",
+)  # fmt: skip

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Host, run
+from fastfuse.patching.hosts._host import Reason, autocast_dtype
+from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 
@@ -12,26 +13,26 @@ def matches(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and is_torchao(module.weight)
 
 
-def obstacle(self: nn.Module, x: Tensor | None) -> tuple[str, str] | None:
+def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if x is None:
         return None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
-        return "AUTOCAST", f"the input is {x.dtype} under autocast to another dtype"
+    if autocast_dtype(x) not in (None, x.dtype):
+        return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
     if self.bias is not None and self.bias.dtype != x.dtype:  # added as it is: the result takes the wider dtype
-        return "DTYPE", f"the input is {x.dtype}, the bias {self.bias.dtype}"
-    return None if x.dtype in DTYPES else ("DTYPE", f"the input is {x.dtype}")
+        return Reason("DTYPE", f"the input is {x.dtype}, the bias {self.bias.dtype}")
+    return None if x.dtype in DTYPES else Reason("DTYPE", f"the input is {x.dtype}")
 
 
-def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str) -> Tensor:
+def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> Tensor:
     return nf4_linear(x, weight, self.bias, backend=backend)
-
-
-def forward(self: nn.Module, *args, **kwargs) -> Tensor:
-    return run(HOST, self, args, kwargs)
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.weight.dtype
 
 
-HOST = Host("torchao", "nf4_linear", matches, "torch.nn.modules.linear", lambda m: NF4View.of(m.weight), obstacle, fused, forward, probe_dtype)
+HOST = nf4_host(
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
+    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear` with an `NF4Tensor`",
+    covers="every block size that is a power of two; bf16, fp16, fp32",
+)  # fmt: skip

@@ -1,0 +1,67 @@
+"""What the hosts of linear layers over NF4 weights share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.errors import Unsupported
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, on_device, plain_tensors
+from fastfuse.quant.nf4 import NF4View
+
+
+def nf4_host(
+    *,
+    weight: Callable[[nn.Module], object],
+    obstacle: Callable[[nn.Module, Tensor | None], Reason | None],
+    fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor],
+    probe_dtype: Callable[[nn.Module], torch.dtype],
+    x: str = "x",
+    **how: Any,
+) -> Host:
+    """A Host of a module that maps its one argument, named x, by the NF4 weight that `weight` finds, which is read anew at every call."""
+
+    def run(module: nn.Module, given: dict[str, Any], options: Options) -> Tensor | Reason:
+        tensor = given.get(x)
+        if not isinstance(tensor, Tensor):
+            return Reason("ARGUMENTS", "called with something else than one tensor")
+        if found := obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh"))):
+            return found
+        view = read(module)
+        if type(view) is Reason:
+            return view
+        if tensor.shape[-1:] != view.shape[1:]:
+            return Reason("SHAPE", "the input's last dim is not the weight's K")
+        return fused(module, tensor, view, options.named())
+
+    def read(module: nn.Module) -> NF4View | Reason:
+        try:
+            return NF4View.of(weight(module))
+        except Unsupported as e:
+            return Reason(e.code, str(e).removeprefix("NF4View: "))
+        except (AttributeError, TypeError, ValueError) as e:
+            return Reason("NOT_NF4", str(e).removeprefix("NF4View: "))
+
+    def refuses(module: nn.Module, options: Options) -> Reason | None:
+        view = read(module)
+        return view if type(view) is Reason else on_device("nf4_linear", view.device, options)
+
+    def device(module: nn.Module) -> torch.device | None:
+        view = read(module)
+        return None if type(view) is Reason else view.device
+
+    def layout(module: nn.Module) -> str:
+        view = read(module)
+        return "" if type(view) is Reason else view.layout
+
+    def probe(module: nn.Module) -> Probe:
+        view, dtype = NF4View.of(weight(module)), probe_dtype(module)
+        K = view.shape[1]
+        # On a CPU bitsandbytes repacks its weight for good when the input needs no gradient.
+        made = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(view.device, dtype).requires_grad_()
+        return Probe({x: made}, dtype, K)
+
+    return Host(
+        takes=(x,), refuses=refuses, obstacle=lambda module, options: obstacle(module, None), fused=run, probe=probe, device=device, layout=layout, **how
+    )
