@@ -1,12 +1,18 @@
 """Small transformers Mllama models with every parameter random, and batches of real photos for them."""
 
+import copy
+import types
+
+import bitsandbytes as bnb
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from skimage import data
 from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessorPil
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
+from weights import quantize
 
 VOCAB, IMAGE, TILE = 96, 96, 56
 
@@ -71,6 +77,52 @@ def batch(samples: list[list[str]], text: int = 12) -> dict[str, torch.Tensor]:
     return made
 
 
+LENGTHS = (12, 9, 7)
+
+
+def padded(given: dict, side: str) -> dict:
+    """The batch with its rows cut to different lengths, and filled up on one side as a processor does: no mask, no image."""
+    if side == "none":
+        return given
+    given = {k: v.clone() for k, v in given.items()}
+    for i in range(len(given["input_ids"])):
+        n = LENGTHS[i]
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("cross_attention_mask", 0)):
+            if name in given:
+                row = given[name][i].clone()
+                given[name][i] = fill
+                given[name][i, slice(len(row) - n, None) if side == "left" else slice(0, n)] = row[:n]
+    return given
+
+
+def exactly(model: nn.Module) -> nn.Module:
+    """A copy in float64; transformers would still normalise in fp32."""
+    made = copy.deepcopy(model).double()
+
+    def normalise(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for m in made.modules():
+        if type(m).__name__ == "MllamaTextRMSNorm":
+            m.forward = types.MethodType(normalise, m)
+    made.set_attn_implementation("sdpa")
+    return made
+
+
+def results(model: nn.Module, given: dict):
+    """Logits of real text, and the gradients of everything for two upstream gradients of them.
+
+    What a row of padding gets that may attend to nothing at all is another thing in each of PyTorch's kernels.
+    """
+    dtype, real = next(model.parameters()).dtype, given["attention_mask"][..., None]
+    given = given | ({"pixel_values": given["pixel_values"].to(dtype)} if "pixel_values" in given else {})
+    logits = model(**given).logits * real
+    leaves = dict(model.named_parameters())
+    ups = [torch.randn(logits.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
+    grads = [torch.autograd.grad(logits, list(leaves.values()), up, retain_graph=True, allow_unused=True) for up in ups]
+    return logits.detach(), {name: (None,) if a is None else (a, b) for name, a, b in zip(leaves, *grads, strict=True)}
+
+
 def as_fastfuse(given: dict[str, torch.Tensor], made: MllamaConfig) -> dict:
     """The same batch as fastfuse's models take it."""
     if "pixel_values" not in given:
@@ -95,3 +147,16 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
     return model
+
+
+def qlora(made: MllamaConfig | None = None) -> nn.Module:
+    """What people train: NF4 in the language model, adapters over it, the rest as it is."""
+    model = build(made or config())
+    for name, linear in list(model.model.language_model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=torch.float32, quant_type="nf4", device="meta")
+            made.weight, made.support_avx512bf16_for_cpu = quantize(linear.weight.detach(), "nested"), False
+            model.model.language_model.set_submodule(name, made)
+    model.is_loaded_in_4bit = True
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, exclude_modules=".*vision_model.*", init_lora_weights=False))

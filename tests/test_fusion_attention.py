@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import pickle
-import sys
 from collections import Counter
 from functools import partial
 
@@ -16,8 +15,8 @@ from reference import DTYPES, FUSED, HEADS, VOCAB, D, assert_matches, make_atten
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from waiting import Allocated
 
 import fastfuse
 from fastfuse.generation import generate, generate_next_token
@@ -598,36 +597,6 @@ def test_by_the_kernels(empty_rows, images):
             got = model(TEXT[:, start:stop], **given)
             assert_no_worse(got, *(r[0][:, start:stop] for r in results[1:]), f"tokens {start}..{stop - 1}")
     assert ops["cross_attention"] == 2 * 2
-
-
-OPS = {
-    f"{name.removeprefix('_')}": op
-    for module in list(sys.modules.values())
-    if getattr(module, "__name__", "").startswith("fastfuse.ops.")
-    for name, op in vars(module).items()
-    if isinstance(op, torch.library.CustomOpDef)
-}
-
-
-class Allocated(TorchDispatchMode):
-    """Shapes of all tensors that are made, inside of fastfuse's ops too; views and results in place make none."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastfuse":
-            with self:
-                return OPS[func.overloadpacket.__name__]._backend_fns["cpu"](*args)
-        out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.made += [(tuple(t.shape), str(func)) for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in old]
-        return out
-
-    def of(self, elements: int, *last: int) -> list:
-        """Those of `elements` or more, and those whose shapes end in `last`."""
-        return [(s, f) for s, f in self.made if torch.Size(s).numel() >= elements or (last and s[-len(last) :] == last)]
 
 
 LONG, LONG_TILE = 48, 50

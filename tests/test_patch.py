@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import pickle
+from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -352,3 +353,10 @@ def test_patched_finds_its_modules_under_new_names():
     with fastfuse.patched(base):
         get_peft_model(base, LoraConfig(r=4, target_modules=["up"]))
     assert not any("_fastfuse" in m.__dict__ or "forward" in m.__dict__ for m in base.modules())
+
+
+def test_the_readme_has_the_table_of_hosts():
+    from fastfuse.patching.hosts import BUILT_IN, table
+
+    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
+    assert {host.name for host in BUILT_IN} == {line.split(" | ")[0].removeprefix("| ") for line in table().splitlines()[2:]}

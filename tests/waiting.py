@@ -1,10 +1,13 @@
-"""What a GPU would wait for, and the kernels it would launch, seen on a CPU."""
+"""What a GPU would wait for, the kernels it would launch and the tensors it would make, seen on a CPU."""
 
+import sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 
 class NoReading(TorchFunctionMode):
@@ -30,3 +33,33 @@ class Launched:
                 self.kernel[grid](*args, **options)
 
         return run
+
+
+OPS = {
+    f"{name.removeprefix('_')}": op
+    for module in list(sys.modules.values())
+    if getattr(module, "__name__", "").startswith("fastfuse.ops.")
+    for name, op in vars(module).items()
+    if isinstance(op, torch.library.CustomOpDef)
+}
+
+
+class Allocated(TorchDispatchMode):
+    """Shapes of all tensors that are made, inside of fastfuse's ops too; views and results in place make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastfuse":
+            with self:
+                return OPS[func.overloadpacket.__name__]._backend_fns["cpu"](*args)
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self.made += [(tuple(t.shape), str(func)) for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in old]
+        return out
+
+    def of(self, elements: int, *last: int) -> list:
+        """Those of `elements` or more, and those whose shapes end in `last`."""
+        return [(s, f) for s, f in self.made if torch.Size(s).numel() >= elements or (last and s[-len(last) :] == last)]

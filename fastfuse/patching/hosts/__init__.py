@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fastfuse.patching.hosts import _own, bitsandbytes, peft, torchao, torchtune, vision
+from fastfuse.patching.hosts import _own, bitsandbytes, mllama, peft, torchao, torchtune, vision
 from fastfuse.patching.hosts._host import Host
 
-BUILT_IN = (*_own.HOSTS, *torchtune.HOSTS, peft.HOST, bitsandbytes.HOST, torchao.HOST, *vision.HOSTS)
+BUILT_IN = (*_own.HOSTS, *torchtune.HOSTS, peft.HOST, bitsandbytes.HOST, torchao.HOST, *mllama.HOSTS, *vision.HOSTS)
 registered: list[Host] = []  # the latest first: a caller may take over what is built in
 
 

@@ -1,0 +1,340 @@
+"""transformers' Mllama (Llama 3.2 Vision): the front of its vision model, and cross-attention without a dense mask.
+
+MllamaModel would turn the mask of tiles [b, s, images, tiles] into one of image tokens, tiles * 1601 times the size, for every forward. Instead
+it hands the tiles' mask on as an EncoderMask: MllamaModel passes it to MllamaTextModel, that to its layers in the place
+of the dense one, and MllamaTextCrossAttention attends by it. All three have to be patched; where one is not, a forward makes the dense mask.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfuse.errors import Unsupported
+from fastfuse.modules.attention_utils import serves_cross_attention
+from fastfuse.ops import EncoderMask, cross_attention, patch_embed
+from fastfuse.ops.cross_attention import uncovered
+from fastfuse.patching.hosts._host import (
+    Host,
+    Options,
+    Probe,
+    Reason,
+    autocast_dtype,
+    host_of,
+    on_device,
+    only_asks_for_grad,
+    own_forward,
+    plain,
+    plain_tensors,
+)
+
+_FROM = "transformers.models.mllama."
+# What transformers hands to every attention layer, and eager and sdpa attention without a paged cache or a bias do not look at.
+_IGNORED = (
+    "use_cache", "position_ids", "cache_position", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep", "labels",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_embeddings", "token_type_ids",
+)  # fmt: skip
+
+
+def _wants(self: nn.Module, given: dict[str, Any], *names: str) -> bool:
+    """Whether one of these flags is set, by the call or by the model's config."""
+    return any(given[name] if given.get(name) is not None else getattr(self.config, name, False) for name in names)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
+
+
+def _attention(self: nn.Module) -> Reason | None:
+    name = self.config._attn_implementation
+    return None if name in ("eager", "sdpa") else Reason("ATTENTION", f"its attention is {name!r}, fastfuse stands in for 'eager' and 'sdpa'")
+
+
+# MllamaModel
+
+
+class _HandedOn:
+    """The mask on its way from MllamaModel to MllamaTextModel, as one of the keywords that the one passes to the other."""
+
+    def __init__(self, mask: EncoderMask, dtype: torch.dtype):
+        self.mask, self.dtype, self.taken = mask, dtype, False
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "_HandedOn":
+        """accelerate moves what it finds between devices."""
+        self.mask = self.mask.to(device, non_blocking)
+        return self
+
+
+def _hands_on(self: nn.Module) -> Reason | None:
+    """Why the layers of the language model would not understand an EncoderMask."""
+    text = self.language_model
+    if not _is_ours(text):
+        return Reason("HALF_PATCHED", "its language_model is not patched")
+    for layer in text.layers:
+        attention = getattr(layer, "cross_attn", None)
+        if attention is None:
+            continue
+        if not _is_ours(attention):
+            return Reason("HALF_PATCHED", "a cross-attention layer of it is not patched")
+        rebound = "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__
+        if rebound or not type(layer).forward.__module__.startswith((_FROM, "torch.")):  # PyTorch's wrappers pass on what they get
+            return Reason("FOREIGN_FORWARD", "somebody else's cross-attention layer may look at the mask")
+        if any(m._forward_pre_hooks_with_kwargs or m._forward_hooks_with_kwargs for m in (layer, attention)):
+            return Reason("HOOKED", "a hook of a cross-attention layer may look at the mask")
+    return _attention(text)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    bound = (module.__dict__.get(slot) for slot in ("forward", "_old_forward"))
+    return "_fastfuse" in module.__dict__ and any(host_of(f) is not None for f in bound)
+
+
+def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+    tiles = given.get("cross_attention_mask")
+    if tiles is None:
+        return own_forward(self)(**given)
+    text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if text is None or not isinstance(tiles, Tensor) or tiles.dim() != 4:
+        return Reason("MASK", "the mask is no tensor [batch, text, images, tiles], or there is no text")
+    if _wants(self.language_model, given, "output_attentions"):
+        return Reason("OUTPUTS", "attention weights are asked for")
+    if found := _hands_on(self):
+        return found
+    given = dict(given)
+    del given["cross_attention_mask"]
+    handed = _HandedOn(
+        EncoderMask.from_tiles(_rows_of_call(tiles, text.shape[1], given.get("past_key_values")) == 1, self.vision_model.num_patches), self.dtype
+    )
+    out = own_forward(self)(**given, fastfuse_mask=handed)
+    if not handed.taken:
+        raise Unsupported("MllamaModel does not pass its keywords on, a version that fastfuse does not know: unpatch with ops='cross_attention'", "SIGNATURE")
+    return out
+
+
+def _rows_of_call(tiles: Tensor, s: int, cache: Any) -> Tensor:
+    """The rows of the s tokens that this call is given, where the mask has those of the cache before them."""
+    if tiles.shape[1] == s:
+        return tiles
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    return tiles[:, seen : seen + s]
+
+
+# MllamaTextModel
+
+
+def _text_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+    if "fastfuse_mask" not in given:
+        return own_forward(self)(**given)
+    given = dict(given)
+    handed = given.pop("fastfuse_mask")
+    handed.taken, mask = True, handed.mask
+    given["cross_attention_mask"] = mask
+    given["full_text_row_masked_out_mask"] = (~mask.rows_empty)[:, None, :, None].to(handed.dtype)
+    return own_forward(self)(**given)
+
+
+# MllamaTextCrossAttention
+
+
+def _uniform(options: Options) -> bool:
+    return options.masked_rows != "zero"  # the host's own rule
+
+
+def _cross_attention_obstacle(self: nn.Module, options: Options) -> Reason | None:
+    if self.training and self.dropout > 0:
+        return Reason("DROPOUT", "dropout of attention weights is active")
+    return _attention(self)
+
+
+def _cross_attention_refuses(self: nn.Module, options: Options) -> Reason | None:
+    device = _device(self)
+    if device is None or device.type != "cuda" or options.backend == "torch":
+        return None
+    if found := on_device("cross_attention", device, options):
+        return found
+    why = uncovered(self.q_norm.weight.dtype, self.head_dim, self.num_heads // self.num_key_value_heads)
+    return None if why is None else Reason("UNCOVERED", why)
+
+
+def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+    x, states, mask = given["hidden_states"], given.get("cross_attention_states"), given.get("attention_mask")
+    cache = given.get("past_key_values")
+    if found := _cross_attention_obstacle(self, options):
+        return found
+    if isinstance(mask, Tensor):
+        return Reason("DENSE_MASK", "called with a dense mask")
+    if mask is None and self.config._attn_implementation == "sdpa" and x.shape[1] > 1:
+        return Reason("NO_MASK", "without a mask transformers' sdpa lets text token i see image tokens 0 to i alone, which the op does not")
+    if given.get("output_attentions"):
+        return Reason("OUTPUTS", "attention weights are asked for")
+    group = self.num_heads // self.num_key_value_heads
+    if options.backend != "torch" and not serves_cross_attention(x, self.head_dim, group):
+        return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
+    if states is None and cache is None:
+        return Reason("ARGUMENTS", "called with neither image states nor a cache")
+    b, s, _ = x.shape
+    q = self.q_norm(self.q_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2))
+    if states is None:
+        k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+    else:
+        k, v = (project(states).view(b, -1, self.num_key_value_heads, self.head_dim).transpose(1, 2) for project in (self.k_proj, self.v_proj))
+        k = self.k_norm(k)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+    empty = "uniform" if _uniform(options) else "zero"
+    out = cross_attention(q, k, v, mask, scale=self.scaling, empty_rows=empty, backend=options.named())
+    return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), None
+
+
+def _cross_attention_by_dense_mask(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+    mask = given.get("attention_mask")
+    if not isinstance(mask, EncoderMask):
+        return own_forward(self)(**given)
+    dtype = given["hidden_states"].dtype
+    seen = mask.to_dense() | mask.rows_empty[..., None]
+    additive = torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)[:, None]
+    out, weights = own_forward(self)(**(given | {"attention_mask": additive}))
+    return out if _uniform(options) else out.masked_fill(mask.rows_empty[..., None], 0), weights
+
+
+def _cross_attention_probe(self: nn.Module) -> Probe:
+    made, dtype, device = torch.Generator().manual_seed(0), self.q_norm.weight.dtype, self.q_norm.weight.device
+    x, states = (torch.randn(2, n, self.hidden_size, generator=made).to(device, dtype).requires_grad_() for n in (7, 24))
+    visible = torch.rand(2, 7, 2, 4, generator=made) < 0.5
+    visible[:, 0] = False
+    mask = EncoderMask.from_tiles(visible.to(device), 3)
+    given = {"hidden_states": x, "cross_attention_states": states, "attention_mask": mask}
+    return Probe(given, dtype, self.hidden_size, steps=8)  # four projections, two norms, scores and weights
+
+
+# MllamaVisionModel
+
+
+def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
+    conv, positions, pre = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding
+    found = plain(conv, nn.Conv2d, only_asks_for_grad(conv))
+    if found is not None:
+        return found
+    if conv.kernel_size != conv.stride or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
+        return Reason("GEOMETRY", f"its patches overlap or leave gaps: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
+    for child in (positions, pre):
+        if not type(child).forward.__module__.startswith(_FROM):
+            return Reason("CHILD_TYPE", f"{type(child).__name__} has a forward of its own")
+        if found := plain(child, type(child)):
+            return found
+    for child in (positions.tile_embedding, pre.embedding):
+        if found := plain(child, nn.Embedding):
+            return found
+    return plain_tensors(self.class_embedding)
+
+
+def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+    if found := _vision_obstacle(self, options):
+        return found
+    if _wants(self, given, "output_hidden_states", "output_attentions") or given.get("return_dict") is False:
+        return Reason("OUTPUTS", "hidden states, attention weights or a tuple are asked for")
+    pixels, ids, tile_mask = given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"]
+    b, images, tiles = pixels.shape[:3]
+    x = _placed_tokens(self, pixels.flatten(0, 1), ids.reshape(-1), options)
+    per_tile, n, dim = x.shape[2], self.num_patches, x.shape[3]
+    prepare = sys.modules[type(self).__module__]._prepare_aspect_ratio_attention_mask
+    mask = prepare(aspect_ratio_mask=tile_mask.reshape(b * images, -1), num_patches=n, target_length=per_tile, dtype=self.dtype)
+    encoded = self.transformer(x.view(b * images, -1, dim), attention_mask=mask)
+    x = self.layernorm_post(encoded.last_hidden_state).view(b * images, tiles, per_tile, dim)
+    x = self.post_tile_positional_embedding(x, ids.reshape(b * images, -1)).flatten(1, 2)
+    x = self.global_transformer(x, attention_mask=mask).last_hidden_state
+    taken = torch.stack([encoded.hidden_states[i] for i in self.intermediate_layers_indices], -1).flatten(2)
+    x = torch.cat([t.reshape(b, images, tiles, per_tile, -1)[..., :n, :] for t in (x, taken)], -1)
+    return type(encoded)(last_hidden_state=x)
+
+
+def _placed_tokens(self: nn.Module, pixels: Tensor, ids: Tensor, options: Options) -> Tensor:
+    """[images, tiles, tokens padded to a multiple of 8, dim], normalised."""
+    conv, positions, pre, norm = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding, self.layernorm_pre
+    # Under autocast PyTorch's norm gives fp32 on a GPU, whatever goes in.
+    by_op = plain(norm, nn.LayerNorm) is None and norm.elementwise_affine and autocast_dtype(pixels) is None
+    rows = positions.max_aspect_ratio_id + 1
+    x = patch_embed(
+        pixels.to(conv.weight.device, conv.weight.dtype),
+        conv.weight,
+        self.class_embedding,
+        ids.to(conv.weight.device),
+        positions.embedding,
+        positions.tile_embedding.weight.view(rows, self.max_num_tiles, self.num_patches, -1),
+        positions.gate,
+        pre.embedding.weight.view(rows, self.max_num_tiles, 1, -1),
+        pre.gate if pre.is_gated else None,
+        bias=conv.bias,
+        norm=(norm.weight, norm.bias, norm.eps) if by_op else None,
+        pad_tokens_to=8 if by_op else 1,
+        backend=options.named(),
+    )
+    if not by_op:  # another library's norm, a hook: called as it is
+        x = norm(x)
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % 8))
+    if only_asks_for_grad(conv) and torch.is_grad_enabled() and not x.requires_grad:
+        x.requires_grad_()
+    return x
+
+
+def _vision_refuses(self: nn.Module, options: Options) -> Reason | None:
+    if not hasattr(sys.modules[type(self).__module__], "_prepare_aspect_ratio_attention_mask"):
+        return Reason("STRUCTURE", "transformers has no _prepare_aspect_ratio_attention_mask: a version that fastfuse does not know")
+    return on_device("patch_embed", self.patch_embedding.weight.device, options)
+
+
+def _vision_probe(self: nn.Module) -> Probe:
+    weight, made = self.patch_embedding.weight, torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 1, self.max_num_tiles, self.num_channels, self.image_size, self.image_size, generator=made).to(weight.device, weight.dtype)
+    ids, mask = (torch.ones(shape, dtype=torch.int64, device=weight.device) for shape in ((1, 1), (1, 1, self.max_num_tiles)))
+    given = {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+    # Every layer rounds twice what the one before has left it.
+    return Probe(given, weight.dtype, self.hidden_size, steps=2 * (len(self.transformer.layers) + len(self.global_transformer.layers)) + 4)
+
+
+def _geometry(self: nn.Module) -> str:
+    return f"{self.patch_size} px patches, {self.max_num_tiles} tiles of {self.image_size} px"
+
+
+def _named(name: str):
+    def matches(module: nn.Module) -> bool:
+        return any(c.__name__ == name and c.__module__.startswith(_FROM) for c in type(module).__mro__)
+
+    return matches
+
+
+HOSTS = (
+    Host(
+        name="transformers Mllama", op="cross_attention", matches=_named("MllamaModel"), written_by=_FROM, fused=_whole_model, device=_device,
+        parts=("vision_model.num_patches", "language_model.layers", "language_model.config", "dtype"),
+        needs=("input_ids", "inputs_embeds", "past_key_values", "cross_attention_mask", "kwargs"), layout=lambda m: "mask of tiles",
+        modules="`MllamaModel`, `MllamaTextModel`, `MllamaTextCrossAttention`",
+        covers="masks of tiles, never made dense; dynamic and static caches, compiled decoding; not attention weights as outputs",
+    ),
+    Host(
+        name="transformers Mllama", op="cross_attention", matches=_named("MllamaTextModel"), written_by=_FROM, fused=_text_model, device=_device,
+        parts=("layers", "config._attn_implementation"), layout=lambda m: "mask of tiles",
+        needs=("cross_attention_mask", "full_text_row_masked_out_mask", "kwargs"),
+    ),
+    Host(
+        name="transformers Mllama", op="cross_attention", matches=_named("MllamaTextCrossAttention"), written_by=_FROM, device=_device,
+        parts=("q_proj", "k_proj", "v_proj", "o_proj", "q_norm.weight", "k_norm", "num_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_idx",
+               "scaling", "dropout", "config._attn_implementation"),
+        takes=("hidden_states", "cross_attention_states", "past_key_values", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
+        refuses=_cross_attention_refuses, obstacle=_cross_attention_obstacle, fused=_cross_attention, fallback=_cross_attention_by_dense_mask,
+        probe=_cross_attention_probe, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
+    ),
+    Host(
+        name="transformers Mllama", op="patch_embed", matches=_named("MllamaVisionModel"), written_by=_FROM,
+        parts=("patch_embedding.weight", "class_embedding", "gated_positional_embedding.embedding", "gated_positional_embedding.tile_embedding.weight",
+               "gated_positional_embedding.gate", "gated_positional_embedding.max_aspect_ratio_id", "pre_tile_positional_embedding.embedding.weight",
+               "pre_tile_positional_embedding.is_gated", "post_tile_positional_embedding", "layernorm_pre", "layernorm_post", "transformer", "global_transformer",
+               "intermediate_layers_indices", "num_patches", "max_num_tiles", "hidden_size"),
+        takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), ignores=("return_dict", "output_hidden_states", "output_attentions"),
+        refuses=_vision_refuses, obstacle=_vision_obstacle, fused=_vision_model, probe=_vision_probe, layout=_geometry,
+        device=lambda module: module.patch_embedding.weight.device, modules="`MllamaVisionModel`",
+        covers="convolution, class token, both position tables, norm and padding in one; the layers run as they are",
+    ),
+)  # fmt: skip

@@ -1,0 +1,85 @@
+"""patch(model) over transformers' Mllama on a GPU: as good as transformers there, no waiting for the device, compiled decoding."""
+
+import copy
+
+import mllama
+import pytest
+import torch
+from numerics import assert_no_worse
+
+import fastfuse
+
+pytestmark = pytest.mark.gpu
+
+
+def batch(side: str = "left", dtype: torch.dtype = torch.bfloat16) -> dict:
+    given = mllama.padded(mllama.batch([["coffee"], ["astronaut", "chelsea"], []]), side)
+    return {k: (v.to(dtype) if v.is_floating_point() else v).cuda() for k, v in given.items()}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits(dtype, implementation, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # cuDNN's default rounds fp32 convolutions to 10 bits
+    model = mllama.build(mllama.config()).to(dtype)
+    model.set_attn_implementation(implementation)
+    exact = mllama.exactly(model).cuda()
+    model, given = model.cuda(), batch(dtype=dtype)
+    real = given["attention_mask"][..., None]
+    with torch.no_grad():
+        truth = exact(**(given | {"pixel_values": given["pixel_values"].double()})).logits * real
+        eager = model(**given).logits * real
+        report = fastfuse.patch(model)
+        got = model(**given).logits * real
+    assert {e.backend for e in report.patched} == {"triton"} and fastfuse.status(model).fallbacks == {}
+    assert_no_worse(got, eager, truth)
+
+
+def test_nothing_waits_for_the_device():
+    model = mllama.build(mllama.config()).bfloat16().cuda()
+    model.set_attn_implementation("sdpa")
+    given = {k: v for k, v in batch().items() if k != "attention_mask"}  # whose values transformers reads
+    fastfuse.patch(model)
+    model(**given).logits.sum().backward()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**given).logits.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generated_tokens(cache):
+    """A static cache is compiled with CUDA graphs by transformers itself, from 5.18 on (before it fails, patched or not)."""
+    import transformers
+
+    if cache and tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 18):
+        pytest.skip(f"transformers {transformers.__version__} cannot generate with a static cache for Mllama, 5.18 can")
+    model = mllama.build(mllama.config()).cuda()
+    given = batch(dtype=torch.float32)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    want = model.generate(**given, **options)
+    fastfuse.patch(model)
+    assert torch.equal(model.generate(**given, **options), want)
+    assert fastfuse.status(model).fallbacks == {}
+
+
+def test_qlora_training():
+    model = mllama.qlora().cuda().train()
+    twin = copy.deepcopy(model)
+    report = fastfuse.patch(model)
+    assert not report.skipped and {e.backend for e in report.patched} == {"triton"}
+    given = batch("right", torch.float32)
+    labels = given["input_ids"].masked_fill((given["attention_mask"] == 0) | (given["input_ids"] == mllama.IMAGE), -100)
+    curves = []
+    for m in (model, twin):
+        optimizer, curve = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05), []
+        for _ in range(5):
+            loss = m(**given, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
