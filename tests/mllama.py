@@ -17,7 +17,7 @@ from weights import quantize
 VOCAB, IMAGE, TILE = 96, 96, 56
 
 
-def config(cross=(1, 3), layers=5, **text) -> MllamaConfig:
+def config(cross=(1, 3), layers=5, vision_layers=(4, 2), taken=(0, 2, 3), **text) -> MllamaConfig:
     text = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": layers, "num_attention_heads": 8,
         "num_key_value_heads": 2, "cross_attention_layers": list(cross), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -26,8 +26,8 @@ def config(cross=(1, 3), layers=5, **text) -> MllamaConfig:
                             "original_max_position_embeddings": 64},
     } | text  # fmt: skip
     vision = MllamaVisionConfig(
-        hidden_size=32, intermediate_size=72, attention_heads=4, num_hidden_layers=4, num_global_layers=2, image_size=TILE, patch_size=14,
-        intermediate_layers_indices=[0, 2, 3], vision_output_dim=32 * 4,
+        hidden_size=32, intermediate_size=72, attention_heads=4, num_hidden_layers=vision_layers[0], num_global_layers=vision_layers[1], image_size=TILE,
+        patch_size=14, intermediate_layers_indices=list(taken), vision_output_dim=32 * (1 + len(taken)),
     )  # fmt: skip
     return MllamaConfig(vision_config=vision, text_config=MllamaTextConfig(**text), image_token_index=IMAGE)
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import io
 import pickle
+import types
+import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -360,3 +362,125 @@ def test_the_readme_has_the_table_of_hosts():
 
     assert table() in (Path(__file__).parents[1] / "README.md").read_text()
     assert {host.name for host in BUILT_IN} == {line.split(" | ")[0].removeprefix("| ") for line in table().splitlines()[2:]}
+
+
+def test_a_wrapper_made_with_functools_wraps_is_not_ours():
+    """wraps copies a function's marks: unpatch must not take the wrapper away."""
+    model, x = quantized("bitsandbytes"), torch.randn(2, 128)
+    want = model.up(x)
+    fastfuse.patch(model)
+    ours = model.up.forward.__func__
+    model.up.forward = types.MethodType(functools.wraps(ours)(lambda self, x: 2 * ours(self, x)), model.up)
+    assert {e.code for e in fastfuse.unpatch(model).entries if e.name == "up"} == {"WRAPPED"}
+    assert torch.equal(model.up(x), 2 * want)
+
+
+def test_a_scripted_part_is_left_alone():
+    model = nn.Sequential(torch.jit.script(nn.ReLU()), quantized("bitsandbytes"))
+    assert fastfuse.patch(model).counts == {"patched": 2} and fastfuse.status(model).counts == {"patched": 2}
+
+
+def test_parametrizations_are_not_run_to_look_for_weights():
+    calls = []
+
+    class Noting(nn.Module):
+        def forward(self, w):
+            calls.append(1)
+            return w
+
+    model = nn.Sequential(nn.Linear(4, 4), quantized("bitsandbytes"))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Noting(), unsafe=True)
+    calls.clear()
+    fastfuse.patch(model)
+    fastfuse.status(model)
+    assert calls == []
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_verify_where_there_is_nothing_to_compare(host):
+    """No values, or a mode that records no gradients: no exception."""
+    model = quantized(host)
+    with torch.inference_mode():
+        assert fastfuse.patch(model, verify=True).counts == {"patched": 2}
+    fastfuse.unpatch(model)
+    if host == "torchao":
+        assert fastfuse.patch(model.to("meta"), verify=True).counts == {"patched": 2}
+
+
+def test_verify_warns_of_what_it_gives_back(monkeypatch):
+    from fastfuse.patching import hosts
+
+    right = hosts.bitsandbytes.HOST
+    wrong = dataclasses.replace(right, fused=lambda *args: right.fused(*args) * 1.02)
+    monkeypatch.setattr(hosts, "BUILT_IN", tuple(wrong if h is right else h for h in hosts.BUILT_IN))
+    with pytest.warns(UserWarning, match="2 modules are not covered, the first: up: differs from its own forward"):
+        fastfuse.patch(quantized("bitsandbytes"), verify=True, on_unsupported="warn")
+
+
+def test_verify_of_a_module_that_gives_nan():
+    model = quantized("torchao")
+    with torch.no_grad():
+        model.up.bias[3] = torch.nan
+    assert fastfuse.patch(model, verify=True).counts == {"patched": 2}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_traced_models_run_their_own_forward(host):
+    model, x = quantized(host), torch.randn(2, 128)
+    fastfuse.patch(model)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(model, x)
+    assert any("TRACING" in str(w.message) for w in caught)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m.up(x, x=x), lambda m, x: m.up(x, nothing=None), lambda m, x: m.up()], ids=["twice", "unknown", "none"])
+def test_wrong_calls_are_the_modules_own_errors(call):
+    model, x = quantized("bitsandbytes"), torch.randn(2, 128)
+    fastfuse.patch(model)
+    with warnings.catch_warnings(), pytest.raises(TypeError):
+        warnings.simplefilter("ignore")
+        call(model, x)
+
+
+def test_unpatch_knows_every_name_of_a_shared_module():
+    model = nn.ModuleDict({"enc": quantized("bitsandbytes")})
+    model["dec"] = model["enc"]
+    fastfuse.patch(model)
+    assert fastfuse.unpatch(model, include="dec.*").counts == {"restored": 2}
+
+
+def test_unpatch_names_itself_and_knows_what_is_patched():
+    model = quantized("bitsandbytes")
+    with pytest.raises(ValueError, match="unpatch: ops has 'nope'"):
+        fastfuse.unpatch(model, ops="nope")
+    registered = fastfuse.register_host("mine", "mine_op", lambda m: isinstance(m, nn.ReLU), lambda m, x: x.clamp(min=0))
+    model = nn.Sequential(nn.ReLU())
+    assert fastfuse.patch(model, ops="mine_op").counts == {"patched": 1}
+    registered.remove()
+    assert [(e.host, e.code) for e in fastfuse.status(model).entries] == [("mine", "")]
+    assert fastfuse.unpatch(model, ops="mine_op").counts == {"restored": 1}
+
+
+def test_a_registered_forward_is_called_as_the_module_was():
+    seen = []
+    registered = fastfuse.register_host("mine", "mine_op", lambda m: isinstance(m, nn.ReLU), lambda m, *args, **kwargs: seen.append((args, kwargs)))
+    try:
+        model = nn.ReLU()
+        fastfuse.patch(model)
+        model(1)
+        model(input=2)
+    finally:
+        registered.remove()
+    assert seen == [((1,), {}), ((), {"input": 2})]
+
+
+def test_a_host_registered_later_does_not_take_over_what_is_patched():
+    model = quantized("bitsandbytes")
+    fastfuse.patch(model)
+    registered = fastfuse.register_host("mine", "mine_op", lambda m: isinstance(m, bnb.nn.Linear4bit), lambda m, x: x)
+    try:
+        assert {(e.host, e.op, e.status) for e in fastfuse.patch(model).entries} == {("bitsandbytes", "nf4_linear", "already")}
+    finally:
+        registered.remove()

@@ -678,3 +678,27 @@ def test_compute_dtype_without_kernels():
     # bitsandbytes' own CPU path leaves a float64 weight unwritten, which the poisoned memory here shows as NaN.
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert fastfuse.status(model).fallbacks == {"DTYPE": 1}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_scaling_as_a_tensor(host):
+    """PEFT's preparation for hot swapping compiled adapters."""
+    model, x = lora(host), torch.randn(3, 128)
+    layer = model.base_model.model.up
+    layer.scaling["default"] = torch.tensor(0.7)
+    want, want_grads = gradients(model, x)
+    fastfuse.patch(model)
+    got, got_grads = gradients(model, x)
+    assert fastfuse.status(model).fallbacks == {}
+    assert_rounding_apart(got, want, K=256, products=2)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        assert_rounding_apart(g, w, K=256, products=4)
+
+
+def test_dropout_in_place_is_peft_s():
+    model, x = lora("bitsandbytes", lora_dropout=0.5), torch.randn(3, 128)
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        layer.lora_dropout["default"].inplace = True
+    fastfuse.patch(model)
+    with pytest.warns(UserWarning, match="DROPOUT"), torch.no_grad():
+        model.base_model.model.up(x)

@@ -130,7 +130,7 @@ def test_other_ways_to_generate(model, how):
 
 def test_compiled_decoding_with_a_static_cache():
     """generate's own compilation, without a graph break: one graph for all steps."""
-    model = mllama.build(mllama.config(cross=(1,), layers=2))
+    model = mllama.build(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,)))
     given = mllama.padded(mllama.batch(SAMPLES["0, 1 and 2 images"]), "left")
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     want = model.generate(**given, **options)
@@ -149,7 +149,7 @@ def test_compiled_decoding_with_a_static_cache():
 
 @torch._functorch.config.patch(donated_buffer=False)  # two backwards through one graph
 def test_compiled_forward_and_backward():
-    model = mllama.build(mllama.config(cross=(1,), layers=2))
+    model = mllama.build(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,)))
     given = mllama.padded(mllama.batch([["coffee"], []]), "left")
     eager, exact = mllama.results(model, given), mllama.results(mllama.exactly(model), given)
     fastfuse.patch(model)
@@ -744,3 +744,128 @@ def test_qlora_generation():
     with fastfuse.patched(model):
         assert torch.equal(model.generate(**given, **options), want)
     assert torch.equal(model.generate(**given, **options), want)
+
+
+@pytest.mark.parametrize("where", ["language model", "cross-attention layer"])
+def test_a_hook_that_changes_the_mask_does(model, where):
+    """Wherever it sits, it gets the tensor, and what it makes of it is what the layers attend by."""
+    given = mllama.batch([["coffee"]])
+    target = model.model.language_model if where == "language model" else model.model.language_model.layers[1]
+
+    def halve(module, args, kwargs):
+        mask = kwargs["cross_attention_mask"].clone()
+        mask[..., ::2] = torch.finfo(mask.dtype).min
+        return args, kwargs | {"cross_attention_mask": mask}
+
+    plain = model(**given).logits
+    handles = [target.register_forward_pre_hook(halve, with_kwargs=True)]
+    try:
+        want = model(**given).logits
+        assert (want - plain).abs().max() > 1e-3
+        fastfuse.patch(model)
+        with pytest.warns(UserWarning, match="HOOKED"):
+            torch.testing.assert_close(model(**given).logits, want)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_hook_on_a_layer_without_cross_attention_sees_a_tensor(model):
+    """It is called with the mask as well."""
+    given, seen = mllama.batch([["coffee"]]), []
+    want = model(**given).logits
+    layer = model.model.language_model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, a, k: seen.append(k["cross_attention_mask"].float()), with_kwargs=True)
+    fastfuse.patch(model)
+    with pytest.warns(UserWarning, match="HOOKED"):
+        torch.testing.assert_close(model(**given).logits, want)
+    handle.remove()
+    assert len(seen) == 1
+
+
+def test_hooks_of_pytorch_s_own_wrappers_pass_the_mask_on(model):
+    """FSDP2 casts tensors among the keywords, and leaves the rest."""
+    given = mllama.padded(mllama.batch(SAMPLES["0, 1 and 2 images"]), "left")
+    want = model(**given).logits
+
+    def cast(module, args, kwargs):
+        return args, {k: v.to(v.dtype) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+    cast.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+    layers = model.model.language_model.layers
+    handles = [m.register_forward_pre_hook(cast, with_kwargs=True) for m in (*layers, model.model.language_model)]
+    try:
+        fastfuse.patch(model)
+        torch.testing.assert_close(model(**given).logits, want)
+        assert fastfuse.status(model).fallbacks == {}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_what_stands_in_the_way_is_in_the_report(model):
+    fastfuse.patch(model)
+    assert {e.code for e in fastfuse.status(model).entries} == {""}
+    handle = model.model.language_model.layers[1].register_forward_pre_hook(lambda m, a, k: None, with_kwargs=True)
+    assert [(e.name, e.code) for e in fastfuse.status(model).entries if e.code] == [("model", "HOOKED")]
+    handle.remove()
+
+
+def test_attention_weights_are_no_error_under_strict(model, monkeypatch):
+    monkeypatch.setenv("FASTFUSE_STRICT", "1")
+    given = mllama.batch([["coffee"]])
+    fastfuse.patch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(model(**given, output_attentions=True).attentions) == 5
+
+
+def test_a_rule_that_cannot_be_kept_is_said(model, monkeypatch):
+    given = mllama.batch([["coffee"]])
+    fastfuse.patch(model, masked_rows="zero")
+    with pytest.warns(UserWarning, match="MASKED_ROWS: masked_rows='zero' does not hold: attention weights are asked for"):
+        model(**given, output_attentions=True)
+    fastfuse.unpatch(model)
+    monkeypatch.setenv("FASTFUSE_STRICT", "1")
+    fastfuse.patch(model, masked_rows="zero")
+    with pytest.raises(fastfuse.Unsupported, match="MASKED_ROWS"):
+        model(**given, output_attentions=True)
+
+
+@pytest.mark.parametrize("size", [(56, 61), (66, 56)])
+def test_pixels_over_are_left_out(model, size):
+    given = mllama.batch([["coffee"]])
+    given["pixel_values"] = nn.functional.interpolate(given["pixel_values"].flatten(0, 2), size).unflatten(0, (1, 1, 4))
+    want = model(**given).logits
+    assert not fastfuse.patch(model, verify=True).skipped
+    torch.testing.assert_close(model(**given).logits, want)
+    assert fastfuse.status(model).fallbacks == {}
+
+
+def test_wrong_calls_of_the_vision_model_are_its_own_errors(model):
+    given = mllama.batch([["coffee"]])
+    pixels, ids, mask = (given[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+    vision = model.model.vision_model
+    fastfuse.patch(model)
+    for args in ((pixels, ids), (pixels[..., :42], ids, mask), (pixels[:, :, :3], ids, mask)):
+        with warnings.catch_warnings(), pytest.raises((TypeError, RuntimeError)):
+            warnings.simplefilter("ignore")
+            vision(*args)
+
+
+def test_a_configuration_that_asks_for_tuples(model):
+    vision, given = model.model.vision_model, mllama.batch([["coffee"]])
+    vision.config.return_dict = False
+    try:
+        want = vision(given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"])
+        fastfuse.patch(model)
+        got = vision(given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"])
+    finally:
+        vision.config.return_dict = True
+    assert type(got) is type(want) is tuple and torch.equal(got[0], want[0])
+
+
+def test_verify_on_the_meta_device():
+    with torch.device("meta"):
+        made = transformers.MllamaForConditionalGeneration(mllama.config())
+    assert not fastfuse.patch(made, verify=True).skipped

@@ -393,7 +393,7 @@ def changed(what: str) -> tuple[nn.Module, str]:
         nn.utils.parametrizations.weight_norm(conv)
     elif what == "tensor type":
         conv.weight = Dressed(conv.weight.detach())
-    code = "CHILD_TYPE" if what in ("subclass", "rebound", "parametrized") else "TENSOR_TYPE" if what == "tensor type" else "CONVOLUTION"
+    code = "CHILD_TYPE" if what in ("subclass", "rebound", "parametrized") else "TENSOR_TYPE" if what == "tensor type" else "GEOMETRY"
     return module, code
 
 
@@ -404,7 +404,7 @@ def test_another_convolution_is_called(what):
     report = fastfuse.patch(module)
     assert [(e.status, e.code) for e in report.entries] == [("patched", code)]
     fastfuse.unpatch(module)
-    same(module, pixels, codes={"SHAPE" if what == "grouped" and code != "CONVOLUTION" else code: 1}, match=code)
+    same(module, pixels, codes={"SHAPE" if what == "grouped" and code != "GEOMETRY" else code: 1}, match=code)
 
 
 def test_sharded_weights_are_left_alone():

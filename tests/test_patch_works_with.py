@@ -505,7 +505,7 @@ def test_what_a_removed_host_has_patched_stays_patched(registration):
     registration.remove()  # nothing left to do
     assert "forward" in model[0].__dict__
     assert_rounding_apart(model(x), want, K=1)
-    assert [e.code for e in fastfuse.status(model).entries] == ["CHANGED"]
+    assert [(e.host, e.code) for e in fastfuse.status(model).entries] == [("squarer", "")]
     with pytest.raises(ValueError, match="ops has 'square', known are"):
         fastfuse.patch(model, ops="square")
 

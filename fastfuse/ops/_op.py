@@ -131,6 +131,7 @@ def fused_op(name: str, reference: Callable, cpu: Callable | None = None) -> Cal
         op.register_fake(reference)
         op.__class__ = FusedOp  # torch.library makes the object
         op._kernels, op._function = kernels, None
+        op._gives_list = isinstance(op._opoverload._schema.returns[0].type, torch._C.ListType)
         return op
 
     return register
@@ -142,17 +143,15 @@ class FusedOp(torch.library.CustomOpDef):
 
     def register_autograd(self, backward: Callable, /, *, setup_context: Callable, **kwargs) -> None:
         super().register_autograd(backward, setup_context=setup_context, **kwargs)
-        self._function = _autograd_function(self._name, self._kernels, backward, setup_context)
+        self._function = _autograd_function(self._name, self._kernels, backward, setup_context, self._gives_list)
 
     def __call__(self, *args):
         flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         if not _is_eager(flat):
             return super().__call__(*args)
         if self._function is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
-            sizes = tuple(len(arg) if isinstance(arg, (list, tuple)) else None for arg in args)
-            kind = []
-            made = self._function.apply(sizes, kind, *flat)
-            return made if kind[0] is None else kind[0](made)
+            made = self._function.apply(tuple(len(arg) if isinstance(arg, (list, tuple)) else None for arg in args), *flat)
+            return list(made) if self._gives_list else made
         return self._kernels[_lead(args[0]).device.type](*args)
 
 
@@ -161,33 +160,36 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _is_eager(flat: list) -> bool:
     """Whether nobody would see the op go by: plain tensors on a device with kernels, no mode, transform, tracer or profiler."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch.autograd._profiler_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._get_tracing_state() is not None or torch.autograd._profiler_enabled() or forward_mode() or transformed():
         return False
-    return all(type(a) in _PLAIN and a.device.type in ("cuda", "cpu") for a in flat if isinstance(a, Tensor))
+    return all(_is_plain(a) for a in flat if isinstance(a, Tensor))
 
 
-def _autograd_function(name: str, kernels: dict[str, Callable], backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
+def _is_plain(t: Tensor) -> bool:
+    """A tensor whose memory holds its values: the dispatcher would negate or fill in others."""
+    return type(t) in _PLAIN and t.device.type in ("cuda", "cpu") and not t.is_neg() and not t._is_zerotensor()
+
+
+def _autograd_function(name: str, kernels: dict[str, Callable], backward: Callable, setup_context: Callable, gives_list: bool) -> type[torch.autograd.Function]:
     """The op's backward as an autograd.Function of its arguments one after the other, lists taken apart."""
 
     def packed(flat: Sequence, sizes: tuple) -> list:
         it = iter(flat)
         return [next(it) if n is None else [next(it) for _ in range(n)] for n in sizes]
 
-    def forward(ctx, sizes, kind, *flat):
+    def forward(ctx, sizes, *flat):
         args = packed(flat, sizes)
-        ctx._sizes, ctx.needs_input_grad = sizes, packed(ctx.needs_input_grad[2:], sizes)
+        ctx._sizes, ctx.needs_input_grad = sizes, packed(ctx.needs_input_grad[1:], sizes)
         out = kernels[_lead(args[0]).device.type](*args)
         setup_context(ctx, args, out)
-        ctx._as_list = isinstance(out, list)
-        kind.append(list if ctx._as_list else None)
-        return tuple(out) if ctx._as_list else out
+        return tuple(out) if gives_list else out
 
     def run_backward(ctx, *grads):
-        found = backward(ctx, list(grads)) if ctx._as_list else backward(ctx, *grads)
+        found = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
-        flat = [None, None]
+        flat = [None]
         for g, n in zip(found, ctx._sizes, strict=True):
             flat += [g] if n is None else [None] * n if g is None else g
         return tuple(flat)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Options, Reason, Record, foreign_forward, forward_slot, host_of, own_forward, parameters, runs_on
+from fastfuse.patching.hosts._host import Host, Options, Reason, Record, device_of, foreign_forward, forward_slot, host_of, own_forward, parameters, runs_on
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
@@ -45,9 +45,11 @@ def patch(
     module names, a function (name, module) -> bool, or several.  on_unsupported: "skip", "warn" or "raise" for a candidate that no fused
     op covers; "raise" changes nothing.  masked_rows: what text that sees no image gets from cross-attention, "host": as the
     model has it, "zero": nothing (Meta, torchtune), "uniform": attention over every image token (transformers).  backend: as fastfuse.backend.
-    verify: run each module on random input before and after, and leave it alone where the two differ by more than rounding.
+    verify: run each patched module on random input both ways, and give it back where the two differ by more than rounding. Left out are modules
+    without weights at hand (meta device, offloaded, sharded), with an obstacle for now, and those that only pass a mask on.
     dry_run: report what would be done.
-    Patching twice changes nothing. What a fused op does not cover at a call runs the module's own forward, counted in `status(model)`.
+    Patching twice changes nothing. copy.deepcopy keeps a model patched; copy.copy and nn.DataParallel's replicas share the original's forward: unpatch first.
+    What a fused op does not cover at a call runs the module's own forward, counted in `status(model)`.
     FASTFUSE_DISABLE=1 in the environment makes patch leave everything alone, FASTFUSE_STRICT=1 makes such a call raise Unsupported.
     Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
     """
@@ -73,21 +75,26 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
             warnings.warn(f"fastfuse.patch: {message}", stacklevel=3)
     if not dry_run:
         _apply(todo, options, verify)
-        if on_unsupported == "raise" and (bad := [p.entry for p in todo if p.entry.code == "MISMATCH"]):
-            for p in todo:
-                _uninstall(p.module)
-            raise Unsupported(f"patch: {bad[0].name}: {bad[0].reason}", "MISMATCH")
+        if bad := [p.entry for p in todo if p.entry.code == "MISMATCH"]:
+            message = f"{bad[0].name}: {bad[0].reason}"
+            if on_unsupported == "raise":
+                for p in todo:
+                    _uninstall(p.module)
+                raise Unsupported(f"patch: {message}", "MISMATCH")
+            if on_unsupported == "warn":
+                warnings.warn(f"fastfuse.patch: {len(bad)} modules are not covered, the first: {message}", stacklevel=3)
     report = PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
     return report, [p.module for p in plan if p.entry.status == "patched"]
 
 
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
-    """Give every patched module its own forward back. The order relative to other wrappers does not matter."""
+    """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
     _check_model("unpatch", model)
-    names, wanted = None if ops is None else _op_names(ops), _matcher(include, True)
-    entries = []
-    for name, module, record in _records(model):
-        if (names is None or record.op in names) and wanted(name, module):
+    records, wanted, entries = list(_records(model)), _matcher(include, True), []
+    ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in records})
+    for names, module, record in records:
+        name = names[0]
+        if (ops is None or record.op in ops) and any(wanted(n, module) for n in names):
             found = _uninstall(module)
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
@@ -123,13 +130,10 @@ def status(model: nn.Module) -> PatchReport:
     _check_model("status", model)
     entries = []
     for name, module in model.named_modules():
-        host, record = host_for(module), module.__dict__.get("_fastfuse")
+        host, record = _host_of(module), module.__dict__.get("_fastfuse")
         if record is not None:
             entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
-            if host is None:
-                entry = replace(entry, code="CHANGED", reason="runs its own forward for now: it is not what it was when it was patched")
-            else:
-                entry = _described(host, module, entry, record.options)
+            entry = entry if host is None else _described(host, module, entry, record.options)
         elif host is not None:
             entry = Entry(name, type(module).__name__, host.name, host.op, "already" if host.native else "unpatched", layout=_layout(host, module))
             entry = replace(entry, backend=runs_on(host.device(module), Options())) if host.native else entry
@@ -166,11 +170,11 @@ def register_host(name: str, op: str, matches: Callable[[nn.Module], bool], forw
 
     def fused(module: nn.Module, given: dict, options: Options):
         try:
-            return forward(module, **given)
+            return forward(module, *given["args"], **given["kwargs"])
         except Unsupported as e:
             return Reason(e.code, str(e))
 
-    host = Host(name=name, op=op, matches=matches, fused=fused, device=lambda module: next((p.device for p in module.parameters()), None))
+    host = Host(name=name, op=op, matches=matches, fused=fused, device=device_of, as_called=True)
     registered.insert(0, host)
     return Registration(host)
 
@@ -182,21 +186,34 @@ class _Planned:
     entry: Entry
 
 
-def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """A shared module has several names, and any of them may be asked for."""
+    names = collections.defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    return names
+
+
+def _records(model: nn.Module) -> Iterator[tuple[list[str], nn.Module, Record]]:
     """What is patched, whatever has become of its weight since."""
-    for name, module in model.named_modules():
+    names = _names(model)
+    for module in model.modules():
         record = module.__dict__.get("_fastfuse")
         if record is not None:
-            yield name, module, record
+            yield names[id(module)], module, record
+
+
+def _host_of(module: nn.Module) -> Host | None:
+    """The host that has patched the module, else the first that would."""
+    bound = (host_of(module.__dict__.get(slot)) for slot in ("forward", "_old_forward"))
+    return next((host for host in bound if host is not None), None) or host_for(module)
 
 
 def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, options: Options) -> list[_Planned]:
-    aliases = collections.defaultdict(list)  # a shared module has several names, and any of them may be asked for
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases[id(module)].append(name)
+    aliases = _names(model)
     disabled, plan = os.environ.get("FASTFUSE_DISABLE") == "1", []
     for name, module in model.named_modules():
-        host = host_for(module)
+        host = _host_of(module)
         if host is None:
             continue
         names, record = aliases[id(module)], module.__dict__.get("_fastfuse")
@@ -235,8 +252,10 @@ def _check_interpreter(host: Host, module: nn.Module, options: Options) -> None:
 
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    found = host.drift(module) or host.refuses(module, options) or host.obstacle(module, options)
-    entry = replace(entry, layout=_layout(host, module), backend="" if found and host.drift(module) else runs_on(host.device(module), options))
+    drift = host.drift(module)
+    found = drift or host.refuses(module, options) or host.obstacle(module, options)
+    if drift is None:
+        entry = replace(entry, layout=host.layout(module), backend=runs_on(host.device(module), options))
     return entry if found is None else replace(entry, code=found.code, reason=f"runs its own forward for now: {found.words}")
 
 
@@ -265,7 +284,7 @@ def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
 
 
 def _uninstall(module: nn.Module) -> bool:
-    """Put back exactly what was there; False where another wrapper has hidden our forward."""
+    """Put back exactly what was there; False where a forward of ours was bound and another wrapper has hidden it."""
     record = module.__dict__.pop("_fastfuse", None)
     for slot in ("forward", "_old_forward"):
         if host_of(module.__dict__.get(slot)) is not None:
@@ -276,31 +295,32 @@ def _uninstall(module: nn.Module) -> bool:
             else:  # hooked by accelerate after the patch: its wrapper needs something to call
                 module.__dict__[slot] = MethodType(type(module).forward, module)
             return True
-    return record is None
+    return record is None  # else one was bound, and is hidden
 
 
-@torch.no_grad()
 def _mismatch(p: _Planned) -> str | None:
     """How far the fused path is from the module's own forward on random input, where that is more than rounding.
 
     Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
     2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed for each step.
     """
+    if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
+        return None  # no values at hand: not there yet, offloaded, or in shards
     # A layer may settle its compute dtype, or cast its bias, by the first input it sees: the probe must not be that.
     settled = [(m, dict(m.__dict__)) for m in p.module.modules()]
     biases = [(b, b.data) for m in p.module.modules() if (b := getattr(m, "bias", None)) is not None]
     record = p.module.__dict__["_fastfuse"]
+    own = p.host.fallback or (lambda module, given, options: own_forward(module)(**given))
     try:
         for m, _ in settled:
             if isinstance(m, nn.Dropout):  # two masks would be two results
                 m.training = False
-        probe = p.host.probe(p.module)
-        if probe is None:
-            return None
-        own = p.host.fallback or (lambda module, given, options: own_forward(module)(**given))
-        with torch.enable_grad():
-            want = _first_tensor(own(p.module, probe.given, record.options)).double()
-            got = p.host.fused(p.module, probe.given, record.options)  # without the module's hooks
+        with torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
+            probe = p.host.probe(p.module)
+            if probe is None:
+                return None
+            want = _first_tensor(own(p.module, probe.given, record.options)).detach().double()
+            got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
     finally:
         for m, attributes in settled:
             m.__dict__.update(attributes)
@@ -308,7 +328,11 @@ def _mismatch(p: _Planned) -> str | None:
             b.data = data
     if type(got) is Reason:
         return f"does not run: {got.code}: {got.words}"
-    got = _first_tensor(got).double()
+    got = _first_tensor(got).detach().double()
+    if got.shape != want.shape:
+        return f"gives {tuple(got.shape)} where its own forward gives {tuple(want.shape)}"
+    alike = got.isnan() & want.isnan()
+    got, want = got.masked_fill(alike, 0), want.masked_fill(alike, 0)
     allowed = probe.steps * max(torch.finfo(probe.dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(probe.depth))
     err = ((got - want).norm() / want.norm().clamp_min(torch.finfo(probe.dtype).tiny)).item()
     # A NaN on one side alone must not pass.
@@ -327,14 +351,14 @@ def _check_model(function: str, model) -> None:
         raise TypeError(f"{function}: model is a {type(model).__name__}, not a torch.nn.Module")
 
 
-def _op_names(ops: str | Iterable[str] | None) -> set[str]:
-    known = {host.op for host in hosts()}
+def _op_names(ops: str | Iterable[str] | None, function: str = "patch", more: Iterable[str] = ()) -> set[str]:
+    known = {host.op for host in hosts()}.union(more)
     if ops is None:
         return known
     if not isinstance(ops, Iterable):
-        raise TypeError(f"patch: ops is a {type(ops).__name__}, not a name or several")
+        raise TypeError(f"{function}: ops is a {type(ops).__name__}, not a name or several")
     names = {ops} if isinstance(ops, str) else set(ops)
-    check(names <= known, f"patch: ops has {', '.join(sorted(map(repr, names - known)))}, known are {', '.join(sorted(known))}")
+    check(names <= known, f"{function}: ops has {', '.join(sorted(map(repr, names - known)))}, known are {', '.join(sorted(known))}")
     return names
 
 

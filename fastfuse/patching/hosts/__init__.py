@@ -1,5 +1,6 @@
 """The ecosystems patch knows, one file each, and the modules that callers have registered."""
 
+import torch
 from torch import nn
 
 from fastfuse.patching.hosts import _own, bitsandbytes, mllama, peft, torchao, torchtune, vision
@@ -15,6 +16,8 @@ def hosts() -> tuple[Host, ...]:
 
 def host_for(module: nn.Module) -> Host | None:
     """The first host that recognises the module."""
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: there is nothing to bind a forward to
+        return None
     return next((host for host in hosts() if host.recognises(module)), None)
 
 

@@ -5,7 +5,6 @@ import copy
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -19,6 +18,7 @@ from torch.nn.modules import module as _nn
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
+from fastfuse.ops.cross_attention import uncovered
 
 
 class Reason(NamedTuple):
@@ -28,8 +28,8 @@ class Reason(NamedTuple):
     words: str
 
 
-# Reasons a user asked for: counted, but not worth a warning, and no error with FASTFUSE_STRICT=1.
-EXPECTED = ("ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER", "OUTPUTS")
+# Reasons a user asked for, or that follow from one which another module has given: counted, no warning, no error with FASTFUSE_STRICT=1.
+EXPECTED = ("ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER", "OUTPUTS", "DENSE_MASK")
 
 
 class Options(NamedTuple):
@@ -61,14 +61,17 @@ def _nothing(module: nn.Module, *_) -> None:
 class Host:
     """How one kind of module is recognised, and what is bound in place of its forward.
 
-    matches: recognises the module by its parts. classes: names by which it is recognised even where a part is missing, so that the
-    report can say which. parts: attributes that `fused` reads, dotted. needs: arguments that its forward must have. takes: those that `fused`
-    knows, () for all; another one that is not None makes a call run the module's own forward, unless it is among `ignores`. written_by: prefix of the modules whose
-    forward this host knows, "" for any; a subclass with a forward of its own is left alone.
-    refuses: why the module is not patched at all. obstacle: why its calls would run its own forward as things stand, for the report.
-    fused: (module, arguments, options) -> what forward returns, or a Reason, before anything has happened, to have the module's own forward run.
-    fallback: (module, arguments, options) -> the same by the module's own forward, where that needs more than its arguments.
-    device, layout: of what the op reads. modules, covers: what it is for, in words, for the table of hosts. probe: None where verify has nothing to compare. native: the module is fastfuse's own, and fused as it is.
+    matches: recognises the module by its parts.
+    classes: names by which it is recognised even where a part is missing, so that the report can say which.
+    written_by: prefix of the modules whose forward this host knows, "" for any; a subclass with a forward of its own is left alone.
+    parts: attributes that `fused` reads, dotted.  needs: arguments that its forward must have.
+    takes: the arguments that `fused` knows, () for all; another one makes a call run the module's own forward, unless it is None or among `ignores`.
+    refuses: why the module is not patched at all.  obstacle: why its calls would run its own forward as things stand, for the report.
+    fused: (module, arguments by name, options) -> what forward returns, or a Reason, before anything has happened, to have the own forward run.
+    fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
+    as_called: `fused` gets {"args", "kwargs"} in place of names.
+    device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
+    probe: None where verify has nothing to compare.  native: the module is fastfuse's own, and fused as it is.
     """
 
     name: str
@@ -90,7 +93,8 @@ class Host:
     modules: str = ""
     covers: str = ""
     native: bool = False
-    _forwards: weakref.WeakKeyDictionary = field(init=False, repr=False, default_factory=weakref.WeakKeyDictionary)
+    as_called: bool = False
+    _forwards: dict[type, Callable] = field(init=False, repr=False, default_factory=dict)
 
     def bound(self, module: nn.Module) -> MethodType:
         """What takes the place of the module's forward, under its signature. One function for all modules of a class, so that torch.compile shares graphs."""
@@ -104,7 +108,7 @@ class Host:
             forward.__name__ = "forward"  # by which a bound method is pickled
             # Code of its own: torch.compile keeps its graphs by code object, eight of them at most.
             forward.__code__ = forward.__code__.replace(co_name=f"forward_of_{kind.__name__}")
-            forward._fastfuse_host = self
+            forward._fastfuse = self, forward  # functools.wraps hands marks on: this one is good on its own function alone
             self._forwards[kind] = forward
         return MethodType(self._forwards[kind], module)
 
@@ -125,7 +129,10 @@ class Host:
         missing = [name for name in (*self.needs, *self.takes) if name not in accepted] if accepted is not None else []
         if missing:
             return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {missing[0]}: a version that fastfuse does not know")
-        return None if self.matches(module) else Reason("STRUCTURE", f"{type(module).__name__} is not built as fastfuse knows it")
+        if self.matches(module):
+            return None
+        changed = module.__dict__.get("_fastfuse") is not None
+        return Reason("CHANGED", "it is not what it was when it was patched") if changed else Reason("STRUCTURE", "it is not built as fastfuse knows it")
 
 
 @dataclass
@@ -166,18 +173,24 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, *args, **kwargs)
-    given, found = dict(zip(record.parameters, args, strict=False)) | kwargs, None
-    if len(args) > len(record.parameters):
-        found = Reason("ARGUMENTS", "called with more arguments than its forward names")
+    named = dict(zip(record.parameters, args, strict=False))
+    given, found = named | kwargs, None
+    if len(args) > len(record.parameters) or len(given) < len(named) + len(kwargs):
+        found = Reason("ARGUMENTS", "called with more arguments than its forward names, or with one twice")
     elif host.takes:
         for name, value in given.items():
-            if value is not None and name not in host.takes and name not in host.ignores:
+            known = name in host.takes or name in host.ignores or (value is None and name in record.parameters)
+            if not known:
                 found = Reason("ARGUMENTS", f"called with {name}, which the fused op does not know")
                 break
     if found is None and forward_mode():
         found = Reason("FORWARD_AD", "forward-mode differentiation is not covered")
     if found is None and transformed():
         found = Reason("FUNCTORCH", "torch.func transforms are not covered")
+    if found is None and torch.jit.is_tracing():
+        found = Reason("TRACING", "torch.jit.trace is not covered")
+    if host.as_called:
+        given = {"args": args, "kwargs": kwargs}
     if found is None:
         out = host.fused(self, given, record.options)
         if type(out) is not Reason:
@@ -215,7 +228,9 @@ def forward_slot(module: nn.Module) -> str:
 
 def host_of(bound: Any) -> Host | None:
     """The host whose forward this is, None for a forward of anybody else."""
-    return getattr(getattr(bound, "__func__", None), "_fastfuse_host", None)
+    function = getattr(bound, "__func__", None)
+    host, marked = getattr(function, "_fastfuse", (None, None))
+    return host if marked is function else None
 
 
 def foreign_forward(host: Host, module: nn.Module) -> str | None:
@@ -267,6 +282,39 @@ def rebound(module: nn.Module) -> bool:
     """Whether the instance has a forward of its own, or under accelerate's hook had one before it."""
     own = module.__dict__.get(forward_slot(module))
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def patches_side_by_side(conv: nn.Conv2d) -> Reason | None:
+    """Why the convolution is no product of patches and one matrix."""
+    if conv.stride != tuple(conv.weight.shape[2:]) or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
+        return Reason("GEOMETRY", f"its patches overlap or leave gaps: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
+    return None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter itself: not what a parametrization, or a scripted module, makes of the attribute."""
+    held = module.__dict__.get("_parameters")
+    return held.get(name) if isinstance(held, dict) else None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
+
+
+def named(name: str, written_by: str) -> Callable[[nn.Module], bool]:
+    """Recognises a class, and what derives from it, by its name and where it is from."""
+    return lambda module: any(c.__name__ == name and c.__module__.startswith(written_by) for c in type(module).__mro__)
+
+
+def attention_refuses(module: nn.Module, dtype: torch.dtype, head_dim: int, group: int, options: Options) -> Reason | None:
+    """Why no kernel attends as this module does on its device."""
+    device = device_of(module)
+    if device is None or device.type != "cuda" or options.backend == "torch":
+        return None
+    if found := on_device("cross_attention", device, options):
+        return found
+    why = uncovered(dtype, head_dim, group)
+    return None if why is None else Reason("UNCOVERED", why)
 
 
 def plain_tensors(*tensors: Tensor | None) -> Reason | None:

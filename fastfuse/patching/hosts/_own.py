@@ -5,19 +5,16 @@ from torch import nn
 from fastfuse.modules import TransformerCrossAttentionLayer, VisionTransformer
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
-from fastfuse.patching.hosts._host import Host
+from fastfuse.patching.hosts._host import Host, device_of, parameter
 from fastfuse.quant.nf4 import is_torchao
 
 
 def _host(op: str, *classes: type[nn.Module], over_nf4: bool = False) -> Host:
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, classes) and (not over_nf4 or is_torchao(module.weight))
-
-    def device(module: nn.Module):
-        return next((p.device for p in module.parameters()), None)
+        return isinstance(module, classes) and (not over_nf4 or is_torchao(parameter(module, "weight")))
 
     return Host(
-        name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, device=device, native=True,
+        name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, device=device_of, native=True,
         modules=", ".join(f"`{c.__name__}`" for c in classes), covers="fused as they are",
     )  # fmt: skip
 

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
 
 def matches(module: nn.Module) -> bool:
-    weight = module.__dict__.get("_parameters", {}).get("weight")
-    return hasattr(weight, "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
+    return hasattr(parameter(module, "weight"), "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
 
 
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:

@@ -15,17 +15,20 @@ from torch.nn import functional as F
 from fastfuse.errors import Unsupported
 from fastfuse.modules.attention_utils import serves_cross_attention
 from fastfuse.ops import EncoderMask, cross_attention, patch_embed
-from fastfuse.ops.cross_attention import uncovered
 from fastfuse.patching.hosts._host import (
     Host,
     Options,
     Probe,
     Reason,
+    attention_refuses,
     autocast_dtype,
+    device_of,
     host_of,
+    named,
     on_device,
     only_asks_for_grad,
     own_forward,
+    patches_side_by_side,
     plain,
     plain_tensors,
 )
@@ -41,10 +44,6 @@ _IGNORED = (
 def _wants(self: nn.Module, given: dict[str, Any], *names: str) -> bool:
     """Whether one of these flags is set, by the call or by the model's config."""
     return any(given[name] if given.get(name) is not None else getattr(self.config, name, False) for name in names)
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    return next((p.device for p in module.parameters()), None)
 
 
 def _attention(self: nn.Module) -> Reason | None:
@@ -68,27 +67,36 @@ class _HandedOn:
 
 
 def _hands_on(self: nn.Module) -> Reason | None:
-    """Why the layers of the language model would not understand an EncoderMask."""
+    """Why the language model, or somebody who looks at what it and its layers are called with, would not understand an EncoderMask."""
     text = self.language_model
-    if not _is_ours(text):
-        return Reason("HALF_PATCHED", "its language_model is not patched")
+    attentions = [layer.cross_attn for layer in text.layers if hasattr(layer, "cross_attn")]
+    if not all(_is_ours(m) for m in (text, *attentions)):
+        return Reason("HALF_PATCHED", "its language_model or a cross-attention layer of it is not patched")
     for layer in text.layers:
-        attention = getattr(layer, "cross_attn", None)
-        if attention is None:
-            continue
-        if not _is_ours(attention):
-            return Reason("HALF_PATCHED", "a cross-attention layer of it is not patched")
-        rebound = "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__
-        if rebound or not type(layer).forward.__module__.startswith((_FROM, "torch.")):  # PyTorch's wrappers pass on what they get
-            return Reason("FOREIGN_FORWARD", "somebody else's cross-attention layer may look at the mask")
-        if any(m._forward_pre_hooks_with_kwargs or m._forward_hooks_with_kwargs for m in (layer, attention)):
-            return Reason("HOOKED", "a hook of a cross-attention layer may look at the mask")
+        theirs = "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__
+        if theirs or not type(layer).forward.__module__.startswith((_FROM, "torch.")):  # PyTorch's wrappers pass on what they get
+            return Reason("FOREIGN_FORWARD", "somebody else's layer may look at the mask")
+    if any(_sees_keywords(m) for m in (text, *text.layers, *attentions)):
+        return Reason("HOOKED", "a hook of the language model or of a layer may look at the mask")
     return _attention(text)
 
 
+def _sees_keywords(module: nn.Module) -> bool:
+    """Whether a hook is given the keywords; FSDP's casts tensors among them and passes the rest on."""
+    if not (module._forward_pre_hooks_with_kwargs or module._forward_hooks_with_kwargs):
+        return False
+    hooks = [module._forward_pre_hooks[k] for k in module._forward_pre_hooks_with_kwargs]
+    hooks += [module._forward_hooks[k] for k in module._forward_hooks_with_kwargs]
+    return not all((getattr(hook, "__module__", None) or "").startswith("torch.distributed.") for hook in hooks)
+
+
 def _is_ours(module: nn.Module) -> bool:
-    bound = (module.__dict__.get(slot) for slot in ("forward", "_old_forward"))
-    return "_fastfuse" in module.__dict__ and any(host_of(f) is not None for f in bound)
+    """Whether a call reaches our forward, through accelerate's hook or not."""
+    return any(host_of(module.__dict__.get(slot)) is not None for slot in ("forward", "_old_forward")) and module.__dict__.get("_fastfuse") is not None
+
+
+def _whole_model_obstacle(self: nn.Module, options: Options) -> Reason | None:
+    return _hands_on(self) if _is_ours(self) else None  # its layers are patched after it has been asked
 
 
 def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
@@ -98,17 +106,17 @@ def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> An
     text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
     if text is None or not isinstance(tiles, Tensor) or tiles.dim() != 4:
         return Reason("MASK", "the mask is no tensor [batch, text, images, tiles], or there is no text")
-    if _wants(self.language_model, given, "output_attentions"):
-        return Reason("OUTPUTS", "attention weights are asked for")
-    if found := _hands_on(self):
-        return found
+    wants = Reason("OUTPUTS", "attention weights are asked for") if _wants(self.language_model, given, "output_attentions") else None
+    if found := wants or _hands_on(self):
+        # transformers' own mask does not tell text that sees nothing from text that sees everything
+        return Reason("MASKED_ROWS", f"masked_rows='zero' does not hold: {found.words}") if options.masked_rows == "zero" else found
     given = dict(given)
     del given["cross_attention_mask"]
     handed = _HandedOn(
         EncoderMask.from_tiles(_rows_of_call(tiles, text.shape[1], given.get("past_key_values")) == 1, self.vision_model.num_patches), self.dtype
     )
     out = own_forward(self)(**given, fastfuse_mask=handed)
-    if not handed.taken:
+    if not handed.taken:  # a wrong answer, and no way to know it before: a signature does not tell
         raise Unsupported("MllamaModel does not pass its keywords on, a version that fastfuse does not know: unpatch with ops='cross_attention'", "SIGNATURE")
     return out
 
@@ -149,18 +157,14 @@ def _cross_attention_obstacle(self: nn.Module, options: Options) -> Reason | Non
 
 
 def _cross_attention_refuses(self: nn.Module, options: Options) -> Reason | None:
-    device = _device(self)
-    if device is None or device.type != "cuda" or options.backend == "torch":
-        return None
-    if found := on_device("cross_attention", device, options):
-        return found
-    why = uncovered(self.q_norm.weight.dtype, self.head_dim, self.num_heads // self.num_key_value_heads)
-    return None if why is None else Reason("UNCOVERED", why)
+    return attention_refuses(self, self.q_norm.weight.dtype, self.head_dim, self.num_heads // self.num_key_value_heads, options)
 
 
 def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
-    x, states, mask = given["hidden_states"], given.get("cross_attention_states"), given.get("attention_mask")
+    x, states, mask = given.get("hidden_states"), given.get("cross_attention_states"), given.get("attention_mask")
     cache = given.get("past_key_values")
+    if x is None or (states is None and cache is None):
+        return Reason("ARGUMENTS", "called without text, or with neither image states nor a cache")
     if found := _cross_attention_obstacle(self, options):
         return found
     if isinstance(mask, Tensor):
@@ -172,8 +176,6 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
     group = self.num_heads // self.num_key_value_heads
     if options.backend != "torch" and not serves_cross_attention(x, self.head_dim, group):
         return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
-    if states is None and cache is None:
-        return Reason("ARGUMENTS", "called with neither image states nor a cache")
     b, s, _ = x.shape
     q = self.q_norm(self.q_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2))
     if states is None:
@@ -217,8 +219,8 @@ def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
     found = plain(conv, nn.Conv2d, only_asks_for_grad(conv))
     if found is not None:
         return found
-    if conv.kernel_size != conv.stride or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
-        return Reason("GEOMETRY", f"its patches overlap or leave gaps: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
+    if found := patches_side_by_side(conv):
+        return found
     for child in (positions, pre):
         if not type(child).forward.__module__.startswith(_FROM):
             return Reason("CHILD_TYPE", f"{type(child).__name__} has a forward of its own")
@@ -233,9 +235,16 @@ def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
 def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
     if found := _vision_obstacle(self, options):
         return found
-    if _wants(self, given, "output_hidden_states", "output_attentions") or given.get("return_dict") is False:
+    as_tuple = given.get("return_dict") is False or getattr(self.config, "return_dict", True) is False
+    if _wants(self, given, "output_hidden_states", "output_attentions") or as_tuple:
         return Reason("OUTPUTS", "hidden states, attention weights or a tuple are asked for")
-    pixels, ids, tile_mask = given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"]
+    pixels, ids, tile_mask = (given.get(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+    if any(t is None for t in (pixels, ids, tile_mask)) or pixels.dim() != 6:
+        return Reason("ARGUMENTS", "called without pixels, ids and mask of its tiles")
+    ph, pw = self.patch_embedding.kernel_size
+    pixels = pixels[..., : pixels.shape[4] // ph * ph, : pixels.shape[5] // pw * pw]  # the convolution leaves out what is over
+    if pixels.shape[4] // ph * (pixels.shape[5] // pw) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
+        return Reason("SHAPE", f"the tiles are not {self.max_num_tiles} of {self.num_patches - 1} patches")
     b, images, tiles = pixels.shape[:3]
     x = _placed_tokens(self, pixels.flatten(0, 1), ids.reshape(-1), options)
     per_tile, n, dim = x.shape[2], self.num_patches, x.shape[3]
@@ -298,28 +307,21 @@ def _geometry(self: nn.Module) -> str:
     return f"{self.patch_size} px patches, {self.max_num_tiles} tiles of {self.image_size} px"
 
 
-def _named(name: str):
-    def matches(module: nn.Module) -> bool:
-        return any(c.__name__ == name and c.__module__.startswith(_FROM) for c in type(module).__mro__)
-
-    return matches
-
-
 HOSTS = (
     Host(
-        name="transformers Mllama", op="cross_attention", matches=_named("MllamaModel"), written_by=_FROM, fused=_whole_model, device=_device,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaModel", _FROM), written_by=_FROM, fused=_whole_model, device=device_of,
         parts=("vision_model.num_patches", "language_model.layers", "language_model.config", "dtype"),
-        needs=("input_ids", "inputs_embeds", "past_key_values", "cross_attention_mask", "kwargs"), layout=lambda m: "mask of tiles",
+        needs=("input_ids", "inputs_embeds", "past_key_values", "cross_attention_mask", "kwargs"), obstacle=_whole_model_obstacle, layout=lambda m: "mask of tiles",
         modules="`MllamaModel`, `MllamaTextModel`, `MllamaTextCrossAttention`",
         covers="masks of tiles, never made dense; dynamic and static caches, compiled decoding; not attention weights as outputs",
     ),
     Host(
-        name="transformers Mllama", op="cross_attention", matches=_named("MllamaTextModel"), written_by=_FROM, fused=_text_model, device=_device,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextModel", _FROM), written_by=_FROM, fused=_text_model, device=device_of,
         parts=("layers", "config._attn_implementation"), layout=lambda m: "mask of tiles",
         needs=("cross_attention_mask", "full_text_row_masked_out_mask", "kwargs"),
     ),
     Host(
-        name="transformers Mllama", op="cross_attention", matches=_named("MllamaTextCrossAttention"), written_by=_FROM, device=_device,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextCrossAttention", _FROM), written_by=_FROM, device=device_of,
         parts=("q_proj", "k_proj", "v_proj", "o_proj", "q_norm.weight", "k_norm", "num_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_idx",
                "scaling", "dropout", "config._attn_implementation"),
         takes=("hidden_states", "cross_attention_states", "past_key_values", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
@@ -327,7 +329,7 @@ HOSTS = (
         probe=_cross_attention_probe, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
     ),
     Host(
-        name="transformers Mllama", op="patch_embed", matches=_named("MllamaVisionModel"), written_by=_FROM,
+        name="transformers Mllama", op="patch_embed", matches=named("MllamaVisionModel", _FROM), written_by=_FROM,
         parts=("patch_embedding.weight", "class_embedding", "gated_positional_embedding.embedding", "gated_positional_embedding.tile_embedding.weight",
                "gated_positional_embedding.gate", "gated_positional_embedding.max_aspect_ratio_id", "pre_tile_positional_embedding.embedding.weight",
                "pre_tile_positional_embedding.is_gated", "post_tile_positional_embedding", "layernorm_pre", "layernorm_post", "transformer", "global_transformer",

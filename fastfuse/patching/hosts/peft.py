@@ -79,8 +79,8 @@ def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
             return found
     if a.bias is not None:
         return Reason("LORA_BIAS", "the adapter's A has a bias")
-    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout):
-        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, or hooked")
+    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):
+        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, hooked, or works in place")
     drops = _dropout(self, name) > 0
     if drops and not alone:
         return Reason("DROPOUT", "several adapters with dropout draw a mask each")
@@ -105,6 +105,8 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     first = names[0]
     if len(names) == 1:
         a, b, scaling = self.lora_A[first].weight, self.lora_B[first].weight, self.scaling[first]
+        if isinstance(scaling, Tensor):  # PEFT's hot swapping of adapters under torch.compile
+            b, scaling = b.float() * scaling, 1.0
         if first in self.lora_variant:
             magnitude = self.lora_magnitude_vector[first].weight
     else:  # the sum of several is one of all their ranks

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 
 def matches(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and is_torchao(module.weight)
+    return isinstance(module, nn.Linear) and is_torchao(parameter(module, "weight"))
 
 
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:

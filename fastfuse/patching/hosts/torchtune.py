@@ -11,32 +11,42 @@ from torch.nn import functional as F
 from fastfuse.modules.attention_utils import serves_cross_attention
 from fastfuse.modules.low_precision.nf4_linear import bias_fits
 from fastfuse.ops import EncoderMask, cross_attention, lora_row_norms, nf4_linear, nf4_lora_linear, patch_embed
-from fastfuse.ops._op import transformed
-from fastfuse.ops.cross_attention import uncovered
 from fastfuse.ops.nf4_linear import DTYPES
 from fastfuse.ops.patch_embed import tile_rows
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, autocast_dtype, hooked, on_device, plain, plain_tensors, rebound
+from fastfuse.patching.hosts._host import (
+    Host,
+    Options,
+    Probe,
+    Reason,
+    attention_refuses,
+    autocast_dtype,
+    device_of,
+    hooked,
+    named,
+    on_device,
+    patches_side_by_side,
+    plain,
+    plain_tensors,
+    rebound,
+)
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 _FROM = "torchtune."
 
 
-def _named(module: nn.Module, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith(_FROM) for c in type(module).__mro__)
-
-
 def _known(name: str, *parts: str) -> Callable[[nn.Module], bool]:
     """Recognises torchtune's class by its name, so that a part it lacks is reported, and the same class under another name by its parts."""
-    return lambda module: _named(module, name) or all(hasattr(module, part) for part in parts)
+    by_name = named(name, _FROM)
+    return lambda module: by_name(module) or all(hasattr(module, part) for part in parts)
 
 
 def _over_nf4(known: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
     """Recognises the module where it holds an NF4 weight, whole or in shards, whatever the weight's name."""
 
     def matches(module: nn.Module) -> bool:
-        held = module.__dict__.get("_parameters", {}).values()
-        return any(is_torchao(getattr(p, "_local_tensor", p)) for p in held) and known(module)
+        held = module.__dict__.get("_parameters")
+        return isinstance(held, dict) and any(is_torchao(getattr(p, "_local_tensor", p)) for p in held.values()) and known(module)
 
     return matches
 
@@ -159,8 +169,10 @@ def _front_obstacle(self: nn.Module, options: Options) -> Reason | None:
     conv, pre, pos, norm = self.conv, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
     if found := plain(conv, nn.Conv2d):
         return found
-    if conv.bias is not None or conv.kernel_size != conv.stride or conv.padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
-        return Reason("GEOMETRY", f"its patches overlap, leave gaps or have a bias: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
+    if conv.bias is not None:
+        return Reason("GEOMETRY", "its convolution has a bias")
+    if found := patches_side_by_side(conv):
+        return found
     if found := _child(self.cls_token_embedding, "CLSEmbedding") or _child(norm, "Fp32LayerNorm"):
         return found
     if found := _child(pos, "TiledTokenPositionalEmbedding", "TokenPositionalEmbedding") or (None if pre is None else _child(pre, "TilePositionalEmbedding")):
@@ -190,8 +202,6 @@ def _call_obstacle(self: nn.Module, images: Any, aspect_ratio: Any) -> Reason | 
         return Reason("ARGUMENTS", "called with something else than images of 6 dims and a tensor of aspect ratios")
     if aspect_ratio is None and images.shape[2] > 1:
         return Reason("ARGUMENTS", "called without aspect ratios for several tiles")
-    if transformed():
-        return Reason("FUNCTORCH", "torch.func transforms are not covered")
     (h, w), (ph, pw) = images.shape[-2:], self.conv.kernel_size
     if images.shape[3] != self.conv.in_channels or (h // ph) * (w // pw) != self.patches_per_tile:
         return Reason("SHAPE", f"tiles of {h} x {w} pixels do not have {self.patches_per_tile} patches")
@@ -292,13 +302,7 @@ def _attention_obstacle(self: nn.Module, options: Options) -> Reason | None:
 
 
 def _attention_refuses(self: nn.Module, options: Options) -> Reason | None:
-    device = _device(self)
-    if device is None or device.type != "cuda" or options.backend == "torch":
-        return None
-    if found := on_device("cross_attention", device, options):
-        return found
-    why = uncovered(next(self.parameters()).dtype, self.attn.head_dim, self.attn.num_heads // self.attn.num_kv_heads)
-    return None if why is None else Reason("UNCOVERED", why)
+    return attention_refuses(self, next(self.parameters()).dtype, self.attn.head_dim, self.attn.num_heads // self.attn.num_kv_heads, options)
 
 
 def _mask_obstacle(attn: nn.Module, x: Any, encoder_input: Any, mask: Any, cache: nn.Module | None) -> Reason | None:
@@ -329,7 +333,7 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
     if found := _attention_obstacle(self, options) or _mask_obstacle(attn, x, encoder_input, mask, cache):
         return found
     served = options.backend == "torch" or serves_cross_attention(x, attn.head_dim, attn.num_heads // attn.num_kv_heads)
-    if transformed() or not served:
+    if not served:
         return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
     from_cache = encoder_input is None
     if from_cache and not torch.compiler.is_compiling() and cache.size == 0:  # waits for the device, as the layer itself does
@@ -377,10 +381,6 @@ def _attention_probe(self: nn.Module) -> Probe | None:
     return Probe(given, p.dtype, dim, steps=10)  # four projections, three norms, scores and weights, an MLP
 
 
-def _device(module: nn.Module) -> torch.device | None:
-    return next((p.device for p in module.parameters()), None)
-
-
 HOSTS = (
     nf4_host(
         name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known("DoRALinear", *_ADAPTER, "magnitude")), written_by=_FROM,
@@ -412,7 +412,7 @@ HOSTS = (
         name="torchtune", op="cross_attention", matches=_known("TransformerCrossAttentionLayer", "ca_norm", "ca_scale", "mlp_scale", "attn", "mlp"),
         parts=("attn", *(f"attn.{part}" for part in _CHILD_PARTS["MultiHeadAttention"]), "ca_norm", "ca_scale", "mlp", "mlp_norm", "mlp_scale"),
         written_by=_FROM, takes=("x", "encoder_input", "encoder_mask"), ignores=("mask", "input_pos"), refuses=_attention_refuses,
-        obstacle=_attention_obstacle, fused=_cross_attention, probe=_attention_probe, device=_device,
+        obstacle=_attention_obstacle, fused=_cross_attention, probe=_attention_probe, device=device_of,
         layout=lambda module: f"{module.attn.num_heads} heads over {module.attn.num_kv_heads} of {module.attn.head_dim}",
         modules="`TransformerCrossAttentionLayer`", covers="bool masks, caches; keys and values are not copied for every query head",
     ),

@@ -7,9 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfuse.ops._op import transformed
 from fastfuse.ops.patch_embed import DTYPES, patch_embed
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, autocast_dtype, hooked, on_device, only_asks_for_grad, plain, plain_tensors, rebound
+from fastfuse.patching.hosts._host import (
+    Host,
+    Options,
+    Probe,
+    Reason,
+    autocast_dtype,
+    hooked,
+    on_device,
+    only_asks_for_grad,
+    patches_side_by_side,
+    plain,
+    plain_tensors,
+    rebound,
+)
 
 
 class _Kind(NamedTuple):
@@ -47,9 +59,7 @@ def _convolution(conv: nn.Module) -> Reason | None:
     found = plain(conv, nn.Conv2d, only_asks_for_grad(conv))
     if found is not None:
         return found
-    if conv.stride != tuple(conv.weight.shape[2:]) or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
-        return Reason("CONVOLUTION", "its patches overlap or lie apart, or it pads, dilates or groups")
-    return None
+    return patches_side_by_side(conv)
 
 
 def _patches(pixels: Tensor, conv: nn.Conv2d) -> int:
@@ -64,10 +74,6 @@ def _unfit(pixels: Any, conv: nn.Conv2d, casts: bool, cls: Tensor | None = None,
         return Reason("SHAPE", "the pixels are not (images, channels, height, width) with room for a patch")
     if any(t is not None and t.device != pixels.device for t in (conv.weight, cls, positions)):
         return Reason("DEVICE", "pixels and weights are on several devices")
-    if transformed():
-        return Reason("FUNCTORCH", "torch.func transforms (grad, vmap, ...) are not covered")
-    if torch.jit.is_tracing():
-        return Reason("TRACING", "torch.jit.trace is not covered")
     autocast, weight = autocast_dtype(pixels), conv.weight.dtype
     dtype = weight if autocast is None else autocast
     if weight not in DTYPES or dtype not in DTYPES:
