@@ -136,7 +136,7 @@ def write(out: Path, rows: list[tuple[int, Variant, str]], cubins: dict[str, Cub
     for arch, v, key in rows:
         when = ", ".join(f".{name} = {n}" for name, n in sorted(v.when.items()))
         tile = ", ".join(f".{n} = {int(v.constants[n])}" for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "SPLIT_K", "FLATTEN") if n in v.constants)
-        lines.append(f"  {{{v.id}, {arch}, {{{', '.join(map(str, v.key))}}}, {number[key]}, {{{when or 0}}}, {{{tile or 0}}}}},\n")
+        lines.append(f"  {{{v.id}, {arch}, {{{', '.join(map(str, v.key)) or 0}}}, {number[key]}, {{{when or 0}}}, {{{tile or 0}}}}},\n")
     archs = "".join(f" sm_{arch}" for arch in dict.fromkeys(arch for arch, *_ in rows))
     (out / "cubins.S").write_text("".join(assembly))
     (out / "table.inc").write_text(

@@ -6,7 +6,17 @@
 
 #include "fastfuse.h"
 
-enum kernel_id { NF4_SKINNY, NF4_REDUCE, NF4_LINEAR, LORA_DOWN, LORA_SUM, NF4_DEQUANTIZE };
+enum kernel_id {
+  NF4_SKINNY, NF4_REDUCE, NF4_LINEAR, LORA_DOWN, LORA_SUM, NF4_DEQUANTIZE,
+  TILE_ROWS, PATCHIFY, PATCH_EMBED, PLACE,
+  PACK_TILES, BLOCK_STATES, BLOCK_LIST, ATTENTION, ATTENTION_MERGE,
+};
+
+/* What the parts of a key mean, beside dtypes. */
+enum storage { FLAT, NESTED };
+enum tables { NO_TABLES, TILED, PLAIN, BIASED };
+enum mask_kind { LENGTHS, INTERVALS, BITS };
+#define HEADS(group, d) ((uint8_t)((d) / 4 + (group)))
 
 /* The arguments that kernels of one op can have, under the names that variants.py gives them. Which of them a kernel takes, and in what
    order, is in the generated table, so a launch only has to fill in fields. */
@@ -18,7 +28,30 @@ struct nf4_arguments {
   float scaling;
 };
 
-enum storage { FLAT, NESTED };
+struct patch_arguments {
+  const void *images, *weight, *cls, *bias, *local_pos, *global_pos, *pre_pos, *aspect, *gate, *pre_gate, *norm_weight, *norm_bias;
+  void *a, *rows, *factors, *fits, *out;
+  int32_t n, n_tiles, side, entries;
+  int32_t stride_tile, stride_channel, stride_line, across;
+  int32_t padded, tokens, patches, first, cls_at;
+  int32_t M, N, K;
+  float scale0, scale1, scale2, shift0, shift1, shift2, eps;
+};
+
+struct mask_arguments {
+  const void *tiles;
+  const void *visible, *empty;
+  void *states, *blocks, *counts;
+  int32_t s, n_tiles, tokens_per_tile, tokens, NK, stride_b;
+};
+
+struct attention_arguments {
+  const void *q, *k, *v, *lengths, *visible, *empty, *blocks, *counts;
+  void *o, *lse, *parts, *part_lse;
+  int32_t s, s_e, key_heads, masks, splits;
+  int32_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token;
+  float scale;
+};
 
 struct tile {
   int BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SPLIT_K, FLATTEN;

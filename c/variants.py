@@ -62,6 +62,8 @@ def _rows(op: str, arch: int, **fixed) -> Iterator[tuple[dict, dict, dict]]:
         else:
             tile = row["tile"]
             yield when, dict(tile["constants"]), {k: tile[k] for k in ("num_warps", "num_stages")}
+            if not when:
+                return  # the others are for what is fixed otherwise
 
 
 def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
@@ -132,13 +134,100 @@ def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
             )  # fmt: skip
 
 
+# The tables that a patch embedding adds, as kernels/patch_embed.py lists them: of tiled images, and of a ViT without and with a bias.
+_TABLES = {
+    "NO_TABLES": lambda t: (None,) * 7,
+    "TILED": lambda t: (f"cls {t}", None, f"local_pos {t}", f"global_pos {t}", f"pre_pos {t}", "rows *i32", "factors *fp32"),
+    "PLAIN": lambda t: (f"cls {t}", None, f"local_pos {t}", None, None, None, None),
+    "BIASED": lambda t: (f"cls {t}", f"bias {t}", f"local_pos {t}", None, None, None, None),
+}
+_SHAPE = ("padded i32", "tokens i32", "patches i32", "first i32", "cls_at i32")
+
+
 def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
-    return iter(())
+    t, four = f"*{dtype}", {"num_warps": 4}
+    for ids in (False, True):
+        yield Variant(
+            "TILE_ROWS", (IDS[dtype], int(ids)), "patch_arguments", tile_rows_kernel,
+            {"aspect_ptr": "aspect *i64", "gate_ptr": f"gate {t}/1", "pre_gate_ptr": f"pre_gate {t}/1", "rows_ptr": "rows *i32", "factors_ptr": "factors *fp32",
+             "fits_ptr": "fits *i1/1", "n": "n i32", "n_tiles": "n_tiles i32", "side": "side i32", "entries": "entries i32"},
+            {"IDS": ids, "BLOCK": 1024}, four,
+        )  # fmt: skip
+    for patch in (14,) if small else (14, 16):
+        for images in (dtype, "u8") if small else (dtype, "fp32", "u8"):
+            numbers = {name: tuple(f"{name}{c} fp32" for c in range(3)) if images == "u8" else None for name in ("scale", "shift")}
+            yield Variant(
+                "PATCHIFY", (IDS[dtype], IDS[images], patch), "patch_arguments", patchify_kernel,
+                {"images_ptr": f"images *{images}/1", "a_ptr": f"a {t}", "image": ("stride_tile i32", "stride_channel i32", "stride_line i32", 1, "across i32"),
+                 "shape": _SHAPE, "M": "M i32", "K": "K i32/16"} | numbers,
+                {"CHANNELS": 3, "PATCH_H": patch, "PATCH_W": patch, "BLOCK_M": 32, "BLOCK_K": 128}, four,
+            )  # fmt: skip
+    # norm=0, as the product rounds to the result's dtype before a norm anyway; PW=1: pixels are gathered by a kernel of their own
+    for when, tile, options in _rows("patch_embed", arch, dtype="16-bit", out="16-bit", norm=0, PW=1):
+        for tables, kinds in _TABLES.items():
+            if small and tables == "PLAIN":
+                continue
+            yield Variant(
+                "PATCH_EMBED", (IDS[dtype], tables), "patch_arguments", patch_embed_fwd_kernel,
+                {"x_ptr": f"a {t}", "w_ptr": f"weight {t}", "out_ptr": f"out {t}", "tables": kinds(t), "image": None, "shape": _SHAPE, "scale": None, "shift": None,
+                 "M": "M i32", "N": "N i32/16", "K": "K i32/16"},
+                {"CHANNELS": 3, "PATCH_H": 1, "PATCH_W": 1, "LINE": 1, "PRECISION": "tf32x3"} | tile, options, when,
+            )  # fmt: skip
+    for columns in (2048,) if small else (1024, 2048):
+        for tables in ("TILED",) if small else ("TILED", "PLAIN", "BIASED"):
+            yield Variant(
+                "PLACE", (IDS[dtype], tables), "patch_arguments", place_kernel,
+                {"x_ptr": f"out {t}", "y_ptr": f"out {t}", "kept_ptr": None, "stats_ptr": None, "tables": _TABLES[tables](t), "norm_w_ptr": f"norm_weight {t}",
+                 "norm_b_ptr": f"norm_bias {t}", "shape": _SHAPE, "M": "M i32", "N": "N i32/16", "eps": "eps fp32"},
+                {"NORM": True, "BLOCK_M": 4096 // columns, "BLOCK_N": columns}, four, {"N_max": columns},
+            )  # fmt: skip
 
 
 def _attention(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
-    return iter(())
+    t = f"*{dtype}"
+    sizes = {name: f"{name} i32" for name in ("s", "s_e", "key_heads", "masks")}
+    masks = {"LENGTHS": ("lengths *i32", None, None, None), "INTERVALS": ("visible *i32", "empty *i1", "blocks *i32", "counts *i32")}
+    masks["BITS"] = masks["INTERVALS"]
+    strides = {x: tuple(f"{x}_{dim} i32/16" for dim in ("batch", "head", "token")) for x in ("q", "k", "v", "o")}
+    for D in (128,) if small else (64, 128):
+        rows = list(_rows("cross_attention", arch, dtype="16-bit", tma=0, D=D))
+        for G in (4,) if small else (1, 4, 8):
+            heads = {"G": G, "GP": G, "D": D, "BLOCK_D": D}
+            for when, tile, options in rows:
+                few = "M_max" in when
+                for kind, (mask, parts) in enumerate(masks.items()):
+                    # Few rows are decoding: over what a cache holds, and in splits. Masks of so few take the rows for many.
+                    for split in () if few and kind else (True,) if few else (False, True):
+                        yield Variant(
+                            "ATTENTION", (IDS[dtype], f"HEADS({G}, {D})", mask, int(split)), "attention_arguments", cross_attention_fwd_kernel,
+                            {"q_ptr": f"q {t}", "k": f"k {t}", "v": f"v {t}", "o_ptr": "parts *fp32" if split else f"o {t}",
+                             "lse_ptr": "part_lse *fp32" if split else "lse *fp32", "mask": parts, "strides": tuple(strides.values()), "scale": "scale fp32",
+                             "splits": "splits i32"} | sizes,
+                            heads | {"KIND": kind, "SPLIT": split, "LISTED": 128 // G, "PRECISION": "tf32x3"} | tile, options, when,
+                        )  # fmt: skip
+            yield Variant(
+                "ATTENTION_MERGE", (IDS[dtype], f"HEADS({G}, {D})"), "attention_arguments", cross_attention_merge_kernel,
+                {"parts_ptr": "parts *fp32", "part_lse_ptr": "part_lse *fp32", "o_ptr": f"o {t}", "lse_ptr": "lse *fp32", "o_stride": strides["o"],
+                 "splits": "splits i32"} | sizes,
+                heads | {"BLOCK_M": 16}, {"num_warps": 4},
+            )  # fmt: skip
 
 
 def _masks() -> Iterator[Variant]:
-    return iter(())
+    four, made = {"num_warps": 4}, {"empty_ptr": "empty *i1"}
+    yield Variant(
+        "PACK_TILES", (), "mask_arguments", pack_tiles_kernel,
+        made | {"visible_ptr": "tiles *u8", "bits_ptr": "visible *i32", "s": "s i32", "n_tiles": "n_tiles i32", "tokens_per_tile": "tokens_per_tile i32", "NK": "NK i32"},
+        {"TILES_IN_A_WORD": 2, "BLOCK_S": 16, "BLOCK_W": 128}, four,
+    )  # fmt: skip
+    for bits in (False, True):
+        yield Variant(
+            "BLOCK_STATES", ("BITS" if bits else "INTERVALS",), "mask_arguments", block_states_kernel,
+            made | {"rows_ptr": "visible *i32", "states_ptr": "states *i8", "s": "s i32", "tokens": "tokens i32", "NK": "NK i32"},
+            {"BITS": bits, "BLOCK_S": 32, "BLOCK_K": 32}, four,
+        )  # fmt: skip
+    yield Variant(
+        "BLOCK_LIST", (), "mask_arguments", block_list_kernel,
+        {"states_ptr": "states *i8", "list_ptr": "blocks *i32", "counts_ptr": "counts *i32", "stride_b": "stride_b i32", "stride_l": "NK i32", "stride_n": 1, "length": "NK i32"},
+        {"BLOCK": 256}, four,
+    )  # fmt: skip
