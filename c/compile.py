@@ -93,12 +93,10 @@ def parameter_sizes(image: bytes, entry: str) -> tuple[int, ...]:
     offset, count, names_at = struct.unpack_from("<Q", image, 0x28)[0], *struct.unpack_from("<HH", image, 0x3C)
     headers = [struct.unpack_from("<IIQQQQIIQQ", image, offset + 64 * i) for i in range(count)]
     names = headers[names_at][4]
-    for name, _, _, _, start, size, *_ in headers:
-        text = image[names + name : image.index(b"\0", names + name)].decode()
-        if text == f".nv.info.{entry}":
-            break
-    else:
+    sections = {image[names + h[0] : image.index(b"\0", names + h[0])].decode(): h[4:6] for h in headers}
+    if f".nv.info.{entry}" not in sections:
         raise SystemExit(f"{entry}: the cubin has no .nv.info")
+    start, size = sections[f".nv.info.{entry}"]
     sizes, at = {}, start
     while at < start + size:
         form, attribute, value = struct.unpack_from("<BBH", image, at)
