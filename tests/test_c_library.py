@@ -1,4 +1,4 @@
-"""The C library builds, its launches reach a driver as its kernels expect them, and a server builds against what is installed."""
+"""The C library builds, its launches reach a driver as its kernels expect them and compute what the ops do, and a server builds against what is installed."""
 
 import os
 import re
@@ -36,6 +36,11 @@ def build(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("test", ["launches_nf4", "launches_patch_embed", "launches_attention", "consumer"])
 def test_ctest(build, test):
     assert "100% tests passed, 0 tests failed out of 1" in run("ctest", "--test-dir", build, "-R", f"^{test}$")
+
+
+def test_launches_compute_what_the_ops_do(build):
+    """Pointers, sizes, grids and workspaces as C has them, through the interpreter, against the references."""
+    assert run(sys.executable, "-m", "tests.c_launches", build, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").endswith("ok\n")
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ int cuLaunchKernel(kernel *k, unsigned gx, unsigned gy, unsigned gz, unsigned bx
     return code;
   }
   fake_launch *l = &fake.launch[fake.launches++];
-  *l = (fake_launch){.grid = {gx, gy, gz}, .block = {bx, by, bz}, .shared = shared, .stream = stream, .allowed_shared = k->allowed[fake.ordinal]};
+  *l = (fake_launch){.image = k->image, .grid = {gx, gy, gz}, .block = {bx, by, bz}, .shared = shared, .stream = stream, .allowed_shared = k->allowed[fake.ordinal]};
   memcpy(l->entry, k->entry, sizeof l->entry);
   l->count = read_sizes(k, l->size);
   for (int i = 0; i < l->count; i++) memcpy(l->value[i], values[i], l->size[i] <= 8 ? l->size[i] : 8);

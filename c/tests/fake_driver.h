@@ -7,6 +7,7 @@
 enum { FAKE_PARAMETERS = 64, FAKE_LAUNCHES = 64 };
 
 typedef struct {
+  const void *image; /* of the cubin */
   char entry[96];
   unsigned grid[3], block[3], shared;
   void *stream;
