@@ -1,8 +1,9 @@
 /* fastfuse for C and C++: the kernels of Llama-3.2-Vision-class models, compiled ahead of time. No Python, no PyTorch.
 
    Every function returns ffs_ok or a status; ffs_last_error() then says, in one line, which argument is wrong and both facts, or what the driver said.
-   A context must be current (cuCtxSetCurrent, or any call of the CUDA runtime); work goes to `stream` and nothing waits for it. Nothing is
-   allocated: where a workspace is needed, its _workspace function says how many bytes, for the device of the current context.
+   A context must be current (cuCtxSetCurrent, or any call of the CUDA runtime); work goes to `stream` and nothing waits for it. No memory is
+   allocated: where a workspace is needed, its _workspace function says how many bytes, for the device of the current context. The first call of a
+   kind loads its kernels: make it before a stream is captured into a graph.
    Pointers are device memory aligned to 16 bytes unless said otherwise, strides count elements, and the last dim of everything is contiguous.
    Any number of threads may call at once. Only the architectures that the library was built for run it (FASTFUSE_ARCHS). */
 #ifndef FASTFUSE_H

@@ -120,7 +120,8 @@ const struct kernel *find(const struct device *device, enum kernel_id id, struct
   return NULL;
 }
 
-ffs_status want(const struct kernel **kernel, const struct device *device, enum kernel_id id, struct key key, int64_t M, int64_t N, int64_t K, const char *what) {
+ffs_status want(const struct kernel **kernel, const struct device *device, enum kernel_id id, struct key key, int64_t M, int64_t N, int64_t K,
+                const char *what) {
   *kernel = find(device, id, key, M, N, K);
   if (*kernel) return ffs_ok;
   for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
@@ -145,7 +146,8 @@ static ffs_status load(struct cubin *c, int ordinal) {
 ffs_status launch(const struct device *device, const struct kernel *kernel, CUstream stream, int64_t x, int64_t y, int64_t z, const void *arguments) {
   if (x == 0 || y == 0 || z == 0) return ffs_ok;
   struct cubin *c = &cubins[kernel->cubin];
-  REQUIRE(x <= INT32_MAX && y <= 65535 && z <= 65535, "%s: a grid of %lld x %lld x %lld programs is too large", c->entry, (long long)x, (long long)y, (long long)z);
+  REQUIRE(x <= INT32_MAX && y <= 65535 && z <= 65535, "%s: a grid of %lld x %lld x %lld programs is too large", c->entry, (long long)x, (long long)y,
+          (long long)z);
   if (!(atomic_load(&c->prepared) >> device->ordinal & 1)) {
     pthread_mutex_lock(&lock);
     const ffs_status status = load(c, device->ordinal);

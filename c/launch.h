@@ -98,7 +98,8 @@ ffs_status current_device(struct device *device);
 const struct kernel *find(const struct device *device, enum kernel_id id, struct key key, int64_t M, int64_t N, int64_t K);
 
 /* As find, and an ffs_unsupported that says for what there is none. */
-ffs_status want(const struct kernel **kernel, const struct device *device, enum kernel_id id, struct key key, int64_t M, int64_t N, int64_t K, const char *what);
+ffs_status want(const struct kernel **kernel, const struct device *device, enum kernel_id id, struct key key, int64_t M, int64_t N, int64_t K,
+                const char *what);
 
 /* Launches nothing where a dimension of the grid is 0. */
 ffs_status launch(const struct device *device, const struct kernel *kernel, CUstream stream, int64_t x, int64_t y, int64_t z, const void *arguments);

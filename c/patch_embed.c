@@ -27,10 +27,11 @@ static ffs_status check(const char *op, const ffs_patches *p) {
           p->norm_bias ? "given" : "NULL");
   const bool tiled = p->global_pos != NULL;
   REQUIRE(tiled == (p->pre_pos != NULL) && tiled == (p->gate != NULL) && tiled == (p->pre_gate != NULL) && tiled == (p->aspect_ratio != NULL),
-          "%s: global_pos is %s, pre_pos %s, gate %s, pre_gate %s, aspect_ratio %s: images in tiles have all of them, others none", op, tiled ? "given" : "NULL",
-          p->pre_pos ? "given" : "NULL", p->gate ? "given" : "NULL", p->pre_gate ? "given" : "NULL", p->aspect_ratio ? "given" : "NULL");
+          "%s: global_pos is %s, pre_pos %s, gate %s, pre_gate %s, aspect_ratio %s: images in tiles have all of them, others none", op,
+          tiled ? "given" : "NULL", p->pre_pos ? "given" : "NULL", p->gate ? "given" : "NULL", p->pre_gate ? "given" : "NULL", p->aspect_ratio ? "given" : "NULL");
   if (!tiled) return ffs_ok;
-  REQUIRE(p->cls && !p->bias, "%s: cls is %s, bias %s: images in tiles have a class token and no bias", op, p->cls ? "given" : "NULL", p->bias ? "given" : "NULL");
+  REQUIRE(p->cls && !p->bias, "%s: cls is %s, bias %s: images in tiles have a class token and no bias", op, p->cls ? "given" : "NULL",
+          p->bias ? "given" : "NULL");
   TRY(check_size(op, "entries", p->entries, 1, 1));
   TRY(check_size(op, "side", p->side, 1, 1));
   REQUIRE(p->aspect_ids ? p->tiles <= p->side : p->entries == p->side, "%s: tables are for %lld x %lld tiles, which %s of %lld tiles cannot index", op,
@@ -92,9 +93,16 @@ static ffs_status check_memory(const char *op, const ffs_patches *p) {
     const char *name;
     const void *pointer;
     bool needed;
-  } tables[] = {{"weight", p->weight, true},      {"out", p->out, true},         {"local_pos", p->local_pos, true},     {"cls", p->cls, false},
-                {"bias", p->bias, false},         {"global_pos", p->global_pos, false}, {"pre_pos", p->pre_pos, false}, {"aspect_ratio", p->aspect_ratio, false},
-                {"norm_weight", p->norm_weight, false}, {"norm_bias", p->norm_bias, false}};
+  } tables[] = {{"weight", p->weight, true},
+                {"out", p->out, true},
+                {"local_pos", p->local_pos, true},
+                {"cls", p->cls, false},
+                {"bias", p->bias, false},
+                {"global_pos", p->global_pos, false},
+                {"pre_pos", p->pre_pos, false},
+                {"aspect_ratio", p->aspect_ratio, false},
+                {"norm_weight", p->norm_weight, false},
+                {"norm_bias", p->norm_bias, false}};
   for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
     if (tables[i].needed || tables[i].pointer) TRY(check_pointer(op, tables[i].name, tables[i].pointer));
   REQUIRE(p->pixels, "%s: pixels is NULL", op);
@@ -102,10 +110,12 @@ static ffs_status check_memory(const char *op, const ffs_patches *p) {
   const struct {
     const char *name;
     int64_t stride, most;
-  } strides[] = {{"stride_tile", p->stride_tile, INT32_MAX}, {"stride_channel", p->stride_channel, INT32_MAX / 4}, {"stride_line", p->stride_line, INT32_MAX / 4 / p->height}};
+  } strides[] = {{"stride_tile", p->stride_tile, INT32_MAX},
+                 {"stride_channel", p->stride_channel, INT32_MAX / 4},
+                 {"stride_line", p->stride_line, INT32_MAX / 4 / p->height}};
   for (size_t i = 0; i < sizeof strides / sizeof *strides; i++)
-    REQUIRE(strides[i].stride >= 0 && strides[i].stride <= strides[i].most, "%s: %s is %lld, expected 0 to %lld", op, strides[i].name, (long long)strides[i].stride,
-            (long long)strides[i].most);
+    REQUIRE(strides[i].stride >= 0 && strides[i].stride <= strides[i].most, "%s: %s is %lld, expected 0 to %lld", op, strides[i].name,
+            (long long)strides[i].stride, (long long)strides[i].most);
   return ffs_ok;
 }
 

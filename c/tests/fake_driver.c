@@ -81,7 +81,8 @@ int cuKernelSetAttribute(int attribute, int value, kernel *k, int device) {
   return 0;
 }
 
-int cuLaunchKernel(kernel *k, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream, void **values, void **extra) {
+int cuLaunchKernel(kernel *k, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream, void **values,
+                   void **extra) {
   if (extra || fake.launches >= FAKE_LAUNCHES) abort();
   if (fake.next_error) {
     const int code = fake.next_error;

@@ -9,8 +9,8 @@ static const float LOG2E = 1.4426950408889634f;
 
 /* 32 heads over 8, text rows [b, s, heads, d] over a cache [b, heads, s_e, d]. */
 static ffs_attention text(int64_t b, int64_t s, int64_t s_e) {
-  return (ffs_attention){.dtype = FFS_BF16, .b = b, .hq = 32, .hkv = 8, .s = s, .s_e = s_e, .d = 128, .q = at(0x1000), .k = at(0x2000), .v = at(0x3000), .out = at(0x4000),
-                         .stride_q = {s * 4096, 128, 4096}, .stride_k = {8 * s_e * 128, s_e * 128, 128}, .stride_v = {16 * s_e * 128, s_e * 128, 256},
+  return (ffs_attention){.dtype = FFS_BF16, .b = b, .hq = 32, .hkv = 8, .s = s, .s_e = s_e, .d = 128, .q = at(0x1000), .k = at(0x2000), .v = at(0x3000),
+                         .out = at(0x4000), .stride_q = {s * 4096, 128, 4096}, .stride_k = {8 * s_e * 128, s_e * 128, 128}, .stride_v = {16 * s_e * 128, s_e * 128, 256},
                          .stride_out = {s * 4096, 128, 4096}, .scale = 0.088388f};
 }
 
@@ -34,10 +34,10 @@ static void decode(void) {
   EXPECT(needed(&p) == lse + parts + 16 * 16 * 4 * 4);
   fake.launches = 0;
   EXPECT(ffs_cross_attention(stream, &p, workspace, needed(&p)) == ffs_ok && fake.launches == 2);
-  LAUNCHED(0, "cross_attention_fwd_kernel", 1, 16, 16, 128, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(address(workspace, lse)), ptr(address(workspace, lse + parts)),
-           ptr(0x5000), STRIDES(p), i32(1), i32(6404), i32(8), i32(1), f32(0.088388f * LOG2E), i32(16));
-  LAUNCHED(1, "cross_attention_merge_kernel", 1, 16, 1, 128, ptr(address(workspace, lse)), ptr(address(workspace, lse + parts)), ptr(0x4000), ptr(address(workspace, 0)),
-           i32(4096), i32(128), i32(4096), i32(1), i32(6404), i32(8), i32(1), i32(16));
+  LAUNCHED(0, "cross_attention_fwd_kernel", 1, 16, 16, 128, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(address(workspace, lse)),
+           ptr(address(workspace, lse + parts)), ptr(0x5000), STRIDES(p), i32(1), i32(6404), i32(8), i32(1), f32(0.088388f * LOG2E), i32(16));
+  LAUNCHED(1, "cross_attention_merge_kernel", 1, 16, 1, 128, ptr(address(workspace, lse)), ptr(address(workspace, lse + parts)), ptr(0x4000),
+           ptr(address(workspace, 0)), i32(4096), i32(128), i32(4096), i32(1), i32(6404), i32(8), i32(1), i32(16));
 
   p = text(64, 1, 200); /* nothing to split: one split */
   p.lengths = at(0x5000);
@@ -64,8 +64,8 @@ static void prefill(void) {
   EXPECT(needed(&p) == 4 * 8 * 512 * 4 * 4);
   fake.launches = 0;
   EXPECT(ffs_cross_attention(stream, &p, workspace, needed(&p)) == ffs_ok && fake.launches == 1);
-  LAUNCHED(0, "cross_attention_fwd_kernel", 16, 32, 1, 256, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(address(workspace, 0)), ptr(bits), ptr(empty),
-           ptr(blocks), ptr(counts), STRIDES(p), i32(512), i32(6404), i32(8), i32(4), f32(0.088388f * LOG2E), i32(1));
+  LAUNCHED(0, "cross_attention_fwd_kernel", 16, 32, 1, 256, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(address(workspace, 0)), ptr(bits),
+           ptr(empty), ptr(blocks), ptr(counts), STRIDES(p), i32(512), i32(6404), i32(8), i32(4), f32(0.088388f * LOG2E), i32(1));
   EXPECT(fake.launch[0].shared > 48 * 1024 && fake.launch[0].allowed_shared == (int)fake.launch[0].shared);
 }
 

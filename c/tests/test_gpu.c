@@ -137,16 +137,19 @@ static void linear(int M, int N, int K, int R, bool biased) {
 
 /* Two images of up to 4 tiles of 28 x 42 pixels, 6 patches and CLS, the second image 1 x 2 tiles. */
 static void patches(bool normed) {
-  enum { D = 48, IMAGES = 2, TILES = 4, PATCHES = 6, TOKENS = 7, PADDED = 8, H = 28, W = 42, P = 14, KK = 3 * P * P, COLUMNS = 640, ROWS = IMAGES * TILES * PADDED };
-  const tensor pixels = random_tensor(IMAGES * TILES * 3 * H * W, 1), weight = random_tensor(D * KK, 0.1), cls = random_tensor(D, 1), local = random_tensor(TOKENS * D, 1);
-  const tensor global = random_tensor(16 * TOKENS * D, 1), pre = random_tensor(16 * D, 1), gates = random_tensor(2, 1), nw = random_tensor(D, 1), nb = random_tensor(D, 1);
+  enum { D = 48, IMAGES = 2, TILES = 4, PATCHES = 6, TOKENS = 7, PADDED = 8, H = 28, W = 42, P = 14, KK = 3 * P * P, COLUMNS = 640,
+         ROWS = IMAGES * TILES * PADDED };
+  const tensor pixels = random_tensor(IMAGES * TILES * 3 * H * W, 1), weight = random_tensor(D * KK, 0.1), cls = random_tensor(D, 1),
+               local = random_tensor(TOKENS * D, 1);
+  const tensor global = random_tensor(16 * TOKENS * D, 1), pre = random_tensor(16 * D, 1), gates = random_tensor(2, 1), nw = random_tensor(D, 1),
+               nb = random_tensor(D, 1);
   const int64_t ratio[IMAGES][2] = {{2, 2}, {1, 2}};
   uint16_t *rows = calloc(D * COLUMNS, 2);
   for (int i = 0; i < D; i++)
     for (int k = 0; k < KK; k++) rows[i * COLUMNS + k] = to_bf16(weight.host[i * KK + k]);
   uint8_t *fits = gpu_filled(1, 7), seen = 7;
-  ffs_patches p = {.dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = IMAGES, .tiles = TILES, .height = H, .width = W, .patch = P, .D = D, .pixels = pixels.device,
-                   .stride_tile = 3 * H * W, .stride_channel = H * W, .stride_line = W, .weight = gpu_copy_of(rows, D * COLUMNS * 2), .cls = cls.device,
+  ffs_patches p = {.dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = IMAGES, .tiles = TILES, .height = H, .width = W, .patch = P, .D = D,
+                   .pixels = pixels.device, .stride_tile = 3 * H * W, .stride_channel = H * W, .stride_line = W, .weight = gpu_copy_of(rows, D * COLUMNS * 2), .cls = cls.device,
                    .local_pos = local.device, .global_pos = global.device, .pre_pos = pre.device, .gate = gates.device, .pre_gate = (char *)gates.device + 2,
                    .aspect_ratio = gpu_copy_of(ratio, sizeof ratio), .entries = 4, .side = 4, .fits = fits, .pad_tokens_to = 8, .eps = 1e-5f};
   if (normed) p.norm_weight = nw.device, p.norm_bias = nb.device;

@@ -2,7 +2,8 @@
 #include "expect.h"
 
 enum { N = 4096, K = 4096 };
-static const ffs_nf4 nested = {.N = N, .K = K, .packed = (void *)0x1000, .index = (void *)0x2000, .code = (void *)0x3000, .absmax = (void *)0x4000, .offset = (void *)0x5004};
+static const ffs_nf4 nested = {.N = N, .K = K, .packed = (void *)0x1000, .index = (void *)0x2000, .code = (void *)0x3000, .absmax = (void *)0x4000,
+                               .offset = (void *)0x5004};
 static const ffs_lora lora = {.R = 8, .scaling = 2.5f, .dtype = FFS_BF16, .a = (void *)0x6000, .b = (void *)0x7000};
 static void *const x = (void *)0x8000, *const out = (void *)0x9000, *const bias = (void *)0xa000, *const workspace = (void *)0x100000;
 static CUstream const stream = (CUstream)0x77;
@@ -42,23 +43,24 @@ static void prefill(void) {
   EXPECT(fake.launches == 3);
   LAUNCHED(0, "lora_down_kernel", 4, 16, 1, 128, ptr(0x8000), ptr(0x6000), ptr(0x100000), i32(K), i32(100), i32(K), i32(8));
   LAUNCHED(1, "nf4_skinny_reduce_kernel", 1, 1, 1, 128, ptr(0x100000), ptr(0x100000 + 51200), i32(800), i32(800));
-  LAUNCHED(2, "nf4_linear_fwd_kernel", N / 128, 1, 1, 256, ptr(0x8000), ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x7000), ptr(0x9000),
-           i32(N), i32(8), f32(2.5f), ptr(0x100000 + 51200), i32(K), i32(8), i32(100), i32(K));
+  LAUNCHED(2, "nf4_linear_fwd_kernel", N / 128, 1, 1, 256, ptr(0x8000), ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x7000),
+           ptr(0x9000), i32(N), i32(8), f32(2.5f), ptr(0x100000 + 51200), i32(K), i32(8), i32(100), i32(K));
   EXPECT(fake.launch[2].shared > 48 * 1024 && fake.launch[2].allowed_shared == (int)fake.launch[2].shared);
 
   fake.launches = 0;
   EXPECT(needed(5000, NULL) == 0);
   EXPECT(ffs_nf4_linear(stream, FFS_BF16, 5000, x, K, &nested, NULL, bias, out, NULL, 0) == ffs_ok);
   EXPECT(fake.launches == 1);
-  LAUNCHED(0, "nf4_linear_fwd_kernel", 40 * (N / 128), 1, 1, 256, ptr(0x8000), ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x1000), ptr(0xa000),
-           ptr(0x9000), i32(N), i32(0), f32(0), ptr(0x9000), i32(K), i32(0), i32(5000), i32(K));
+  LAUNCHED(0, "nf4_linear_fwd_kernel", 40 * (N / 128), 1, 1, 256, ptr(0x8000), ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x1000),
+           ptr(0xa000), ptr(0x9000), i32(N), i32(0), f32(0), ptr(0x9000), i32(K), i32(0), i32(5000), i32(K));
 }
 
 static void rows_follow_the_shape(void) {
   const struct {
     int64_t M, N, K;
     unsigned splits, threads;
-  } cases[] = {{16, 1536, 4096, 16, 128}, {16, 1024, 1024, 4, 128}, {16, 14336, 4096, 2, 128}, {16, 4096, 192, 2, 128}, {16, 4096, 64, 1, 128}, {17, 4096, 4096, 1, 128}, {65, 4096, 4096, 1, 256}};
+  } cases[] = {{16, 1536, 4096, 16, 128}, {16, 1024, 1024, 4, 128}, {16, 14336, 4096, 2, 128}, {16, 4096, 192, 2, 128}, {16, 4096, 64, 1, 128}, {17, 4096, 4096, 1, 128},
+               {65, 4096, 4096, 1, 256}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     ffs_nf4 w = nested;
     w.N = cases[i].N, w.K = cases[i].K;
@@ -72,7 +74,8 @@ static void dequantize(void) {
   fake.launches = 0;
   EXPECT(ffs_nf4_dequantize(stream, FFS_BF16, &nested, out) == ffs_ok);
   EXPECT(fake.launches == 1);
-  LAUNCHED(0, "nf4_dequantize_kernel", N * K / 8192, 1, 1, 128, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x9000), i64((int64_t)N * K));
+  LAUNCHED(0, "nf4_dequantize_kernel", N * K / 8192, 1, 1, 128, ptr(0x1000), ptr(0x2000), ptr(0x3000), ptr(0x4000), ptr(0x5004), ptr(0x9000),
+           i64((int64_t)N * K));
 }
 
 static void nothing_to_do(void) {

@@ -9,8 +9,8 @@ static ffs_patches llama(void) {
   return (ffs_patches){
       .dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = 2, .tiles = 4, .height = 560, .width = 560, .patch = 14, .D = 1280,
       .pixels = at(0x1002), .stride_tile = 3 * 560 * 560, .stride_channel = 560 * 560, .stride_line = 560,
-      .weight = at(0x2000), .cls = at(0x3000), .local_pos = at(0x4000), .global_pos = at(0x5000), .pre_pos = at(0x6000), .gate = at(0x7002), .pre_gate = at(0x8002),
-      .aspect_ratio = at(0x9000), .entries = 4, .side = 4, .pad_tokens_to = 8, .out = at(0xa000)};
+      .weight = at(0x2000), .cls = at(0x3000), .local_pos = at(0x4000), .global_pos = at(0x5000), .pre_pos = at(0x6000), .gate = at(0x7002),
+      .pre_gate = at(0x8002), .aspect_ratio = at(0x9000), .entries = 4, .side = 4, .pad_tokens_to = 8, .out = at(0xa000)};
 }
 
 static size_t needed(const ffs_patches *p) {
@@ -52,17 +52,20 @@ static void normed(void) {
   fake.launches = 0;
   EXPECT(ffs_patch_embed(stream, &p, workspace, needed(&p)) == ffs_ok && fake.launches == 4);
   const uint64_t rows = (uint64_t)(uintptr_t)workspace + (size_t)M * K * 2, factors = rows + 256;
-  LAUNCHED(1, "patchify_kernel", M / 32, 5, 1, 128, ptr(0x1002), ptr(0x1000000), i32(940800), i32(313600), i32(560), i32(40), SHAPE, f32(0.5f), f32(1.5f), f32(2.5f),
-           f32(-1), f32(-2), f32(-3), i32(M), i32(K));
+  LAUNCHED(1, "patchify_kernel", M / 32, 5, 1, 128, ptr(0x1002), ptr(0x1000000), i32(940800), i32(313600), i32(560), i32(40), SHAPE, f32(0.5f), f32(1.5f),
+           f32(2.5f), f32(-1), f32(-2), f32(-3), i32(M), i32(K));
   LAUNCHED(2, "patch_embed_fwd_kernel", 132, 1, 1, 256, ptr(0x1000000), ptr(0x2000), ptr(0xa000), SHAPE, i32(M), i32(1280), i32(K));
-  LAUNCHED(3, "place_kernel", M / 2, 1, 1, 128, ptr(0xa000), ptr(0xa000), ptr(0x3000), ptr(0x4000), ptr(0x5000), ptr(0x6000), ptr(rows), ptr(factors), ptr(0xc000),
+  LAUNCHED(3, "place_kernel", M / 2, 1, 1, 128, ptr(0xa000), ptr(0xa000), ptr(0x3000), ptr(0x4000), ptr(0x5000), ptr(0x6000), ptr(rows), ptr(factors),
+           ptr(0xc000),
            ptr(0xd000), SHAPE, i32(M), i32(1280), f32(1e-5f));
 }
 
 /* As SigLIP: a bias, no class token, whose place in the launch holds memory that can be read. */
 static void plain(void) {
-  ffs_patches p = {.dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = 3, .tiles = 1, .height = 378, .width = 378, .patch = 14, .D = 1152, .pixels = at(0x1000),
-                   .stride_tile = 3 * 378 * 378, .stride_channel = 378 * 378, .stride_line = 378, .weight = at(0x2000), .bias = at(0x3000), .local_pos = at(0x4000),
+  ffs_patches p = {.dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = 3, .tiles = 1, .height = 378, .width = 378, .patch = 14, .D = 1152,
+           .pixels = at(0x1000),
+                   .stride_tile = 3 * 378 * 378, .stride_channel = 378 * 378, .stride_line = 378, .weight = at(0x2000), .bias = at(0x3000),
+                   .local_pos = at(0x4000),
                    .pad_tokens_to = 1, .out = at(0xa000)};
   fake.launches = 0;
   EXPECT(ffs_patch_embed(stream, &p, workspace, needed(&p)) == ffs_ok && fake.launches == 2);
