@@ -10,8 +10,8 @@ static const float LOG2E = 1.4426950408889634f;
 /* 32 heads over 8, text rows [b, s, heads, d] over a cache [b, heads, s_e, d]. */
 static ffs_attention text(int64_t b, int64_t s, int64_t s_e) {
   return (ffs_attention){.dtype = FFS_BF16, .b = b, .hq = 32, .hkv = 8, .s = s, .s_e = s_e, .d = 128, .q = at(0x1000), .k = at(0x2000), .v = at(0x3000),
-                         .out = at(0x4000), .stride_q = {s * 4096, 128, 4096}, .stride_k = {8 * s_e * 128, s_e * 128, 128}, .stride_v = {16 * s_e * 128, s_e * 128, 256},
-                         .stride_out = {s * 4096, 128, 4096}, .scale = 0.088388f};
+                         .out = at(0x4000), .stride_q = {s * 4096, 128, 4096}, .stride_k = {8 * s_e * 128, s_e * 128, 128},
+                         .stride_v = {16 * s_e * 128, s_e * 128, 256}, .stride_out = {s * 4096, 128, 4096}, .scale = 0.088388f};
 }
 
 static size_t needed(const ffs_attention *p) {

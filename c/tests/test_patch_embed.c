@@ -56,8 +56,7 @@ static void normed(void) {
            f32(2.5f), f32(-1), f32(-2), f32(-3), i32(M), i32(K));
   LAUNCHED(2, "patch_embed_fwd_kernel", 132, 1, 1, 256, ptr(0x1000000), ptr(0x2000), ptr(0xa000), SHAPE, i32(M), i32(1280), i32(K));
   LAUNCHED(3, "place_kernel", M / 2, 1, 1, 128, ptr(0xa000), ptr(0xa000), ptr(0x3000), ptr(0x4000), ptr(0x5000), ptr(0x6000), ptr(rows), ptr(factors),
-           ptr(0xc000),
-           ptr(0xd000), SHAPE, i32(M), i32(1280), f32(1e-5f));
+           ptr(0xc000), ptr(0xd000), SHAPE, i32(M), i32(1280), f32(1e-5f));
 }
 
 /* As SigLIP: a bias, no class token, whose place in the launch holds memory that can be read. */
