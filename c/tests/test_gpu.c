@@ -150,7 +150,8 @@ static void patches(bool normed) {
   uint8_t *fits = gpu_filled(1, 7), seen = 7;
   ffs_patches p = {.dtype = FFS_BF16, .image_dtype = FFS_BF16, .images = IMAGES, .tiles = TILES, .height = H, .width = W, .patch = P, .D = D,
                    .pixels = pixels.device, .stride_tile = 3 * H * W, .stride_channel = H * W, .stride_line = W,
-                   .weight = gpu_copy_of(rows, D * COLUMNS * 2), .cls = cls.device, .local_pos = local.device, .global_pos = global.device, .pre_pos = pre.device, .gate = gates.device, .pre_gate = (char *)gates.device + 2,
+                   .weight = gpu_copy_of(rows, D * COLUMNS * 2), .cls = cls.device,
+                   .local_pos = local.device, .global_pos = global.device, .pre_pos = pre.device, .gate = gates.device, .pre_gate = (char *)gates.device + 2,
                    .aspect_ratio = gpu_copy_of(ratio, sizeof ratio), .entries = 4, .side = 4, .fits = fits, .pad_tokens_to = 8, .eps = 1e-5f};
   if (normed) p.norm_weight = nw.device, p.norm_bias = nb.device;
   p.out = gpu_filled(ROWS * D * 2, 0xff);
