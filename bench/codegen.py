@@ -1,7 +1,10 @@
 """Compile every kernel for every target ahead of time and read what the compiler made of it. Needs no GPU.
 
-    python -m bench.codegen               a table: registers, stack, shared memory, matrix and load instructions
-    python -m bench.codegen --json FILE   the same as JSON, for the tests
+    python -m bench.codegen                  a table: registers, stack, shared memory, occupancy, instructions by pipe, bound
+    python -m bench.codegen --only "sm_90 dq"   the same of some kernels, to compare two variants
+    python -m bench.codegen --json FILE      the reports as JSON, for the tests
+    python -m bench.codegen --diff           exits 1 where a figure is worse than the stored one by more than 5%
+    python -m bench.codegen --store          rewrites the stored figures, bench/results/codegen_<target>.txt
 
 A kernel is specimen x tune row x target. Every one must have stack 0 (nothing spilled) and fit the chip's shared memory.
 """
@@ -10,6 +13,7 @@ import argparse
 import collections
 import concurrent.futures
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,6 +27,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import codegen_store as store
+from bench import sass
+from bench.sass import Work
 from fastfuse import tune
 from fastfuse.kernels.cross_attention import (
     cross_attention_delta_kernel,
@@ -56,10 +63,13 @@ from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TI
 from fastfuse.ops.static_kv_cache import _ELEMENTS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# Shared memory one block may use: CUDA programming guide, technical specifications per compute capability; CDNA3 ISA.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 # absmax | index, code, absmax, offset | scaler, factor, mean
 LAYOUTS = {"flat": ("*fp32",), "nested": ("*u8", "*fp32", "*fp32", "*fp32"), "torchao": ("*i8", "*{w}", "*{w}"), "torchao/200": ("*i8", "*{w}", "*{w}")}
+# Bytes of a weight with its scales. The scales of scales, 0.05% of that, are left out.
+PACKED = {"flat": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64, "torchao": 0.5 + 1 / 64, "torchao/200": 0.5 + 1 / 64}
+SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
+# What a product of 16-bit operands is worth on the matrix unit; of fp32 ones it is three of tf32, each at half the rate.
+PRODUCT = {"bf16": 1, "fp16": 1, "fp32": 6}
 # Blocks that share one factor: QLoRA of the vision encoder asks for 200, which is no shift.
 SCALE_BLOCKS = {"torchao/200": 200}
 
@@ -75,7 +85,7 @@ class Specimen:
     signature: dict  # argument -> type, a tuple of types, or "constexpr"
     constants: dict
     options: dict
-    weights: int = 0  # decoded per program and loop step, where the loop decodes
+    work: sass.Work
 
 
 @dataclass
@@ -87,16 +97,20 @@ class Report:
     stack: int
     shared: int
     warps: int
+    blocks: int = 0  # resident on an SM
+    code: int = 0  # instructions of the whole kernel
+    unit: str = ""  # of work, by which the figures of the loops are counted
     counts: dict = field(default_factory=dict)  # instruction -> how often, in the whole kernel
-    per_weight: float | None = None  # instructions of the main loop per weight decoded; of the whole kernel where it has none
+    loops: dict = field(default_factory=dict)  # main loop -> its figures: sass.figures; AMD: counts of the whole kernel
 
     def problems(self) -> list[str]:
         """Why this kernel must not ship: empty where it may."""
         found = []
         if self.stack:
             found.append(f"{self.stack} bytes of stack: registers were spilled")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED_LIMIT[self.arch]}")
+        limit = sass.CHIPS[self.arch].shared - sass.CHIPS[self.arch].reserved
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {limit}")
         return found
 
 
@@ -149,7 +163,8 @@ def _dequantize(arch: str) -> Iterator[Specimen]:
             options = {"num_warps": 4, "enable_fp_fusion": False}
             for cut in (False, True) if (layout, out) == ("nested", "bf16") else (False,):
                 name = f"{layout} {out}" + (" cut" if cut else "")
-                yield Specimen("nf4_dequantize", name, arch, nf4_dequantize_kernel, signature, constants | {"CUT": cut}, options, 128 * 64)
+                work = Work("weight", 128 * 64, bytes=128 * 64 * (PACKED[layout] + SIZE[out]), loops=())
+                yield Specimen("nf4_dequantize", name, arch, nf4_dequantize_kernel, signature, constants | {"CUT": cut}, options, work)
 
 
 # (storage, x, adapters, projections in the group, factor): PEFT keeps adapters in fp32; "-" is a plain linear with a bias
@@ -184,18 +199,24 @@ def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, p
     low = x if adapter == "-" else adapter
     group = (_projection(layout, x, adapter, factor, bias=adapter == "-"),) * projections
     name = _name(tile, layout, x, adapter) + (f" x{projections}" if projections > 1 else "") + (" factor" if factor else "")
-    weights = constants["BLOCK_N"] * constants["BLOCK_K"]
+    work = _decoding(layout, constants)
     base = {"x_ptr": f"*{x}", "group": group, "xa_ptr": f"*{low}", "M": "i32", "K": "i32"}
     if splits:
         signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xm", "columns"), "i32")
-        yield Specimen("nf4_skinny", name, arch, nf4_skinny_kernel, signature, constants | common | {"SPLIT_K": splits}, options, weights)
+        yield Specimen("nf4_skinny", name, arch, nf4_skinny_kernel, signature, constants | common | {"SPLIT_K": splits}, options, work)
         signature = base | {"part_ptr": "*fp32"} | dict.fromkeys(("stride_xam", "columns"), "i32")
         own = {k: constants[k] for k in ("BLOCK_M", "BLOCK_N")} | {"PROJECTIONS": projections, "SPLIT_K": splits, "DECODE": common["DECODE"]}
+        sums = Work("element", constants["BLOCK_M"] * constants["BLOCK_N"], loops=())
         reduced = name.removeprefix(f"{layout} ") + f" k{splits}"  # nothing of the storage reaches this one
-        yield Specimen("nf4_skinny_reduce", reduced, arch, nf4_skinny_reduce_kernel, signature, own, {"num_warps": 4})
+        yield Specimen("nf4_skinny_reduce", reduced, arch, nf4_skinny_reduce_kernel, signature, own, {"num_warps": 4}, sums)
         constants["TRANSPOSED"] = False
     signature = base | dict.fromkeys(("stride_xm", "stride_xam"), "i32")
-    yield Specimen("nf4_linear", name, arch, nf4_linear_fwd_kernel, signature, constants | common, options, weights)
+    yield Specimen("nf4_linear", name, arch, nf4_linear_fwd_kernel, signature, constants | common, options, work)
+
+
+def _decoding(layout: str, constants: dict) -> Work:
+    weights = constants["BLOCK_N"] * constants["BLOCK_K"]
+    return Work("weight", weights, weights * constants.get("BLOCK_M", 0), weights * PACKED[layout], decodes=True)
 
 
 def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projections: int, factor: bool, dropout: bool) -> Specimen:
@@ -211,7 +232,7 @@ def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projec
         f" {word}" for word, there in ((f"x{projections}", projections > 1), ("factor", factor), ("dropout", dropout)) if there
     )
     options = {k: tile[k] for k in ("num_warps", "num_stages")}
-    return Specimen("nf4_linear_dx", name, arch, nf4_linear_dx_kernel, signature, constants, options, constants["BLOCK_N"] * constants["BLOCK_K"])
+    return Specimen("nf4_linear_dx", name, arch, nf4_linear_dx_kernel, signature, constants, options, _decoding(layout, constants))
 
 
 def _row_norms(arch: str, tile: dict) -> Iterator[Specimen]:
@@ -228,7 +249,9 @@ def _row_norms(arch: str, tile: dict) -> Iterator[Specimen]:
             | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": decode, "CUT_K": False}
         )
         options = {k: tile[k] for k in ("num_warps", "num_stages")}
-        yield Specimen("lora_row_norms", _name(tile, layout, out, adapter), arch, nf4_row_norms_kernel, signature, constants, options)
+        yield Specimen(
+            "lora_row_norms", _name(tile, layout, out, adapter), arch, nf4_row_norms_kernel, signature, constants, options, _decoding(layout, constants)
+        )
 
 
 def _low_rank(arch: str) -> Iterator[Specimen]:
@@ -255,20 +278,28 @@ def _low_rank(arch: str) -> Iterator[Specimen]:
                 for row in _rows(op, arch) if dropout or x != low else ():  # without either it is the library's product
                     constants = dict(row["tile"]["constants"]) | seed["constants"] | {"PRECISION": precision}
                     options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
-                    yield Specimen(op, words, arch, kernel, types, constants, options)
+                    elements = constants["BLOCK_M"] * constants.get("BLOCK_K", constants.get("BLOCK_C"))
+                    products = elements * constants.get("BLOCK_R", 16) * PRODUCT[low]
+                    work = Work("element", elements, products, elements * SIZE[x], ("loop",) if op == "lora_down" else ())  # up: as of rank 16
+                    size = "x".join(str(constants[f"BLOCK_{d}"]) for d in "MRKC" if f"BLOCK_{d}" in constants)
+                    yield Specimen(op, f"{words} {size} w{options['num_warps']}", arch, kernel, types, constants, options, work)
             for row in _rows("lora_grad", arch):
                 # dropout is on the way to dA, the outer product alone; dB comes with d(x A^T)
                 for half in (("outer",) if dropout else ("both", "outer") if x != low else ("both",)) if fits(row["when"], low) else ():
                     constants = {k: v for k, v in row["tile"]["constants"].items() if k != "PROGRAMS"} | seed["constants"]
                     constants |= {"PRECISION": precision, "factor_ptr": None} | ({} if half == "both" else {"thin_ptr": None, "through_ptr": None})
                     options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
-                    yield Specimen("lora_grad", f"{words} R{constants['BLOCK_R']} {half}", arch, lora_grad_kernel, types, constants, options)
+                    elements = constants["BLOCK_M"] * constants["BLOCK_C"]
+                    products = elements * constants["BLOCK_R"] * PRODUCT[low] * (2 if half == "both" else 1)
+                    work = Work("element", elements, products, elements * SIZE[x])
+                    yield Specimen("lora_grad", f"{words} R{constants['BLOCK_R']} {half}", arch, lora_grad_kernel, types, constants, options, work)
 
 
 def _swiglu(arch: str) -> Iterator[Specimen]:
     for kernel in (swiglu_fwd_kernel, swiglu_bwd_kernel):
         types = {name: "i32" if name == "n" else "*bf16" for name in kernel.arg_names if name != "BLOCK"}
-        yield Specimen("swiglu", "fwd" if kernel is swiglu_fwd_kernel else "bwd", arch, kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+        work = Work("element", 1024, bytes=1024 * 2 * (len(types) - 1), loops=())
+        yield Specimen("swiglu", "fwd" if kernel is swiglu_fwd_kernel else "bwd", arch, kernel, types, {"BLOCK": 1024}, {"num_warps": 4}, work)
 
 
 # (weight, tables and result, images, pixels normalised, tables of tiles): an image may be in another dtype only where it is gathered
@@ -312,7 +343,10 @@ def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, 
     source = f"gather {images}{' normalised' if normalised else ''}" if direct else "gemm"
     name = f"{source} w {weight} tables {table}{'' if tiled else ' untiled'} {blocks} w{tile['num_warps']} s{tile['num_stages']}"
     options = {k: tile[k] for k in ("num_warps", "num_stages")}
-    return Specimen("patch_embed", name, arch, patch_embed_fwd_kernel, signature, constants, options)
+    products = math.prod(constants[f"BLOCK_{d}"] for d in "MNK")
+    # Where the loop over K is one with that over tiles, a step holds what comes after a tile: no step's floor.
+    work = Work("1024 products", products / 1024, 0 if constants["FLATTEN"] else products * PRODUCT[weight])
+    return Specimen("patch_embed", name, arch, patch_embed_fwd_kernel, signature, constants, options, work)
 
 
 def _patch_passes(arch: str) -> Iterator[Specimen]:
@@ -325,7 +359,9 @@ def _patch_passes(arch: str) -> Iterator[Specimen]:
             signature |= {"scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
         else:
             constants |= {"scale": None, "shift": None}
-        yield Specimen("patch_embed", f"patchify {images} to {out}", arch, patchify_kernel, signature, constants, {"num_warps": 4})
+        pixels = _BLOCK_M * _BLOCK_K
+        work = Work("element", pixels, bytes=pixels * (SIZE[images] + SIZE[out]), loops=())
+        yield Specimen("patch_embed", f"patchify {images} to {out}", arch, patchify_kernel, signature, constants, {"num_warps": 4}, work)
     for dtype, norm, keep in (("bf16", False, False), ("bf16", True, False), ("bf16", True, True), ("fp32", True, True)):
         t = f"*{dtype}"
         signature = {"x_ptr": t, "y_ptr": t, "tables": _tables(dtype, True), "shape": _SHAPE, "M": "i32", "N": "i32", "eps": "fp32"}
@@ -334,20 +370,24 @@ def _patch_passes(arch: str) -> Iterator[Specimen]:
         constants |= {} if norm else {"norm_w_ptr": None, "norm_b_ptr": None}
         constants |= {} if keep else {"kept_ptr": None, "stats_ptr": None}
         name = f"place {dtype}{' norm' if norm else ''}{' kept' if keep else ''}"
-        yield Specimen("patch_embed", name, arch, place_kernel, signature, constants, {"num_warps": 4})
+        work = Work("element", rows * 1280, bytes=rows * 1280 * SIZE[dtype] * (3 if keep else 2), loops=())
+        yield Specimen("patch_embed", name, arch, place_kernel, signature, constants, {"num_warps": 4}, work)
     for dtype in ("bf16", "fp32"):
         t = f"*{dtype}"
         signature = {"dy_ptr": t, "x_ptr": t, "stats_ptr": "*fp32", "w_ptr": t, "dx_ptr": t, "dw_ptr": "*fp32", "db_ptr": "*fp32", "shape": _SHAPE}
         signature |= dict.fromkeys(("M", "N", "rows"), "i32")
-        yield Specimen("patch_embed", f"norm backward {dtype}", arch, norm_bwd_kernel, signature, {"BLOCK_N": columns}, {"num_warps": norm_warps(columns)})
+        options, work = {"num_warps": norm_warps(columns)}, Work("element", 1280, bytes=1280 * SIZE[dtype] * 3)
+        yield Specimen("patch_embed", f"norm backward {dtype}", arch, norm_bwd_kernel, signature, {"BLOCK_N": columns}, options, work)
         signature = {"dy_ptr": t, "order_ptr": "*i32", "starts_ptr": "*i32", "table_ptr": t, "local_ptr": t, "factors_ptr": "*fp32", "total_ptr": "*fp32"}
         signature |= {"dtable_ptr": t, "pre_ptr": "*fp32", "dots_ptr": "*fp32", "shape": _SHAPE, "N": "i32", "rows": "i32"}
         constants = {"BLOCK_T": _BLOCK_T, "BLOCK_N": _BLOCK_N, "TILES": _TILES}
-        yield Specimen("patch_embed", f"place backward {dtype}", arch, place_bwd_kernel, signature, constants, {"num_warps": 4})
+        work = Work("element", _BLOCK_T * _BLOCK_N)
+        yield Specimen("patch_embed", f"place backward {dtype}", arch, place_bwd_kernel, signature, constants, {"num_warps": 4}, work)
     for ids in (False, True):
         signature = {"aspect_ptr": "*i64", "gate_ptr": "*bf16", "pre_gate_ptr": "*bf16", "rows_ptr": "*i32", "factors_ptr": "*fp32", "fits_ptr": "*i1"}
         signature |= dict.fromkeys(("n", "n_tiles", "side", "entries"), "i32")
-        yield Specimen("patch_embed", f"tile rows{' of ids' if ids else ''}", arch, tile_rows_kernel, signature, {"IDS": ids, "BLOCK": 1024}, {"num_warps": 4})
+        constants, name = {"IDS": ids, "BLOCK": 1024}, f"tile rows{' of ids' if ids else ''}"
+        yield Specimen("patch_embed", name, arch, tile_rows_kernel, signature, constants, {"num_warps": 4}, Work("tile", 1024))
 
 
 def _precision(arch: str) -> str:
@@ -413,7 +453,12 @@ def attention_specimen(arch: str, op: str, row: dict, dtype: str, G: int, mask: 
         signature |= {"strides": (_STRIDES,) * 6}
         kernel, block = cross_attention_dkdv_kernel, block | {"DK": True, "DV": True}
     name = f"{mask} {dtype} d{D} group {G} {block['BLOCK_M']}x{block['BLOCK_N']} w{tile['num_warps']} s{tile['num_stages']}{' tma' if tma else ''}"
-    return Specimen(op, name, arch, kernel, signature | shared, block, {k: tile[k] for k in ("num_warps", "num_stages")})
+    scores = block["BLOCK_M"] * block["BLOCK_N"]
+    products = scores * D * {"cross_attention": 2, "cross_attention_dq": 3, "cross_attention_dkdv": 4}[op] * PRODUCT[dtype]
+    # Few rows have one block of them, and a head's keys and values one reader.
+    unshared = 2 * block["BLOCK_N"] * D * SIZE[dtype] if when.get("M_max") else 0
+    work = Work("score", scores, products, unshared, ("loop",) if op == "cross_attention_dkdv" else ("full", "masked"))
+    return Specimen(op, name, arch, kernel, signature | shared, block, {k: tile[k] for k in ("num_warps", "num_stages")}, work)
 
 
 def _attention_passes(arch: str) -> Iterator[Specimen]:
@@ -429,6 +474,7 @@ def _attention_passes(arch: str) -> Iterator[Specimen]:
             signature | _ATTENTION_SHAPE,
             heads | {"BLOCK_M": 16},
             {"num_warps": 4},
+            Work("element", 16 * D, bytes=16 * D * 4),
         )
         signature = {"o_ptr": t, "do_ptr": t, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "o_stride": _STRIDES, "do_stride": _STRIDES}
         yield Specimen(
@@ -439,25 +485,27 @@ def _attention_passes(arch: str) -> Iterator[Specimen]:
             signature | _ATTENTION_SHAPE,
             heads | {"BLOCK_M": 32},
             {"num_warps": 4},
+            Work("element", 32 * D, bytes=32 * D * SIZE[dtype] * 2, loops=()),
         )
 
 
 def _masks(arch: str) -> Iterator[Specimen]:
     """A mask made: flags one at a time or in fours, words of tiles, and the lists of blocks."""
-    made, four = {"bits_ptr": "*i32", "empty_ptr": "*i1"}, {"num_warps": 4}
+    made, four, seen = {"bits_ptr": "*i32", "empty_ptr": "*i1"}, {"num_warps": 4}, _PACK_ROWS * _PACK_WORDS * 32
     for flags, row in ((1, "i32"), (4, "i32/16")):
         signature = {"mask_ptr": "*i32" if flags == 4 else "*u8", "stride_b": "i32", "stride_s": row} | made | dict.fromkeys(("s", "width", "NK"), "i32")
         constants = {"stride_n": 1, "FLAGS": flags, "BLOCK_S": _PACK_ROWS, "BLOCK_W": _PACK_WORDS}
-        yield Specimen("encoder_mask", f"pack mask by {flags}", arch, pack_mask_kernel, signature, constants, four)
+        yield Specimen("encoder_mask", f"pack mask by {flags}", arch, pack_mask_kernel, signature, constants, four, Work("flag", seen, bytes=seen * 9 / 8))
     signature = {"visible_ptr": "*u8"} | made | dict.fromkeys(("s", "n_tiles", "tokens_per_tile", "NK"), "i32")
     constants = {"TILES_IN_A_WORD": 2, "BLOCK_S": _TILES_ROWS, "BLOCK_W": _TILES_WORDS}
-    yield Specimen("encoder_mask", "pack tiles", arch, pack_tiles_kernel, signature, constants, four)
+    yield Specimen("encoder_mask", "pack tiles", arch, pack_tiles_kernel, signature, constants, four, Work("word", _TILES_ROWS * _TILES_WORDS))
     for bits in (False, True):
         signature = {"rows_ptr": "*i32", "empty_ptr": "*i1", "states_ptr": "*i8"} | dict.fromkeys(("s", "tokens", "NK"), "i32")
         constants = {"BITS": bits, "BLOCK_S": _STATE_ROWS, "BLOCK_K": _STATE_BLOCKS}
-        yield Specimen("encoder_mask", f"states of {'bits' if bits else 'intervals'}", arch, block_states_kernel, signature, constants, four)
+        name, work = f"states of {'bits' if bits else 'intervals'}", Work("row's block", _STATE_ROWS * _STATE_BLOCKS)
+        yield Specimen("encoder_mask", name, arch, block_states_kernel, signature, constants, four, work)
     signature = {"states_ptr": "*i8", "list_ptr": "*i32", "counts_ptr": "*i32"} | dict.fromkeys(("stride_b", "stride_l", "stride_n", "length"), "i32")
-    yield Specimen("encoder_mask", "list", arch, block_list_kernel, signature, {"BLOCK": _LIST_BLOCK}, four)
+    yield Specimen("encoder_mask", "list", arch, block_list_kernel, signature, {"BLOCK": _LIST_BLOCK}, four, Work("block", _LIST_BLOCK))
 
 
 def _kv_cache(arch: str) -> Iterator[Specimen]:
@@ -468,7 +516,9 @@ def _kv_cache(arch: str) -> Iterator[Specimen]:
         columns = 1 << (D - 1).bit_length()
         constants = {"D": D, "BLOCK_N": _ELEMENTS // columns, "BLOCK_D": columns} | ({} if compacted else {"places_ptr": None})
         name = f"{dtype} d{D}{' compacted' if compacted else ''}"
-        yield Specimen("kv_cache_write", name, arch, kv_cache_write_kernel, signature, constants, {"num_warps": 8})
+        copied = 2 * _ELEMENTS // columns * D
+        work = Work("element", copied, bytes=copied * 2 * SIZE[dtype], loops=())
+        yield Specimen("kv_cache_write", name, arch, kv_cache_write_kernel, signature, constants, {"num_warps": 8}, work)
 
 
 def compile_specimen(s: Specimen):
@@ -504,11 +554,12 @@ def target(arch: str) -> GPUTarget:
 
 def report(s: Specimen) -> Report:
     compiled = compile_specimen(s)
-    made = Report(s.op, s.name, s.arch, 0, 0, compiled.metadata.shared, s.options["num_warps"])
+    made = Report(s.op, s.name, s.arch, 0, 0, compiled.metadata.shared, s.options["num_warps"], unit=s.work.unit)
     if "cubin" in compiled.asm:
-        _read_sass(compiled.asm["cubin"], made, s.weights)
+        _read_sass(*disassemble(compiled.asm["cubin"]), made, s.work)
     else:
         _read_amdgcn(compiled.asm["amdgcn"], made)
+    made.blocks = sass.blocks(s.arch, made.registers, made.shared, made.warps, getattr(compiled.metadata, "tmem_size", 0) or 0)
     return made
 
 
@@ -516,42 +567,31 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-
-
-def _read_sass(cubin: bytes, made: Report, weights: int) -> None:
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, listing)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
         usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
         # without its analysis of the branch stack, of which nothing is read: 0.4 s a kernel for 0.7
-        text = subprocess.run([_tool("nvdisasm"), "-c", "-ndf", f.name], capture_output=True, text=True, check=True).stdout
+        return usage, subprocess.run([_tool("nvdisasm"), "-c", "-ndf", f.name], capture_output=True, text=True, check=True).stdout
+
+
+def _read_sass(usage: str, text: str, made: Report, work: Work) -> None:
     made.registers = int(re.search(r"REG:(\d+)", usage).group(1))
     made.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    ops, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if label := _LABEL.match(line.strip()):
-            labels[label.group(1)] = len(ops)
-        elif found := _INSTRUCTION.search(line):
-            ops.append((found.group(1), found.group(2)))
-            jump = re.search(r"\.L_x_\d+", found.group(2)) if found.group(1).startswith("BRA") else None
-            if jump and jump.group() in labels:
-                loops.append((labels[jump.group()], len(ops)))
-    for op, operands in ops:
+    code, labels = sass.parse(text)
+    made.code = sum(c.family != "NOP" for c in code)
+    for c in code:
         # HGMMA with a register as its first source is what feeds a decoded weight to wgmma without shared memory.
-        from_registers = op.startswith("HGMMA") and re.match(r"\s*R\d+", operands.split(",")[1])
-        name = _family(op) + (" from registers" if from_registers else "")
+        from_registers = c.family == "HGMMA" and re.match(r"\s*R\d+", c.operands.split(",")[1])
+        name = _family(c.op) + (" from registers" if from_registers else "")
         made.counts[name] = made.counts.get(name, 0) + 1
-    main = [loop for loop in loops if any("MMA" in op for op, _ in ops[slice(*loop)])]
-    if weights and main:
-        start, end = max(main, key=lambda loop: sum(op == "PRMT" for op, _ in ops[slice(*loop)]))  # the LoRA epilogue loops too
-        made.per_weight = round((end - start) * made.warps * 32 / weights, 2)
-        inside = ops[start:end]
-        made.counts["HGMMA in loop"] = sum(op.startswith("HGMMA") for op, _ in inside)
-        made.counts["full waits in loop"] = sum(op.startswith("WARPGROUP.DEPBAR") and "0x0" in operands for op, operands in inside)
-    elif weights:  # one step without a loop
-        made.per_weight = round(sum(op != "NOP" for op, _ in ops) * made.warps * 32 / weights, 2)
+    main = sass.main_loops(code, labels, work)
+    made.loops = {name: sass.figures(loop, work, made.arch, made.warps) for name, loop in main.items()}
+    if loop := main.get("loop"):
+        made.counts["HGMMA in loop"] = sum(c.family == "HGMMA" for c in loop)
+        made.counts["full waits in loop"] = sum(c.op.startswith("WARPGROUP.DEPBAR") and "0x0" in c.operands for c in loop)
 
 
 def _family(op: str) -> str:
@@ -559,16 +599,24 @@ def _family(op: str) -> str:
     return f"{base}.128" if base in ("LDG", "STG", "LDGSTS") and ".128" in op else base
 
 
+# AMD's instructions by what executes them; a name's first match counts.
+_AMD = {"mfma": r"v_mfma", "valu": r"v_", "salu": r"s_", "lds": r"ds_", "memory": r"(global|buffer|flat|scratch)_"}
+
+
 def _read_amdgcn(text: str, made: Report) -> None:
     made.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
     made.stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
     made.counts = dict(collections.Counter(m for m in re.findall(r"^\s+(v_mfma|global_load_dwordx4|ds_read|ds_write)", text, re.M)))
+    ops = [op for op in re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M) if op != "s_nop"]
+    kinds = collections.Counter(next((kind for kind, start in _AMD.items() if re.match(start, op)), "other") for op in ops)
+    made.code, made.unit, made.loops = kinds.total(), "kernel", {"whole": dict(sorted(kinds.items()))}
 
 
-def all_reports(workers: int = 2) -> list[Report]:
-    todo = list(specimens())
+def all_reports(words: str = "", workers: int = 2) -> list[Report]:
+    """Of the kernels whose target, op or name hold all the words."""
+    chosen = [i for i, s in enumerate(specimens()) if store.holds(f"{s.arch} {s.op} {s.name}", words)]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_nth, range(len(todo)), chunksize=4))
+        return list(pool.map(_nth, chosen, chunksize=4))
 
 
 def _nth(i: int) -> Report:
@@ -576,27 +624,39 @@ def _nth(i: int) -> Report:
 
 
 def table(reports: list[Report]) -> str:
-    lines = [f"{'target':7} {'op':17} {'kernel':58} {'regs':>4} {'stack':>5} {'shared':>7} {'instr/weight':>12}  matrix, 16-byte loads and stores"]
+    lines = ["thread instructions a unit of work, by pipe; bound: percent of the floor that the busiest pipe allows at most"]
     for r in reports:
-        shown = {k: v for k, v in r.counts.items() if ("MMA" in k and "loop" not in k) or "mfma" in k or k.endswith((".128", "x4"))}
+        shown = {k: v for k, v in r.counts.items() if k.endswith((".128", "x4", "registers"))}
         made = " ".join(f"{k}:{v}" for k, v in sorted(shown.items()))
-        per = "" if r.per_weight is None else f"{r.per_weight:.2f}"
-        lines.append(f"{r.arch:7} {r.op:17} {r.name:58} {r.registers:4} {r.stack:5} {r.shared:7} {per:>12}  {made} {'; '.join(r.problems())}")
+        lines.append(f"{r.arch:7} {store.line(asdict(r))} | warps={r.blocks * r.warps} {made} {'; '.join(r.problems())}".rstrip())
     return "\n".join(lines)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", type=Path, help="write the reports there instead of the table")
+    p.add_argument("--only", default="", metavar="WORDS", help="of the kernels whose target, op or name hold all of these words")
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--diff", action="store_true", help="against the stored figures instead of the table; exits 1 where one got worse by more than 5%%")
+    p.add_argument("--store", action="store_true", help="rewrite the stored figures")
     a = p.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.codegen: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    reports = all_reports()
+    if a.store and a.only:
+        sys.exit("bench.codegen: --store rewrites all figures, without --only")
+    reports = all_reports(a.only, a.workers)
+    found = [asdict(r) for r in reports]
+    worse = []
     if a.json:
         a.json.write_text(json.dumps([{**asdict(r), "found": r.problems()} for r in reports]))
-    else:
+    if a.diff:
+        said, worse = store.compare(found, triton.__version__, a.only)
+        print("\n".join(said + worse))
+    if a.store:
+        store.save(found, triton.__version__)
+    if not (a.json or a.diff or a.store):
         print(table(reports))
-    if any(r.problems() for r in reports):
+    if worse or any(r.problems() for r in reports):
         sys.exit(1)
 
 
