@@ -160,3 +160,16 @@ def qlora(made: MllamaConfig | None = None) -> nn.Module:
     model.is_loaded_in_4bit = True
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, exclude_modules=".*vision_model.*", init_lora_weights=False))
+
+
+def losses(model: nn.Module, given: dict[str, torch.Tensor], steps: int) -> list[float]:
+    """The loss before each step of training on the text that is neither padding nor an image."""
+    labels = given["input_ids"].masked_fill((given["attention_mask"] == 0) | (given["input_ids"] == IMAGE), -100)
+    optimizer, curve = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
+    for _ in range(steps):
+        loss = model(**given, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
