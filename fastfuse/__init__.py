@@ -8,5 +8,6 @@ from fastfuse.patching import patched as patched
 from fastfuse.patching import register_host as register_host
 from fastfuse.patching import status as status
 from fastfuse.patching import unpatch as unpatch
+from fastfuse.patching import warmup as warmup
 
 __version__ = "0.1.0"

@@ -149,12 +149,12 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def qlora(made: MllamaConfig | None = None) -> nn.Module:
+def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """What people train: NF4 in the language model, adapters over it, the rest as it is."""
-    model = build(made or config())
+    model = build(made or config()).to(dtype)
     for name, linear in list(model.model.language_model.named_modules()):
         if isinstance(linear, nn.Linear):
-            made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=torch.float32, quant_type="nf4", device="meta")
+            made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4", device="meta")
             made.weight, made.support_avx512bf16_for_cpu = quantize(linear.weight.detach(), "nested"), False
             model.model.language_model.set_submodule(name, made)
     model.is_loaded_in_4bit = True

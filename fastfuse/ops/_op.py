@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # TRITON_INTERP
 BACKENDS = ("auto", "triton", "torch")
 
 _backend = "auto"
+stand_in: Callable[[Callable, tuple], object] | None = None  # called in place of every launcher, with it and its arguments: see _collect.py
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def route(op: str, x: Tensor, name: str | None) -> str:
         raise Unsupported(f"{op}: torch.func transforms (grad, vmap, ...) are not covered: use fastfuse.backend('torch')", "FUNCTORCH")
     if x.device.type == "cuda":
         check_triton(op)
+    elif stand_in is not None:
+        return "interpreter"  # the launcher's way, wherever the tensor is
     elif x.device.type not in ("cpu", "meta") and name == "auto":
         return "reference"  # a device without kernels of ours: eager PyTorch runs wherever PyTorch does
     elif name == "triton":
@@ -122,10 +126,12 @@ def fused_op(name: str, reference: Callable, cpu: Callable | None = None) -> Cal
     """
 
     def register(launch: Callable) -> FusedOp:
+        launch = replaceable(launch)
+
         def on_cpu(*args):
             return (launch if args[-1] else cpu or reference)(*args)
 
-        kernels = {"cuda": no_autocast(_on_device(launch)), "cpu": no_autocast(on_cpu)}
+        kernels = {"cuda": no_autocast(_on_device(launch)), "cpu": no_autocast(on_cpu), "meta": launch}
         op = torch.library.custom_op(f"fastfuse::{name}", kernels["cuda"], mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(kernels["cpu"])
         op.register_fake(reference)
@@ -169,7 +175,9 @@ def _is_eager(flat: list) -> bool:
 
 def _is_plain(t: Tensor) -> bool:
     """A tensor whose memory holds its values: the dispatcher would negate or fill in others."""
-    return type(t) in _PLAIN and t.device.type in ("cuda", "cpu") and not t.is_neg() and not t._is_zerotensor()
+    if type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor():
+        return False
+    return t.device.type in ("cuda", "cpu") or (stand_in is not None and t.is_meta)
 
 
 def _autograd_function(name: str, kernels: dict[str, Callable], backward: Callable, setup_context: Callable, gives_list: bool) -> type[torch.autograd.Function]:
@@ -196,6 +204,30 @@ def _autograd_function(name: str, kernels: dict[str, Callable], backward: Callab
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
     return type(f"fastfuse_{name}", (torch.autograd.Function,), members)
+
+
+def replaceable(launch: Callable) -> Callable:
+    """The launcher, or what stands in for it."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        _settle_cache_keys()
+        return launch(*args) if stand_in is None else stand_in(launch, args)
+
+    return run
+
+
+@functools.cache
+def _settle_cache_keys() -> None:
+    """Compute the kernels' cache keys in one order, before the first launch.
+
+    Up to Triton 3.7 (triton-lang/triton#10494 mends it) a kernel's key depends on which kernels got theirs before it: a process that launches in another
+    order than the one before compiles its NF4 kernels again. 0.2 s once, most of it to parse their source, which launching all of them would do too.
+    """
+    if not INTERPRET:
+        for module in [sys.modules[name] for name in sorted(sys.modules) if name.startswith("fastfuse.kernels.")]:
+            for value in vars(module).values():
+                getattr(value, "cache_key", None)
 
 
 def no_autocast(kernel: Callable) -> Callable:

@@ -352,8 +352,7 @@ def _descriptor(t: Tensor, block: tuple[int, ...]) -> "TensorDescriptor":
 
 def _splits(programs: int, columns: int, device: torch.device) -> int:
     """How many programs share the columns of a block: two for every multiprocessor, of 256 columns at least. Of shapes alone: a graph keeps it."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return max(1, min(2 * processors // programs, columns // 256))
+    return max(1, min(2 * tune.processors_of(device, 8) // programs, columns // 256))
 
 
 def _bwd_reference(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, wanted, interpret) -> list[Tensor]:

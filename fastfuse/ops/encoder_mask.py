@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfuse.ops import _op
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._op import HAS_TRITON, fused_op, route, transformed
 
@@ -281,7 +282,9 @@ def _as_to_last() -> contextlib.AbstractContextManager:
 
 
 def _will_last(device: torch.device) -> bool:
-    """Whether what is made now may be used later: what a CUDA graph records has no values yet, what torch.func sees is of its level alone."""
+    """Whether what is made now may be used later: what a CUDA graph records or a warm-up collects has no values, what torch.func sees is of its level alone."""
+    if _op.stand_in is not None:
+        return False
     if torch.compiler.is_compiling():
         return True
     return not (transformed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))

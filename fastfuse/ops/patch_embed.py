@@ -476,7 +476,8 @@ def _launch(tile: tune.Tile, images: Tensor, weight: Tensor, geometry: _Geometry
     else:
         x, image, numbers = patchify(images, weight, geometry, scale, shift, step), None, (None, None)
     blocks = -(-out.shape[0] // tile["BLOCK_M"]) * -(-D // tile["BLOCK_N"])
-    programs = min(blocks, _processors(out.device)) if tile["FLATTEN"] else blocks
+    # Of a persistent kernel as many as there are multiprocessors, each of which a tile fills.
+    programs = min(blocks, tune.processors_of(out.device)) if tile["FLATTEN"] else blocks
     patch_embed_fwd_kernel[(programs,)](
         x, w, out, placed, image, geometry.shape(), *numbers, out.shape[0], D, K,
         CHANNELS=C, PATCH_H=ph, PATCH_W=pw, LINE=line, PRECISION=precision(), **tile.launch(),
@@ -486,11 +487,6 @@ def _launch(tile: tune.Tile, images: Tensor, weight: Tensor, geometry: _Geometry
 def _columns(w: Tensor, n: int) -> Tensor:
     """w with n columns of zeros behind its own."""
     return F.pad(w, (0, n)) if n else w
-
-
-def _processors(device: torch.device) -> int:
-    """How many programs a persistent kernel starts, whose tile fills a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 # What patch_embed's backward can give, in the order of its results.

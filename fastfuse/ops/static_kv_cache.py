@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
-from fastfuse.ops._op import HAS_TRITON, Cost, _on_device, nbytes, no_autocast, route
+from fastfuse.ops._op import HAS_TRITON, Cost, _on_device, nbytes, no_autocast, replaceable, route
 from fastfuse.ops.cross_attention import _public_lse, attend
 from fastfuse.ops.encoder_mask import EncoderMask, _check_count
 
@@ -189,6 +189,7 @@ def _on_cpu(k_cache, v_cache, lengths, k, v, places, held, clear) -> None:
 _ELEMENTS = 8192  # of k that a program copies, and as many of v
 
 
+@replaceable
 def _launch(
     k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor, clear: bool, interpret: bool
 ) -> None:  # fmt: skip

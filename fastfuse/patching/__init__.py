@@ -7,3 +7,5 @@ from fastfuse.patching.engine import status as status
 from fastfuse.patching.engine import unpatch as unpatch
 from fastfuse.patching.report import Entry as Entry
 from fastfuse.patching.report import PatchReport as PatchReport
+from fastfuse.patching.warm_up import WarmupReport as WarmupReport
+from fastfuse.patching.warm_up import warmup as warmup

@@ -58,7 +58,7 @@ def patch(
 
 def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run) -> tuple[PatchReport, list[nn.Module]]:
     """The report, and the modules this call patched."""
-    _check_model("patch", model)
+    check_model("patch", model)
     check(on_unsupported in ("skip", "warn", "raise"), f"patch: on_unsupported is {on_unsupported!r}, not 'skip', 'warn' or 'raise'")
     check(masked_rows in MASKED_ROWS, f"patch: masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
     check(backend in BACKENDS, f"patch: backend is {backend!r}, not one of {', '.join(BACKENDS)}")
@@ -89,7 +89,7 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
 
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
-    _check_model("unpatch", model)
+    check_model("unpatch", model)
     records, wanted, entries = list(_records(model)), _matcher(include, True), []
     ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in records})
     for names, module, record in records:
@@ -127,10 +127,10 @@ def patched(
 
 def status(model: nn.Module) -> PatchReport:
     """What is patched now, and how often each patched module ran its own forward instead, by reason."""
-    _check_model("status", model)
+    check_model("status", model)
     entries = []
     for name, module in model.named_modules():
-        host, record = _host_of(module), module.__dict__.get("_fastfuse")
+        host, record = host_of_module(module), module.__dict__.get("_fastfuse")
         if record is not None:
             entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
             entry = entry if host is None else _described(host, module, entry, record.options)
@@ -203,7 +203,7 @@ def _records(model: nn.Module) -> Iterator[tuple[list[str], nn.Module, Record]]:
             yield names[id(module)], module, record
 
 
-def _host_of(module: nn.Module) -> Host | None:
+def host_of_module(module: nn.Module) -> Host | None:
     """The host that has patched the module, else the first that would."""
     bound = (host_of(module.__dict__.get(slot)) for slot in ("forward", "_old_forward"))
     return next((host for host in bound if host is not None), None) or host_for(module)
@@ -213,7 +213,7 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
     aliases = _names(model)
     disabled, plan = os.environ.get("FASTFUSE_DISABLE") == "1", []
     for name, module in model.named_modules():
-        host = _host_of(module)
+        host = host_of_module(module)
         if host is None:
             continue
         names, record = aliases[id(module)], module.__dict__.get("_fastfuse")
@@ -306,26 +306,17 @@ def _mismatch(p: _Planned) -> str | None:
     """
     if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
-    # A layer may settle its compute dtype, or cast its bias, by the first input it sees: the probe must not be that.
-    settled = [(m, dict(m.__dict__)) for m in p.module.modules()]
-    biases = [(b, b.data) for m in p.module.modules() if (b := getattr(m, "bias", None)) is not None]
     record = p.module.__dict__["_fastfuse"]
     own = p.host.fallback or (lambda module, given, options: own_forward(module)(**given))
-    try:
-        for m, _ in settled:
+    with undisturbed(p.module), torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
+        for m in p.module.modules():
             if isinstance(m, nn.Dropout):  # two masks would be two results
                 m.training = False
-        with torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
-            probe = p.host.probe(p.module)
-            if probe is None:
-                return None
-            want = _first_tensor(own(p.module, probe.given, record.options)).detach().double()
-            got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
-    finally:
-        for m, attributes in settled:
-            m.__dict__.update(attributes)
-        for b, data in biases:
-            b.data = data
+        probe = p.host.probe(p.module)
+        if probe is None:
+            return None
+        want = _first_tensor(own(p.module, probe.given, record.options)).detach().double()
+        got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
     if type(got) is Reason:
         return f"does not run: {got.code}: {got.words}"
     got = _first_tensor(got).detach().double()
@@ -339,6 +330,20 @@ def _mismatch(p: _Planned) -> str | None:
     return None if err <= allowed else f"differs from its own forward by {err:.1e} relative, rounding explains {allowed:.1e}"
 
 
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Attributes are put back: a layer may settle its compute dtype, or cast its bias, by the first input it sees, which ours must not be."""
+    settled = [(m, dict(m.__dict__)) for m in module.modules()]
+    biases = [(b, b.data) for m in module.modules() if (b := getattr(m, "bias", None)) is not None]
+    try:
+        yield
+    finally:
+        for m, attributes in settled:
+            m.__dict__.update(attributes)
+        for b, data in biases:
+            b.data = data
+
+
 def _first_tensor(out) -> Tensor:
     """The result of a forward that returns a tensor, a tuple that starts with one, or transformers' output of named ones."""
     if isinstance(out, Tensor):
@@ -346,7 +351,7 @@ def _first_tensor(out) -> Tensor:
     return _first_tensor(next(iter(out.values())) if hasattr(out, "values") else out[0])
 
 
-def _check_model(function: str, model) -> None:
+def check_model(function: str, model) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is a {type(model).__name__}, not a torch.nn.Module")
 

@@ -97,9 +97,37 @@ def covering_arch(op: str, arch: str) -> str:
     return max(below, key=lambda a: int(a[3:], 16))
 
 
-@functools.cache
+_assumed: tuple[str, int] | None = None
+
+
+@contextlib.contextmanager
+def assume(arch: str, processors: int) -> Iterator[None]:
+    """Inside the block every tensor counts as one on a GPU of this architecture with so many multiprocessors: for compiling ahead."""
+    global _assumed
+    before, _assumed = _assumed, (arch, processors)
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def arch_of(device: torch.device) -> str:
     """The architecture's name, as the rows write it: "sm_90", "gfx942"; "interpreter" for a CPU."""
+    return _assumed[0] if _assumed else _arch_of(device)
+
+
+def processors_of(device: torch.device, interpreted: int = 2) -> int:
+    """How many multiprocessors (compute units) the device has; `interpreted` for a CPU, where the interpreter runs one program after another."""
+    return _assumed[1] if _assumed else _processors_of(device) if device.type == "cuda" else interpreted
+
+
+@functools.cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _arch_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:

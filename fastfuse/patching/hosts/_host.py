@@ -17,6 +17,7 @@ from torch.nn.modules import module as _nn
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
+from fastfuse.ops import EncoderMask, cross_attention
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 from fastfuse.ops.cross_attention import uncovered
 
@@ -53,6 +54,18 @@ class Probe(NamedTuple):
     steps: int = 1
 
 
+class Sizes(NamedTuple):
+    """Of a call that a warm-up rehearses: text tokens or rows of a linear layer, and what they see."""
+
+    batch: int
+    tokens: int
+    tiles: int
+    tokens_per_tile: int
+
+
+Rehearsed = tuple[Any, list[Tensor]]  # what came out, and the activations that went in, for their gradients
+
+
 def _nothing(module: nn.Module, *_) -> None:
     return None
 
@@ -71,7 +84,9 @@ class Host:
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
     device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
-    probe: None where verify has nothing to compare.  native: the module is fastfuse's own, and fused as it is.
+    probe: None where verify has nothing to compare.
+    rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
+    image: of a vision encoder, how many tiles an image has at most and how many tokens one becomes.  native: the module is fastfuse's own, and fused as it is.
     """
 
     name: str
@@ -90,6 +105,8 @@ class Host:
     device: Callable[[nn.Module], torch.device | None] = _nothing
     layout: Callable[[nn.Module], str] = lambda module: ""
     probe: Callable[[nn.Module], Probe | None] = _nothing
+    rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = _nothing
+    image: Callable[[nn.Module], tuple[int, int] | None] = _nothing
     modules: str = ""
     covers: str = ""
     native: bool = False
@@ -315,6 +332,16 @@ def attention_refuses(module: nn.Module, dtype: torch.dtype, head_dim: int, grou
         return found
     why = uncovered(dtype, head_dim, group)
     return None if why is None else Reason("UNCOVERED", why)
+
+
+def rehearse_attention(dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, tiled: bool, sizes: Sizes, options: Options) -> Rehearsed:
+    """On the meta device: kernels depend on neither values nor, with head_dim a multiple of 16, on strides. tiled: by a mask of tiles, else of image tokens."""
+    b, s, tiles, n = sizes
+    meta = {"dtype": dtype, "device": "meta", "requires_grad": torch.is_grad_enabled()}
+    given = [torch.empty(b, length, heads, head_dim, **meta) for length, heads in ((s, q_heads), (tiles * n, kv_heads), (tiles * n, kv_heads))]
+    flags = torch.empty((b, s, 1, tiles) if tiled else (b, s, tiles * n), dtype=torch.bool, device="meta")
+    mask = EncoderMask.from_tiles(flags, n) if tiled else EncoderMask.from_dense(flags)
+    return cross_attention(*(t.transpose(1, 2) for t in given), mask, backend=options.named()), given
 
 
 def plain_tensors(*tensors: Tensor | None) -> Reason | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import Unsupported
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, on_device, plain_tensors
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors
 from fastfuse.quant.nf4 import NF4View
 
 
@@ -62,6 +62,15 @@ def nf4_host(
         made = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(view.device, dtype).requires_grad_()
         return Probe({x: made}, dtype, K)
 
+    def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+        view = read(module)
+        if type(view) is Reason:
+            return view
+        made = torch.zeros(sizes.batch, sizes.tokens, view.shape[1], dtype=probe_dtype(module), device=view.device, requires_grad=torch.is_grad_enabled())
+        out = run(module, {x: made}, options)
+        return out if type(out) is Reason else (out, [made])
+
     return Host(
-        takes=(x,), refuses=refuses, obstacle=lambda module, options: obstacle(module, None), fused=run, probe=probe, device=device, layout=layout, **how
-    )
+        takes=(x,), refuses=refuses, obstacle=lambda module, options: obstacle(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
+        layout=layout, **how,
+    )  # fmt: skip

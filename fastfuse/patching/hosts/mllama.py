@@ -20,6 +20,8 @@ from fastfuse.patching.hosts._host import (
     Options,
     Probe,
     Reason,
+    Rehearsed,
+    Sizes,
     attention_refuses,
     autocast_dtype,
     device_of,
@@ -31,6 +33,7 @@ from fastfuse.patching.hosts._host import (
     patches_side_by_side,
     plain,
     plain_tensors,
+    rehearse_attention,
 )
 
 _FROM = "transformers.models.mllama."
@@ -211,6 +214,12 @@ def _cross_attention_probe(self: nn.Module) -> Probe:
     return Probe(given, dtype, self.hidden_size, steps=8)  # four projections, two norms, scores and weights
 
 
+def _rehearse_attention(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+    if found := _cross_attention_obstacle(self, options):
+        return found
+    return rehearse_attention(self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, True, sizes, options)
+
+
 # MllamaVisionModel
 
 
@@ -294,6 +303,14 @@ def _vision_refuses(self: nn.Module, options: Options) -> Reason | None:
     return on_device("patch_embed", self.patch_embedding.weight.device, options)
 
 
+def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+    if found := _vision_obstacle(self, options):
+        return found
+    weight, images = self.patch_embedding.weight, -(-sizes.tokens // (self.max_num_tiles * self.num_patches))
+    pixels = torch.zeros(images, self.max_num_tiles, weight.shape[1], self.image_size, self.image_size, dtype=weight.dtype, device=weight.device)
+    return _placed_tokens(self, pixels, torch.ones(images, dtype=torch.int64, device=weight.device), options), []
+
+
 def _vision_probe(self: nn.Module) -> Probe:
     weight, made = self.patch_embedding.weight, torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 1, self.max_num_tiles, self.num_channels, self.image_size, self.image_size, generator=made).to(weight.device, weight.dtype)
@@ -326,7 +343,7 @@ HOSTS = (
                "scaling", "dropout", "config._attn_implementation"),
         takes=("hidden_states", "cross_attention_states", "past_key_values", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
         refuses=_cross_attention_refuses, obstacle=_cross_attention_obstacle, fused=_cross_attention, fallback=_cross_attention_by_dense_mask,
-        probe=_cross_attention_probe, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
+        probe=_cross_attention_probe, rehearse=_rehearse_attention, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
     ),
     Host(
         name="transformers Mllama", op="patch_embed", matches=named("MllamaVisionModel", _FROM), written_by=_FROM,
@@ -335,8 +352,8 @@ HOSTS = (
                "pre_tile_positional_embedding.is_gated", "post_tile_positional_embedding", "layernorm_pre", "layernorm_post", "transformer", "global_transformer",
                "intermediate_layers_indices", "num_patches", "max_num_tiles", "hidden_size"),
         takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), ignores=("return_dict", "output_hidden_states", "output_attentions"),
-        refuses=_vision_refuses, obstacle=_vision_obstacle, fused=_vision_model, probe=_vision_probe, layout=_geometry,
-        device=lambda module: module.patch_embedding.weight.device, modules="`MllamaVisionModel`",
+        refuses=_vision_refuses, obstacle=_vision_obstacle, fused=_vision_model, probe=_vision_probe, rehearse=_rehearse_vision, layout=_geometry,
+        device=lambda module: module.patch_embedding.weight.device, image=lambda module: (module.max_num_tiles, module.num_patches), modules="`MllamaVisionModel`",
         covers="convolution, class token, both position tables, norm and padding in one; the layers run as they are",
     ),
 )  # fmt: skip

@@ -18,6 +18,8 @@ from fastfuse.patching.hosts._host import (
     Options,
     Probe,
     Reason,
+    Rehearsed,
+    Sizes,
     attention_refuses,
     autocast_dtype,
     device_of,
@@ -28,6 +30,7 @@ from fastfuse.patching.hosts._host import (
     plain,
     plain_tensors,
     rebound,
+    rehearse_attention,
 )
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, is_torchao
@@ -269,6 +272,27 @@ def _placed_tiles(post: nn.Module, x: Tensor, ratio: Tensor) -> Tensor:
     return (x + tiles).to(x.dtype)
 
 
+def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+    if found := _front_obstacle(self, options):
+        return found
+    images, ratio = zero_images(self, sizes)
+    return _placed_tokens(self, images, ratio, options), []
+
+
+def image_of(self: nn.Module) -> tuple[int, int]:
+    """(tiles, tokens of a tile) of a vision transformer, fastfuse's own too, whose tables may have a row for each aspect ratio."""
+    tables = (getattr(self.pre_tile_pos_embed, "embedding", None), getattr(self.token_pos_embedding, "global_token_positional_embedding", None))
+    return next((t.shape[1] for t in tables if t is not None), 1), self.patches_per_tile + 1
+
+
+def zero_images(self: nn.Module, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """([images, tiles, channels, height, width], aspect ratios [images, 2]), as many images as make so many tokens."""
+    weight, (ph, pw), side, (tiles, n) = self.conv.weight, self.conv.kernel_size, math.isqrt(self.patches_per_tile), image_of(self)
+    images = -(-sizes.tokens // (tiles * n))
+    shape = (images, tiles, weight.shape[1], side * ph, side * pw)
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device), torch.ones(images, 2, dtype=torch.int64, device=weight.device)
+
+
 def _vision_probe(self: nn.Module) -> Probe:
     weight, (ph, pw) = self.conv.weight, self.conv.kernel_size
     tiles = next((t.shape[0] for t in _tables(self) if t is not None), 1)
@@ -370,6 +394,13 @@ def _heads(projected: Tensor, head_dim: int, norm: nn.Module | None) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
+def _rehearse_attention(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+    if found := _attention_obstacle(self, options):
+        return found
+    attn = self.attn
+    return rehearse_attention(next(self.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
+
+
 def _attention_probe(self: nn.Module) -> Probe | None:
     if self.attn.cache_enabled:  # which a call would write to
         return None
@@ -404,7 +435,7 @@ HOSTS = (
         parts=("conv.weight", "cls_token_embedding.weight", "token_pos_embedding", "pre_tile_pos_embed", "post_tile_pos_embed", "ln_pre", "ln_post", "layers",
                "out_indices", "cls_projection", "patches_per_tile"),
         written_by=_FROM, takes=("images", "aspect_ratio"), refuses=lambda module, options: on_device("patch_embed", module.conv.weight.device, options),
-        obstacle=_front_obstacle, fused=_vision, probe=_vision_probe, device=lambda module: module.conv.weight.device,
+        obstacle=_front_obstacle, fused=_vision, probe=_vision_probe, rehearse=_rehearse_vision, image=image_of, device=lambda module: module.conv.weight.device,
         layout=lambda module: f"{module.conv.kernel_size[0]} px patches, {module.patches_per_tile} to a tile", modules="`VisionTransformer`",
         covers="everything before the layers, and the positions of tiles behind them, without a loop over the images",
     ),
@@ -412,7 +443,7 @@ HOSTS = (
         name="torchtune", op="cross_attention", matches=_known("TransformerCrossAttentionLayer", "ca_norm", "ca_scale", "mlp_scale", "attn", "mlp"),
         parts=("attn", *(f"attn.{part}" for part in _CHILD_PARTS["MultiHeadAttention"]), "ca_norm", "ca_scale", "mlp", "mlp_norm", "mlp_scale"),
         written_by=_FROM, takes=("x", "encoder_input", "encoder_mask"), ignores=("mask", "input_pos"), refuses=_attention_refuses,
-        obstacle=_attention_obstacle, fused=_cross_attention, probe=_attention_probe, device=device_of,
+        obstacle=_attention_obstacle, fused=_cross_attention, probe=_attention_probe, rehearse=_rehearse_attention, device=device_of,
         layout=lambda module: f"{module.attn.num_heads} heads over {module.attn.num_kv_heads} of {module.attn.head_dim}",
         modules="`TransformerCrossAttentionLayer`", covers="bool masks, caches; keys and values are not copied for every query head",
     ),

@@ -13,6 +13,8 @@ from fastfuse.patching.hosts._host import (
     Options,
     Probe,
     Reason,
+    Rehearsed,
+    Sizes,
     autocast_dtype,
     hooked,
     on_device,
@@ -237,8 +239,17 @@ def _front(kinds: dict[str, _Kind], conv: Callable[[nn.Module], nn.Conv2d], **ho
     def refuses(module: nn.Module, options: Options) -> Reason | None:
         return _UNKNOWN if _forward_of(type(module)) not in kinds else on_device("patch_embed", conv(module).weight.device, options)
 
+    def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason | None:
+        probe = how["probe"](module)
+        if probe is None:
+            return None
+        ((name, two),) = probe.given.items()
+        images = -(-sizes.tokens // _patches(two, conv(module)))
+        out = how["fused"](module, {name: two.new_zeros(images, *two.shape[1:])}, options)
+        return out if type(out) is Reason else (out, [])
+
     names = tuple(key.removesuffix(".forward") for key in kinds)
-    return Host(op="patch_embed", classes=names, refuses=refuses, device=lambda module: conv(module).weight.device, **how)
+    return Host(op="patch_embed", classes=names, refuses=refuses, rehearse=rehearse, device=lambda module: conv(module).weight.device, **how)
 
 
 def _listed(kinds: dict[str, _Kind]) -> str:

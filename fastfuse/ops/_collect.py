@@ -1,0 +1,100 @@
+"""Which kernels calls would launch, compiled for which device: found out without compiling, launching or reading anything. For warm-up."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastfuse import tune
+from fastfuse.ops import _op
+
+if _op.HAS_TRITON:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+# Triton keeps what it has compiled by device: by this one it keeps nothing that a launch would find.
+_NOWHERE = "no device"
+
+
+@contextlib.contextmanager
+def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict[str, Callable]]:
+    """Inside the block fused ops give zeros, and the dict fills up: Triton's cache key -> a function that compiles the kernel into Triton's cache.
+
+    The launchers run as they are, over meta tensors in place of their arguments, for a driver that says `target` and launches nothing. Anything else
+    that launches Triton kernels, in another thread too, has to wait: Triton has one driver.
+    """
+    found: dict[str, Callable] = {}
+
+    def stand_in(launch: Callable, args: tuple):
+        device = _op._lead(args[0]).device
+        with _driver(target), _Finder(found):
+            made = launch(*tree_map_only(Tensor, _on_meta, args))
+        return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), made)
+
+    before = _op.stand_in
+    if before is not None:
+        raise RuntimeError("collecting: kernels are being collected already")
+    _op.stand_in = stand_in
+    try:
+        with tune.assume(arch, processors):
+            yield found
+    finally:
+        _op.stand_in = before
+        for kernel in _kernels():
+            kernel.device_caches.pop(_NOWHERE, None)
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+@contextlib.contextmanager
+def _driver(target: "GPUTarget") -> Iterator[None]:
+    """A driver that has nothing to launch on. Entered again inside, where an op launches another op's kernels."""
+    drivers = triton.runtime.driver
+    before = drivers._active
+    drivers.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: _NOWHERE, get_current_stream=lambda device=None: 0))
+    try:
+        yield
+    finally:
+        drivers._active = before
+
+
+def _kernels() -> Iterator["JITFunction"]:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastfuse.kernels."):
+            yield from (value for value in vars(module).values() if isinstance(value, JITFunction))
+
+
+class _Finder:
+    """What Triton hands its compilations to: keeps them instead of running them."""
+
+    def __init__(self, found: dict[str, Callable]):
+        self.found = found
+
+    def submit(self, key: str, compile_kernel: Callable, _finish: Callable) -> "_Unlaunched":
+        self.found.setdefault(key, compile_kernel)
+        return _Unlaunched()
+
+    def __enter__(self):
+        self._token = triton.runtime._async_compile.active_mode.set(self)
+
+    def __exit__(self, *error):
+        triton.runtime._async_compile.active_mode.reset(self._token)
+
+
+class _Unlaunched:
+    """In the place of a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *args) -> None:
+        return None
+
+    def run(self, *args) -> None:
+        return None

@@ -1,0 +1,187 @@
+"""warmup(model): compile the kernels that a model will need before it needs them."""
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastfuse import tune
+from fastfuse.errors import Unsupported
+from fastfuse.ops._collect import collecting
+from fastfuse.ops._op import HAS_TRITON, INTERPRET, check
+from fastfuse.patching.engine import check_model, host_of_module, undisturbed
+from fastfuse.patching.hosts._host import Options, Reason, Sizes
+
+if HAS_TRITON:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+# Where there is no GPU to ask. A split over multiprocessors is a kernel of its own, and both sides of it are compiled.
+_PROCESSORS = 132
+_IMAGE = 4, 1601  # tiles and tokens of each, of Llama 3.2 Vision
+_LINEAR = ("nf4_linear", "nf4_linear_dx", "lora_down", "lora_up", "lora_grad")
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """What warmup did. left_out: (module, why) of covered modules that it could not rehearse."""
+
+    targets: tuple[str, ...]
+    kernels: int
+    compiled: int  # the others were in the cache
+    seconds: float
+    cache: str
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        found = f"{self.kernels} kernels for {', '.join(self.targets)}: {self.compiled} compiled, {self.kernels - self.compiled} were in {self.cache}"
+        return "\n".join([f"fastfuse: {found}, {self.seconds:.1f} s", *(f"  left out: {name}: {why}" for name, why in self.left_out)])
+
+
+def warmup(
+    model: nn.Module,
+    *calls: Callable[[], object],
+    backward: bool | None = None,
+    target: str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> WarmupReport:
+    """Compile what a patched model, or one of fastfuse's own modules, will launch: this process and later ones then start without compiling.
+
+    Kernels go into Triton's cache on disk (TRITON_CACHE_DIR, ~/.triton/cache), which later processes of the same fastfuse, Triton and architecture read.
+    Every patched module is rehearsed at every size its launch rows tell apart: any number of tokens, text and images of any length. Nothing is
+    computed, no weight read or changed, no random number drawn.
+    calls: functions that use the model, or fused ops, in their own way, run for what they would launch too. Inside them fused ops give zeros:
+    lambda: model.generate(**inputs, max_new_tokens=2)
+    backward: training too, as well as inference; if None where the model is in training mode.  target: "sm_90", for a GPU that is not here, as when an image is built;
+    the model may then be on a CPU, and must be patched.  workers: threads, one per core and eight at most if None.  progress: a bar on stderr.
+    Launch nothing in other threads meanwhile. Raises ValueError for a bad option, Unsupported where there is no Triton, no GPU and no target,
+    or no kernels for it, RuntimeError where a kernel does not compile, after all others have.
+    """
+    check_model("warmup", model)
+    for call in calls:
+        check(callable(call), f"warmup: a call is a {type(call).__name__}, not a function", TypeError)
+    check(workers is None or workers > 0, f"warmup: workers is {workers}, expected at least 1")
+    if not HAS_TRITON:
+        raise Unsupported("warmup: there is nothing to compile without the triton package", "NO_TRITON")
+    if INTERPRET:
+        raise Unsupported("warmup: TRITON_INTERPRET is set: interpreted kernels are not compiled", "INTERPRETED")
+    start, found, left_out = time.perf_counter(), {}, {}
+    chips = _chips(model, target)
+    for arch, (chip, processors) in chips.items():
+        with collecting(chip, arch, processors) as kernels, _random_state_kept():
+            left_out |= _rehearse(model, arch, model.training if backward is None else backward)
+            for call in calls:
+                call()
+        found |= kernels
+    compiled = _compile(list(found.values()), workers or min(8, os.cpu_count() or 1), progress)
+    seconds = time.perf_counter() - start
+    return WarmupReport(tuple(chips), len(found), compiled, seconds, triton.knobs.cache.dir, tuple(left_out.items()))
+
+
+def _chips(model: nn.Module, target: str | None) -> dict[str, tuple["GPUTarget", int]]:
+    """For every architecture to compile for: Triton's target, and how many multiprocessors."""
+    if target is not None:
+        known = isinstance(target, str) and target.startswith("sm_") and target[3:].isdecimal()
+        check(known, f"warmup: target is {target!r}, expected an NVIDIA architecture such as 'sm_90'")
+        tune.covering_arch("nf4_linear", target)
+        return {target: (GPUTarget("cuda", int(target[3:]), 32), _PROCESSORS)}
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    if not devices and torch.cuda.is_available():
+        devices = {torch.device("cuda", torch.cuda.current_device())}
+    if not devices:
+        raise Unsupported("warmup: there is no GPU to compile for: name one, target='sm_90'", "NO_GPU")
+    chips = {}
+    for device in devices:
+        with torch.cuda.device(device):
+            chips[tune.arch_of(device)] = triton.runtime.driver.active.get_current_target(), tune.processors_of(device)
+    return chips
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
+        yield
+
+
+def _rehearse(model: nn.Module, arch: str, backward: bool) -> dict[str, str]:
+    """Have every covered module call its fused ops, once for all that are alike. -> the modules that do not, and why."""
+    left_out, seen = {}, set()
+    image = next((found for m in model.modules() if (host := host_of_module(m)) and (found := host.image(m))), _IMAGE)
+    for name, module in model.named_modules():
+        host, record = host_of_module(module), module.__dict__.get("_fastfuse")
+        if host is None or (record is None and not host.native):
+            continue
+        options = Options() if record is None else record.options
+        alike = host, options, repr(module), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()), module.training
+        if options.backend == "torch" or alike in seen:
+            continue
+        seen.add(alike)
+        for sizes, graded in itertools.product(_sizes(host.op, arch, image), sorted({False, backward})):
+            with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(graded):
+                made = host.rehearse(module, sizes, options)
+                if isinstance(made, Reason):
+                    left_out[name] = f"{made.code}: {made.words}"
+                    break
+                if made is not None and graded:
+                    _gradients(*made, [p for p in module.parameters() if p.requires_grad])
+    return left_out
+
+
+def _sizes(op: str, arch: str, image: tuple[int, int]) -> list[Sizes]:
+    """A call on either side of each boundary that the rows of the op draw."""
+    if op == "cross_attention":
+        # Few programs share the columns of the mask, many do not: of one sequence, and of so many that every multiprocessor has its own.
+        return [Sizes(batch, tokens, *image) for batch in (1, 256) for tokens in _bounds(["cross_attention"], arch)]
+    return [Sizes(1, tokens, *image) for tokens in _bounds(["patch_embed"] if op == "patch_embed" else _LINEAR, arch)]
+
+
+def _bounds(ops: Iterable[str], arch: str) -> list[int]:
+    """The smallest number of tokens for each kind of launch."""
+    rows = [row for op in ops for row in tune.table(op) if row["arch"] == tune.covering_arch(op, arch)]
+    return sorted({1} | {row["when"]["M_max"] + 1 for row in rows if "M_max" in row["when"]})
+
+
+def _gradients(out: Tensor, inputs: list[Tensor], weights: list[Tensor]) -> None:
+    """Of everything, of each input alone and of the weights alone: what nobody asks for, kernels leave out."""
+    if not out.requires_grad:
+        return
+    for wanted in ([*inputs, *weights], *([x] for x in inputs), weights):
+        if wanted:
+            torch.autograd.grad(out, wanted, torch.zeros_like(out), retain_graph=True, allow_unused=True)
+
+
+def _compile(kernels: list[Callable], workers: int, progress: bool) -> int:
+    """Into Triton's cache; how many were not there."""
+    hits, before, failed = [], triton.knobs.compilation.listener, []
+
+    def listen(*, cache_hit: bool, **rest) -> None:
+        hits.append(cache_hit)
+        if before is not None:
+            before(cache_hit=cache_hit, **rest)
+
+    triton.knobs.compilation.listener = listen
+    try:
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(kernels), desc="fastfuse: compiling", unit="kernel", disable=not progress) as bar:
+            futures = [pool.submit(kernel) for kernel in kernels]
+            try:
+                for future in as_completed(futures):
+                    bar.update()
+                    if error := future.exception():
+                        failed.append(error)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        triton.knobs.compilation.listener = before
+    if failed:
+        raise RuntimeError(f"warmup: {len(failed)} of {len(kernels)} kernels do not compile, the first: {failed[0]}") from failed[0]
+    return hits.count(False)
