@@ -33,6 +33,7 @@ from tests.numerics import allowed_error, max_error
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 OURS, EAGER = "fastfuse", "eager"
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "torchao", "transformers")  # a row says which versions it was measured with
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,10 +259,11 @@ def describe_error(error: Exception) -> str:
 def row_base(case: Case, peaks: Peaks, environment: Mapping) -> dict:
     """What all rows of a case share; the date tells its runs apart. us, parity and clocks are None until measured."""
     op, shape, dtype = case.key
-    floor = round(floor_us(case.cost(case.make("meta", 0)), peaks, case.dtype), 3)
+    cost = case.cost(case.make("meta", 0))
+    floor = {"floor_us": round(floor_us(cost, peaks, case.dtype), 3), "floor_from": peaks.source, "bytes": cost.bytes, "flops": cost.flops}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    measured = {"us": None, "floor_us": floor, "floor_from": peaks.source, "parity": None, "clocks": None}
-    return {"op": op, "shape": shape, "dtype": dtype, **measured, **environment, "date": date}
+    measured = {"us": None, "parity": None, "clocks": None}
+    return {"op": op, "shape": shape, "dtype": dtype, **floor, **measured, **environment, "date": date}
 
 
 @functools.cache
@@ -269,7 +271,7 @@ def environment(device: str, commit: str | None = None) -> dict:
     """Where and with what rows were measured. commit: for a tree that was copied without its git folder."""
     sha = _output(["git", "rev-parse", "HEAD"])
     changes = _output(["git", "status", "--porcelain"])
-    versions = {name: _version(name) for name in ("torch", "triton", "bitsandbytes", "peft", "torchao")}
+    versions = {name: _version(name) for name in PACKAGES}
     dirty = None if changes is None else bool(changes)
     return {"device": device_name(device), "device_type": device, "commit": sha or commit, "dirty": dirty, **versions}
 
