@@ -303,9 +303,13 @@ def append(rows: Iterable[Mapping], folder: Path = RESULTS) -> None:
     """Add rows to <folder>/<device>.jsonl. Nothing already there is touched."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        name = re.sub(r"\W+", "_", row["device"]).strip("_")
-        with open(folder / f"{name}.jsonl", "a") as f:
+        with open(folder / f"{file_stem(row['device'])}.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
+
+
+def file_stem(device: str) -> str:
+    """A device's name in the files about it."""
+    return re.sub(r"\W+", "_", device).strip("_")
 
 
 def read(file: Path) -> list[dict]:
