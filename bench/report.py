@@ -6,8 +6,8 @@ python -m bench.report --check    write nothing; exit 1 with the first line that
 Shown are, of every device, the rows of the commit that was measured last, and of a case its newest run at that commit. Refused, with nothing written, are rows of a
 tree with changes or of no commit, rows of fastfuse that are wrong or failed, and rows of one device measured with different versions.
 
-bench/bars.json says which cases README shows, which providers are no peers, what a case must reach, and why one does not. A case below its bar is named in README;
-where nothing explains it, the exit status is 1, after writing.
+bench/bars.json says which cases README shows, which providers are no peers, what a case must reach, and why one does not. An explanation holds down to a figure of
+its own. A case below its bar is named in README; where nothing explains it the exit status is 1, after writing, and with --check as well.
 """
 
 import argparse
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the .jsonl files")
     a = p.parse_args(argv)
     try:
+        if not (a.readme.is_file() and a.results.is_dir()):  # an empty folder means: nothing measured yet
+            raise Refused(f"{a.results if a.readme.is_file() else a.readme}: not there")
         bars = read_bars()
         devices = load(a.results, bars)
         outputs = report(devices, bars, a.readme, a.results)
@@ -175,7 +177,7 @@ def _device(rows: list[dict], bars: Mapping) -> Device:
     runs: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["commit"] == commit:
-            if row["provider"] in OURS and row["parity"] is False:  # at this commit once is enough: a later run may have been lucky
+            if _route(row["provider"]) and row["parity"] is False:  # at this commit once is enough: a later run may have been lucky
                 raise Refused(f"{_row_name(row)}: wrong, its error is {row.get('error_over_limit')} times its limit")
             runs.setdefault((row["op"], row["shape"], row["dtype"]), []).append(row)
     cases = []
@@ -403,13 +405,13 @@ def _plots(device: Device, bars: Mapping) -> dict[str, Plot]:
 def _roofline(device: Device) -> dict:
     """Rates in flop/s. The roof is what the floors were drawn from: the bandwidth and matrix rate that the fastest floors need."""
     panels: dict[str, list] = {}
-    rows = [case.ours for case in device.cases if case.ours and case.ours.get("flops")]  # dequantizing takes no matrix units
-    for case in device.cases:
-        if case.ours in rows:
-            flops = case.ours["flops"]
-            rates = [flops / us * 1e6 for us in (case.ours["us"], *list(case.peers.values())[:1])]
-            point = {"dtype": case.dtype, "backward": case.op.endswith(BACKWARD), "intensity": flops / case.ours["bytes"], "rates": rates}
-            panels.setdefault(case.op.removesuffix(BACKWARD), []).append(point)
+    cases = [case for case in device.cases if case.ours and case.ours.get("flops")]  # dequantizing takes no matrix units
+    for case in cases:
+        flops = case.ours["flops"]
+        rates = [flops / us * 1e6 for us in (case.ours["us"], *list(case.peers.values())[:1])]
+        point = {"dtype": case.dtype, "backward": case.op.endswith(BACKWARD), "intensity": flops / case.ours["bytes"], "rates": rates}
+        panels.setdefault(case.op.removesuffix(BACKWARD), []).append(point)
+    rows = [case.ours for case in cases]
     peak = {dtype: max(row["flops"] / row["floor_us"] for row in rows if row["dtype"] == dtype) * 1e6 for dtype in sorted({row["dtype"] for row in rows})}
     return {"panels": panels, "axis": "flop/s", "peak": peak, "bandwidth": max((row["bytes"] / row["floor_us"] for row in rows), default=0) * 1e6}
 

@@ -33,6 +33,7 @@ class Tree:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.readme, self.results, self.bars = folder / "README.md", folder / "results", folder / "bars.json"
         self.readme.write_text(MARKED)
+        self.results.mkdir()
         self.judge()
         monkeypatch.setattr(report, "BARS", self.bars)
 
@@ -71,7 +72,12 @@ def test_without_rows_the_sections_say_so_and_nothing_else(tree) -> None:
     assert tree.run() == 0
     assert [tree.section(name) for name in NAMES] == ["not measured on a CPU yet", "not measured on a GPU yet"]
     assert tree.readme.read_text().endswith("\nend\n") and tree.run("--check") == 0
-    assert not tree.results.exists()
+    assert not list(tree.results.iterdir())
+
+
+def test_what_is_not_there_is_no_empty_result(tree, capsys) -> None:
+    tree.results.rmdir()
+    tree.refuses(capsys, "results: not there")
 
 
 def test_a_table_of_peers(tree) -> None:
@@ -104,6 +110,7 @@ def test_only_the_newest_run_at_the_newest_commit_is_shown(tree) -> None:
         pytest.param(row("eager", dirty=True), ("linear M1 N8 K8 float32, eager", "changes"), id="dirty"),
         pytest.param(row("eager", dirty=None, commit=None, date="2026-01-03T00:00:00+00:00"), ("eager", "no known commit"), id="no commit"),
         pytest.param(row("fastfuse", parity=False, error_over_limit=3.0), ("fastfuse", "wrong", "3.0 times"), id="wrong"),
+        pytest.param(row("fastfuse in place", parity=False), ("fastfuse in place", "wrong"), id="wrong route"),
         pytest.param(row("patched", parity=False), ("patched", "wrong"), id="wrong model"),
         pytest.param(row("fastfuse", None, error="RuntimeError: no"), ("fastfuse", "RuntimeError: no"), id="error"),
         pytest.param(row("fastfuse", None), ("fastfuse", "no time"), id="no time"),
