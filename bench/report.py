@@ -39,6 +39,7 @@ MATCHED = {"op", "shape", "dtype", "device_type", "provider"}  # an entry of bar
 KNOWN = {"not_peers": {"why"}, "bars": {"fastest_peer", "percent_of_floor", "why"}, "explained": {"fastest_peer", "percent_of_floor", "why"}}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442", "#000000")  # Okabe and Ito: told apart without red and green
 INK = {"bfloat16": COLOURS[0], "float32": COLOURS[5], "float16": COLOURS[2]}
+DASHES = {"bfloat16": "-", "float32": (0, (4, 4)), "float16": ":"}  # on a CPU their floors can be one line
 
 
 class Refused(ValueError):
@@ -480,7 +481,7 @@ def _draw_roofline(data: Mapping) -> object:
     for ax, panel in zip(axes, data["panels"].values(), strict=True):
         for dtype, peak in data["peak"].items():
             xs = sorted((min(intensities), peak / data["bandwidth"], max(intensities)))
-            ax.plot(xs, [min(peak, data["bandwidth"] * x) for x in xs], color=INK[dtype], linewidth=1)
+            ax.plot(xs, [min(peak, data["bandwidth"] * x) for x in xs], color=INK[dtype], linestyle=DASHES[dtype], linewidth=1)
         for point in panel:
             style = {"marker": "s" if point["backward"] else "o", "color": INK[point["dtype"]], "linestyle": "none"}
             for rate, fill, size in zip(point["rates"], ("full", "none"), (3.5, 5.5), strict=False):
@@ -489,7 +490,7 @@ def _draw_roofline(data: Mapping) -> object:
         ax.minorticks_off()
     for ax in axes[-4:]:
         ax.set_xlabel("flop per byte")
-    handles = [Line2D([], [], color=INK[dtype], label=f"floor, {dtype}") for dtype in data["peak"]]
+    handles = [Line2D([], [], color=INK[dtype], linestyle=DASHES[dtype], label=f"floor, {dtype}") for dtype in data["peak"]]
     marks = {"fastfuse": {"marker": "o"}, "fastfuse, fwd+bwd": {"marker": "s"}, "fastest peer": {"marker": "o", "fillstyle": "none"}}
     handles += [Line2D([], [], color="black", linestyle="none", label=label, **mark) for label, mark in marks.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
