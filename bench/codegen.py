@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import triton
@@ -117,36 +117,56 @@ class Report:
 def specimens() -> Iterator[Specimen]:
     for arch in ARCHS:
         yield from _dequantize(arch)
-        seen = set()
-        for row in _rows("nf4_linear", arch):
-            for variant in LINEAR_VARIANTS:
-                for specimen in linear_specimens(arch, row["tile"], *variant):
-                    key = specimen.op, specimen.name  # rows that differ in SPLIT_K alone share two of the three kernels
-                    unsplit = "SPLIT_K" in row["tile"]["constants"] and specimen.op == "nf4_linear" and variant not in FEW_VARIANTS
-                    fewer = specimen.op == "nf4_skinny_reduce" and (variant not in FEW_VARIANTS or specimen.constants["SPLIT_K"] < 16)
-                    if key not in seen and not unsplit and not fewer:
-                        seen.add(key)
-                        yield specimen
-        for row in _rows("nf4_linear_dx", arch):
-            for variant in DX_VARIANTS:
-                yield dx_specimen(arch, row["tile"], *variant)
-        for row in _rows("lora_row_norms", arch):
-            yield from _row_norms(arch, row["tile"])
-        yield from _low_rank(arch)
-        yield from _swiglu(arch)
-        for row in _rows("patch_embed", arch):
-            for variant in PATCH_VARIANTS:
-                if _serves(row["when"], *variant[:2]):
-                    yield patch_specimen(arch, row["tile"], *variant)
-        yield from _patch_passes(arch)
-        for op in ("cross_attention", "cross_attention_dq", "cross_attention_dkdv"):
+        for op in OPS:
+            seen = {}
             for row in _rows(op, arch):
-                for variant in ATTENTION_VARIANTS + (MORE_ATTENTION[: {"sm_90": None, "sm_100": 1}.get(arch, 0)]):
-                    if specimen := attention_specimen(arch, op, row, *variant):
+                for specimen in row_specimens(arch, op, row):
+                    first = seen.setdefault((specimen.op, specimen.name), specimen)
+                    if first is specimen:
                         yield specimen
+                    elif difference := _difference(specimen, first):  # another tile of the same blocks
+                        yield replace(specimen, name=f"{specimen.name} {difference}")
+        yield from _swiglu(arch)
+        yield from _patch_passes(arch)
         yield from _attention_passes(arch)
         yield from _masks(arch)
         yield from _kv_cache(arch)
+
+
+OPS = (
+    "nf4_linear", "nf4_linear_dx", "lora_row_norms", "lora_down", "lora_up", "lora_grad",
+    "patch_embed", "cross_attention", "cross_attention_dq", "cross_attention_dkdv",
+)  # fmt: skip
+
+
+def row_specimens(arch: str, op: str, row: dict) -> Iterator[Specimen]:
+    """The kernels of one row of an op's launch rows, in every variant that a caller may ask of it."""
+    tile, when = row["tile"], row["when"]
+    if op == "nf4_linear":
+        for variant in LINEAR_VARIANTS:
+            for specimen in linear_specimens(arch, tile, *variant):
+                unsplit = "SPLIT_K" in tile["constants"] and specimen.op == "nf4_linear" and variant not in FEW_VARIANTS
+                fewer = specimen.op == "nf4_skinny_reduce" and (variant not in FEW_VARIANTS or specimen.constants["SPLIT_K"] < 16)
+                if not unsplit and not fewer:
+                    yield specimen
+    elif op == "nf4_linear_dx":
+        yield from (dx_specimen(arch, tile, *variant) for variant in DX_VARIANTS)
+    elif op == "lora_row_norms":
+        covered = (v for v in NORM_VARIANTS if _branch(arch, *v[:2]) == "prmt" or not arch.startswith("sm_"))
+        yield from (row_norms_specimen(arch, tile, *variant) for variant in covered)
+    elif op == "patch_embed":
+        yield from (patch_specimen(arch, tile, *variant) for variant in PATCH_VARIANTS if _serves(when, *variant[:2]))
+    elif op.startswith("lora_"):
+        yield from (low_rank_specimen(arch, op, tile, *variant) for variant in LOW_RANK_VARIANTS[op] if op != "lora_grad" or _fits(when, variant[1]))
+    else:
+        variants = ATTENTION_VARIANTS + MORE_ATTENTION[: {"sm_90": None, "sm_100": 1}.get(arch, 0)]
+        yield from filter(None, (attention_specimen(arch, op, row, *variant) for variant in variants))
+
+
+def _difference(one: Specimen, other: Specimen) -> str:
+    """Without the number of splits: what a program does is the same."""
+    theirs = other.constants | other.options
+    return " ".join(f"{k}={v}" for k, v in (one.constants | one.options).items() if k != "SPLIT_K" and v != theirs.get(k))
 
 
 def _rows(op: str, arch: str) -> list[dict]:
@@ -235,64 +255,54 @@ def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projec
     return Specimen("nf4_linear_dx", name, arch, nf4_linear_dx_kernel, signature, constants, options, _decoding(layout, constants))
 
 
-def _row_norms(arch: str, tile: dict) -> Iterator[Specimen]:
-    for layout, out, adapter in (("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat", "fp16", "fp16"), ("nested", "bf16", "-")):
-        decode = _branch(arch, layout, out)
-        if decode == "gather" and arch.startswith("sm_"):
-            continue
-        signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(LAYOUTS[layout], out), "norms_ptr": "*fp32", "scaling": "fp32"}
-        signature |= {"a_ptr": f"*{adapter}", "b_ptr": f"*{adapter}"} | dict.fromkeys(("N", "K", "R"), "i32")
-        dtype = {"bf16": tl.bfloat16, "fp16": tl.float16}[out]
-        constants = (
-            ({"a_ptr": None, "b_ptr": None} if adapter == "-" else {})
-            | dict(tile["constants"])
-            | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": decode, "CUT_K": False}
-        )
-        options = {k: tile[k] for k in ("num_warps", "num_stages")}
-        yield Specimen(
-            "lora_row_norms", _name(tile, layout, out, adapter), arch, nf4_row_norms_kernel, signature, constants, options, _decoding(layout, constants)
-        )
+NORM_VARIANTS = [("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat", "fp16", "fp16"), ("nested", "bf16", "-")]
 
 
-def _low_rank(arch: str) -> Iterator[Specimen]:
-    def fits(when: dict, low: str) -> bool:
-        return (when.get("low") == "fp32") == (low == "fp32")
+def row_norms_specimen(arch: str, tile: dict, layout: str, out: str, adapter: str) -> Specimen:
+    signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(LAYOUTS[layout], out), "norms_ptr": "*fp32", "scaling": "fp32"}
+    signature |= {"a_ptr": f"*{adapter}", "b_ptr": f"*{adapter}"} | dict.fromkeys(("N", "K", "R"), "i32")
+    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[out]
+    constants = {"a_ptr": None, "b_ptr": None} if adapter == "-" else {}
+    constants |= tile["constants"] | {"DTYPE": dtype, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, out), "CUT_K": False}
+    options = {k: tile[k] for k in ("num_warps", "num_stages")}
+    name, work = _name(tile, layout, out, adapter), _decoding(layout, constants)
+    return Specimen("lora_row_norms", name, arch, nf4_row_norms_kernel, signature, constants, options, work)
 
-    precision = _precision(arch)
-    for x, low in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
-        for dropout in (False, True):
-            seed = {"signature": {"seed_ptr": "*i64"}, "constants": {}} if dropout else {"signature": {}, "constants": {"seed_ptr": None}}
-            words = f"{x} {low}" + (" dropout" if dropout else "")
-            ints = ("M", "K", "C", "R", "stride_xm", "stride_lm", "stride_tm", "stride_tr", "stride_tc", "rows_per_split", "threshold")
-            types = {
-                "x_ptr": f"*{x}",
-                "a_ptr": f"*{low}",
-                "part_ptr": "*fp32",
-                "low_ptr": f"*{low}",
-                "thin_ptr": f"*{low}",
-                "out_ptr": f"*{x}",
-                "scaling": "fp32",
-            }
-            types |= {"tall_ptr": f"*{x}", "outer_ptr": "*fp32", "through_ptr": "*fp32"} | dict.fromkeys(ints, "i32") | seed["signature"]
-            for op, kernel in (("lora_down", lora_down_kernel), ("lora_up", lora_up_kernel)):
-                for row in _rows(op, arch) if dropout or x != low else ():  # without either it is the library's product
-                    constants = dict(row["tile"]["constants"]) | seed["constants"] | {"PRECISION": precision}
-                    options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
-                    elements = constants["BLOCK_M"] * constants.get("BLOCK_K", constants.get("BLOCK_C"))
-                    products = elements * constants.get("BLOCK_R", 16) * PRODUCT[low]
-                    work = Work("element", elements, products, elements * SIZE[x], ("loop",) if op == "lora_down" else ())  # up: as of rank 16
-                    size = "x".join(str(constants[f"BLOCK_{d}"]) for d in "MRKC" if f"BLOCK_{d}" in constants)
-                    yield Specimen(op, f"{words} {size} w{options['num_warps']}", arch, kernel, types, constants, options, work)
-            for row in _rows("lora_grad", arch):
-                # dropout is on the way to dA, the outer product alone; dB comes with d(x A^T)
-                for half in (("outer",) if dropout else ("both", "outer") if x != low else ("both",)) if fits(row["when"], low) else ():
-                    constants = {k: v for k, v in row["tile"]["constants"].items() if k != "PROGRAMS"} | seed["constants"]
-                    constants |= {"PRECISION": precision, "factor_ptr": None} | ({} if half == "both" else {"thin_ptr": None, "through_ptr": None})
-                    options = {k: row["tile"][k] for k in ("num_warps", "num_stages")}
-                    elements = constants["BLOCK_M"] * constants["BLOCK_C"]
-                    products = elements * constants["BLOCK_R"] * PRODUCT[low] * (2 if half == "both" else 1)
-                    work = Work("element", elements, products, elements * SIZE[x])
-                    yield Specimen("lora_grad", f"{words} R{constants['BLOCK_R']} {half}", arch, lora_grad_kernel, types, constants, options, work)
+
+# (x, adapters, dropout); of the gradients also which products. Without dropout and of one dtype the first two are the library's product,
+# and dropout is on the way to dA, the outer product alone; dB comes with d(x A^T).
+_KINDS = [(x, low, dropout) for x, low in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")) for dropout in (False, True)]
+_THIN = [(x, low, dropout) for x, low, dropout in _KINDS if dropout or x != low]
+_HALVES = [(*kind, half) for kind in _KINDS for half in (("outer",) if kind[2] else ("both", "outer") if kind[0] != kind[1] else ("both",))]
+LOW_RANK_VARIANTS = {"lora_down": _THIN, "lora_up": _THIN, "lora_grad": _HALVES}
+_LOW_RANK_KERNELS = {"lora_down": lora_down_kernel, "lora_up": lora_up_kernel, "lora_grad": lora_grad_kernel}
+
+
+def _fits(when: dict, low: str) -> bool:
+    return (when.get("low") == "fp32") == (low == "fp32")
+
+
+def low_rank_specimen(arch: str, op: str, tile: dict, x: str, low: str, dropout: bool, half: str = "") -> Specimen:
+    """half: of lora_grad, "both" products or the "outer" one."""
+    ints = ("M", "K", "C", "R", "stride_xm", "stride_lm", "stride_tm", "stride_tr", "stride_tc", "rows_per_split", "threshold")
+    types = dict.fromkeys(("x_ptr", "out_ptr", "tall_ptr"), f"*{x}") | dict.fromkeys(("a_ptr", "low_ptr", "thin_ptr"), f"*{low}")
+    types |= dict.fromkeys(("part_ptr", "outer_ptr", "through_ptr"), "*fp32") | {"scaling": "fp32"} | dict.fromkeys(ints, "i32")
+    constants = {k: v for k, v in tile["constants"].items() if k != "PROGRAMS"} | {"PRECISION": _precision(arch)}
+    if dropout:
+        types["seed_ptr"] = "*i64"
+    else:
+        constants["seed_ptr"] = None
+    options = {k: tile[k] for k in ("num_warps", "num_stages")}
+    elements = constants["BLOCK_M"] * constants.get("BLOCK_K", constants.get("BLOCK_C"))
+    products = elements * constants.get("BLOCK_R", 16) * PRODUCT[low]  # up: as of rank 16
+    name = f"{x} {low}" + (" dropout" if dropout else "")
+    if op == "lora_grad":
+        constants |= {"factor_ptr": None} | ({} if half == "both" else {"thin_ptr": None, "through_ptr": None})
+        name, products = f"{name} R{constants['BLOCK_R']} {half}", products * (2 if half == "both" else 1)
+    else:
+        name += f" {'x'.join(str(constants[f'BLOCK_{d}']) for d in 'MRKC' if f'BLOCK_{d}' in constants)} w{options['num_warps']}"
+    work = Work("element", elements, products, elements * SIZE[x], () if op == "lora_up" else ("loop",))
+    return Specimen(op, name, arch, _LOW_RANK_KERNELS[op], types, constants, options, work)
 
 
 def _swiglu(arch: str) -> Iterator[Specimen]:
@@ -327,10 +337,12 @@ def _tables(dtype: str, tiled: bool, bias: bool = False) -> tuple:
     return (t, t if bias else None, t, *((t, t, "*i32", "*fp32") if tiled else (None,) * 4))
 
 
-def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, normalised: bool, tiled: bool) -> Specimen:
+def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, normalised: bool, tiled: bool, patch: int = 0) -> Specimen:
+    """patch: pixels of a side, 14 where 0, and 16 where they are gathered."""
     direct = tile["constants"]["DIRECT"]
-    size = 16 if direct else 14
-    constants = dict(tile["constants"]) | {"CHANNELS": 3, "PATCH_H": size, "PATCH_W": size, "LINE": size, "PRECISION": _precision(arch)}
+    size = patch or (16 if direct else 14)
+    line = -(-size // 8) * 8 if direct else size
+    constants = dict(tile["constants"]) | {"CHANNELS": 3, "PATCH_H": size, "PATCH_W": size, "LINE": line, "PRECISION": _precision(arch)}
     signature = {"x_ptr": f"*{images if direct else weight}", "w_ptr": f"*{weight}", "out_ptr": f"*{table}"}
     signature |= {"tables": _tables(table, tiled, not tiled), "image": _IMAGE, "shape": _SHAPE} | dict.fromkeys("MNK", "i32")
     if direct and normalised:
