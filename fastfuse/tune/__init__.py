@@ -3,12 +3,13 @@
 A row is {"arch", "when", "tile"}. "when" holds conditions on the shape: "<name>" is equality, "<name>_max" is
 an upper bound, "<name>_multiple" is divisibility. The first match wins and the last row of each architecture is unconditional. "tile": null says that
 no fused kernel pays there. An architecture without rows of its own uses the highest one below it in its family.
+bench.tune adds what it measured: "us" and "floor_us" for each of "shape", with "device", "commit", "date" and "triton". A row without "us" is a guess.
 """
 
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -60,13 +61,21 @@ def pick(op: str, arch: str, **shape: int | str) -> Tile | None:
 
 @functools.lru_cache(maxsize=4096)
 def _pick(op: str, arch: str, shape: tuple) -> Tile | None:
-    have = dict(shape)
     family = covering_arch(op, arch)
-    for row in table(op):
-        if row["arch"] == family and all(_holds(key, want, have) for key, want in row.get("when", {}).items()):
-            tile = row["tile"]
-            return tile and Tile(MappingProxyType(tile["constants"]), tile["num_warps"], tile["num_stages"])
-    raise LookupError(f"tune/{op}.json: no row of {family} matches {have}: its last row must be unconditional")
+    row = match(table(op), family, dict(shape))
+    if row is None:
+        raise LookupError(f"tune/{op}.json: no row of {family} matches {dict(shape)}: its last row must be unconditional")
+    return tile_of(row["tile"])
+
+
+def match(rows: Iterable[dict], arch: str, shape: Mapping) -> dict | None:
+    """The first of the rows of this very architecture that the shape meets."""
+    return next((row for row in rows if row["arch"] == arch and all(_holds(key, want, shape) for key, want in row["when"].items())), None)
+
+
+def tile_of(written: dict | None) -> Tile | None:
+    """A row's tile as a launcher takes it."""
+    return written and Tile(MappingProxyType(written["constants"]), written["num_warps"], written["num_stages"])
 
 
 def _holds(key: str, want: int | str, have: Mapping) -> bool:
