@@ -46,7 +46,7 @@ BOUND = 0.6  # of the best bound of the same blocks
 ROUNDS = 3  # of the last comparison, in turns
 TRIES = 3  # candidates that are compared at last
 
-Job = tuple[str, str, str, tuple | None]  # arch, op, row as JSON, variants (None: all that bench.codegen compiles)
+Job = tuple[str, str, str, tuple | None]  # arch, op, row as JSON, variant (None: all that bench.codegen compiles)
 Compiled = Mapping[Job, "list[codegen.Report] | str"]  # the reports, or why there are none
 
 
@@ -154,14 +154,17 @@ def tune_op(op: str, arch: str, calls: list[Series], setting: Setting, folder: P
 
     Raises ValueError, and writes nothing, where the result would be a table that pick() cannot serve.
     """
+    if time.monotonic() > setting.deadline:
+        setting.say(f"{op}: no time is left for it")
+        return False
     path = folder / f"{op}.json"
     rows = read(path)
     _check(op, rows)
     own, family = _own_rows(op, arch, rows)
     regimes = _regimes(own, family, calls)
     tried = {id(row): candidates(op, own, row, setting.quick) for row, _ in regimes}
-    jobs = [_job(family, op, row, tile, points) for row, points in regimes for tile in tried[id(row)] if tile and points]
-    setting.say(f"{op} on {arch}: {len(own)} rows of {family}, {sum(map(len, tried.values()))} candidates, {len(_by_code(jobs))} of them other code")
+    jobs = [job for row, points in regimes for tile in tried[id(row)] for job in _jobs(family, op, row, tile, points)]
+    setting.say(f"{op} on {arch}: {len(own)} rows of {family}, {sum(map(len, tried.values()))} candidates, {len(_by_code(jobs))} compilations")
     compiled = _of_codes(jobs, setting.compiled)
     new = [row if family == arch else {"arch": arch, "when": row["when"], "tile": row["tile"]} for row in own]
     measured = False
@@ -245,13 +248,11 @@ class Candidate:
         return max((r.registers for r in self.reports), default=0)
 
 
-def prune(
-    op: str, arch: str, row: dict, points: list[Point], tiles: list[dict | None], compiled: Mapping[str, Compiled]
-) -> tuple[list[Candidate], dict[str, list[dict]]]:
+def prune(op: str, arch: str, row: dict, points: list[Point], tiles: list[dict | None], compiled: Compiled) -> tuple[list[Candidate], dict[str, list[dict]]]:
     """(what is left, reason -> what is not). The row's own tile, the first, always is left, and the unfused route, which has no code of ours."""
     left, pruned = [], {}
     for n, tile in enumerate(tiles):
-        reports = compiled[_code(_job(arch, op, row, tile, points))] if tile else []
+        reports = _reports(_jobs(arch, op, row, tile, points), compiled)
         reason = _fault(reports)
         if reason and n:
             pruned.setdefault(reason, []).append(tile)
@@ -267,6 +268,12 @@ def prune(
         else:
             kept.append(c)
     return kept, pruned
+
+
+def _reports(jobs: list[Job], compiled: Compiled) -> list[codegen.Report] | str:
+    found = [compiled[_code(job)] for job in jobs]
+    error = next((reports for reports in found if isinstance(reports, str)), None)
+    return error or [r for reports in found for r in reports]
 
 
 def _fault(reports: list[codegen.Report] | str) -> str | None:
@@ -493,8 +500,9 @@ def _text(rows: list[dict]) -> str:
     return "[\n" + ",\n".join(row.line if isinstance(row, Row) else f"  {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
-def _job(arch: str, op: str, row: dict, tile: dict, points: list[Point]) -> Job:
-    return arch, op, json.dumps({"when": row["when"], "tile": tile}), tuple(dict.fromkeys(p.variant for p in points))
+def _jobs(arch: str, op: str, row: dict, tile: dict | None, points: list[Point]) -> list[Job]:
+    variants = dict.fromkeys(p.variant for p in points) if tile else ()
+    return [(arch, op, json.dumps({"when": row["when"], "tile": tile}), variant) for variant in variants]
 
 
 def _code(job: Job) -> Job:
@@ -542,12 +550,11 @@ def compile_all(jobs: list[Job], workers: int) -> Compiled:
 
 
 def _compile(job: Job) -> list[codegen.Report] | str:
-    arch, op, row, variants = job
+    arch, op, row, variant = job
     row = json.loads(row)
     try:
-        if variants is None:
-            return [codegen.report(s) for s in codegen.row_specimens(arch, op, row)]
-        return [codegen.report(s) for v in variants for s in specimens(arch, op, row, v)]
+        made = codegen.row_specimens(arch, op, row) if variant is None else specimens(arch, op, row, variant)
+        return [codegen.report(s) for s in made]
     except Exception as error:
         return harness.describe_error(error).splitlines()[0]
 
@@ -559,7 +566,7 @@ def dry_run(op: str, arch: str, compiled: Callable[[list[Job]], Compiled], quick
         raise ValueError(f"{op}: the compiler has no target {family}, only {', '.join(codegen.ARCHS)}")
     regimes = _regimes(own, family, series(op, arch))
     tried = {id(row): candidates(op, own, row, quick) for row, _ in regimes}
-    reports = _of_codes([_job(family, op, row, tile, points) for row, points in regimes for tile in tried[id(row)] if tile and points], compiled)
+    reports = _of_codes([job for row, points in regimes for tile in tried[id(row)] for job in _jobs(family, op, row, tile, points)], compiled)
     print(f"{op} on {arch}: {len(own)} rows of {family}; * is the row's own tile; bounds count a tile's own padding as work")
     for row, points in regimes:
         print(f"{_when(row)}: {name(row['tile'])}, {len(points)} cases{': ' if points else ''}{', '.join(p.case.shape for p in points)}")

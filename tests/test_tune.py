@@ -328,7 +328,9 @@ def test_when_the_time_is_up_finished_rows_are_written_and_the_others_stay(folde
     rows, said = tuned(folder, clock, deadline=2.0)
     assert rows[1]["tile"] == tile_of(16, 4, 4) and rows[2:] == TABLE[2:] and "the time is up" in said
     before = (folder / "nf4_linear.json").read_bytes()
-    tuned(folder, clock, deadline=2.0)  # nothing done: nothing written
+    assert "no time is left" in tuned(folder, clock, deadline=2.0)[1]
+    now[0] = 0.0
+    tuned(folder, lambda *_: now.__setitem__(0, 3.0) or 1.0, deadline=2.0)  # no row done: nothing written
     assert (folder / "nf4_linear.json").read_bytes() == before
 
 
@@ -378,7 +380,7 @@ def crossing_at(few, many):
     "few, many, want",
     [
         (16, 64, (16, 64)),
-        (20, 64, (16, 64)),  # between two Ms that are tried
+        (20, 64, (16, 64)),
         (8, 64, (8, 64)),
         (16, 100, (16, 96)),
         (16, 1000, (16, 128)),  # as far as is tried
@@ -391,6 +393,14 @@ def test_boundaries_move_to_the_crossing(folder, few, many, want):
     assert tuple(row["when"]["M_max"] for row in rows[1:3]) == want
     assert [list(row["when"]) for row in rows[1:3]] == [["M_max", "K_multiple"]] * 2 and rows[3]["when"] == {}
     assert ("M_max 64 -> " in said) == (want[1] != 64)
+
+
+@pytest.mark.parametrize("many, want", [(50, 50), (48, 50), (63, 50), (40, 32), (64, 64)])
+def test_a_boundary_between_two_Ms_that_are_tried_stays_where_the_crossing_is_too(folder, many, want):
+    path = folder / "nf4_linear.json"
+    path.write_text(path.read_text().replace('"M_max": 64', '"M_max": 50'))
+    rows, _ = tuned(folder, crossing_at(16, many), bounds=True, margin=10.0)
+    assert rows[2]["when"]["M_max"] == want
 
 
 def test_a_boundary_stays_within_what_the_launcher_takes(folder):
@@ -476,7 +486,8 @@ def tile(m, n, warps, stages):
 tiles = [None, tile(64, 64, 4, 3), tile(128, 256, 4, 2), tile(128, 128, 8, 12), tile(64, 64, 3, 3)]
 points = [space.linear_point("sm_90", [(4096, 4096)], 64)]
 if __name__ == "__main__":
-    reports = sweep._of_codes([sweep._job("sm_90", "nf4_linear", row, t, points) for t in tiles[1:]], lambda jobs: sweep.compile_all(jobs, 1))
+    jobs = [job for t in tiles for job in sweep._jobs("sm_90", "nf4_linear", row, t, points)]
+    reports = sweep._of_codes(jobs, lambda jobs: sweep.compile_all(jobs, 1))
     kept, pruned = sweep.prune("nf4_linear", "sm_90", row, points, tiles, reports)
     print(json.dumps([[sweep.name(c.tile) for c in kept], {why: [sweep.name(t) for t in ts] for why, ts in pruned.items()}, kept[1].bound, kept[1].resident]))
 """
