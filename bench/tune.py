@@ -254,10 +254,12 @@ def prune(op: str, arch: str, row: dict, points: list[Point], tiles: list[dict |
     for n, tile in enumerate(tiles):
         reports = _reports(_jobs(arch, op, row, tile, points), compiled)
         reason = _fault(reports)
+        if isinstance(reports, str) and not n:
+            raise ValueError(f"{op} {_when(row)}: the row's own tile did not compile: {reports}")  # then nothing here can be believed
         if reason and n:
             pruned.setdefault(reason, []).append(tile)
         else:
-            left.append(Candidate(tile, [] if isinstance(reports, str) else reports))
+            left.append(Candidate(tile, reports))
     best: dict[str, float] = {}
     for c in left:
         best[_blocks(c.tile)] = max(best.get(_blocks(c.tile), 0), c.bound or 0)
@@ -588,8 +590,8 @@ def dry_run(op: str, arch: str, compiled: Callable[[list[Job]], Compiled], quick
 
 
 def _line(r: codegen.Report) -> str:
-    bounds = ", ".join(f"{loop} {f['bound']:.0f}% by {f['by']}" for loop, f in r.loops.items() if "bound" in f)
-    return f"{r.op} {r.registers} registers, {r.shared} B, {r.blocks * r.warps} warps{': ' if bounds else ''}{bounds}"
+    bounds = " ".join(f"{loop} {f['bound']:.0f}% by {f['by']}" for loop, f in r.loops.items() if "bound" in f)
+    return f"{r.op} {r.name}: {r.registers} registers, {r.shared} B, {r.blocks * r.warps} warps{', bound: ' if bounds else ''}{bounds}"
 
 
 def _without_schedule(tile: dict | None) -> str:

@@ -272,6 +272,11 @@ def test_what_the_compiler_shows_is_not_timed(folder, fault, said):
     assert rows[1]["tile"] == FEW and not any("16x128" in name for name in timed) and f" {said}, " in text
 
 
+def test_a_rows_own_tile_must_compile(folder):
+    with pytest.raises(ValueError, match="nf4_linear M_max=16 K_multiple=64: the row's own tile did not compile: RuntimeError: no"):
+        tuned(folder, times({}), compiled=reported({sweep.name(FEW): "error"}))
+
+
 def test_a_low_bound_is_not_timed_but_never_the_rows_own(folder):
     names = [sweep.name(t) for t in space.candidates("nf4_linear", TABLE[1:4], TABLE[1], False)]
     low = [name for name in names if name.startswith("16x64x64 ") and name.endswith("s4")]
@@ -522,9 +527,41 @@ def test_a_dry_run_says_what_it_would_try_and_writes_nothing(monkeypatch, capsys
     assert rest.startswith("64x64 w4 s2, 7 cases: ")
     lines = rest.splitlines()
     assert lines[1:3] == ["  13 candidates: 1 spilled, 12 left", "    spilled: 128x128 w4 s2"]
-    assert lines[3] == "  * 64x64 w4 s2: lora_up 64 registers, 1024 B, 16 warps: loop 80% by issue" and len(lines) == 3 + 12  # the best bound first
+    figures = "lora_up kernel: 64 registers, 1024 B, 16 warps, bound: loop 80% by issue"
+    assert lines[3] == f"  * 64x64 w4 s2: {figures}; {figures}" and len(lines) == 3 + 12  # the best bound first, dropout and fp32 adapters
     assert lines[-1] == "    unfused: no code of ours"
     assert before == {path: path.read_bytes() for path in ROOT.glob("fastfuse/tune/*.json")}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels are interpreted only where there is no GPU")
+def test_the_command_from_its_arguments_to_the_file(folder, monkeypatch, capsys):
+    """All of it but the GPU: the clock, floors, log and marks are the true ones."""
+    path, log, real = folder / "lora_up.json", folder / "log.jsonl", sweep.tune_op
+    row = {"arch": "interpreter", "when": {}, "tile": {"constants": {"BLOCK_M": 64, "BLOCK_C": 64}, "num_warps": 4, "num_stages": 2}}
+    path.write_text(f"[\n  {json.dumps(row)}\n]\n")
+    calls = [space.Series(lambda M: space.low_rank_point("lora_up", torch.float16, torch.float16, True, 8, M, C=96), (17,))]
+    where = {"device": "a CPU", "commit": "c0ffee", "dirty": True, "triton": "3"}
+    for target, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (tune, "arch_of", lambda device: "interpreter"),
+        (sweep.peaks, "measure", lambda device: sweep.peaks.DATA_SHEET["H200"]),
+        (sweep.harness, "environment", lambda device, commit: where),
+        (sweep, "Clock", lambda device, clock=sweep.Clock: clock("cpu")),
+        (sweep, "series", lambda op, arch: calls),
+        (sweep, "compile_all", lambda jobs, workers: {job: [] for job in jobs}),
+        (sweep, "tune_op", lambda *args: real(*args, folder=folder)),
+    ):
+        monkeypatch.setattr(target, name, value)
+    main(monkeypatch, "lora_up", "--quick", "--minutes", "5", "--out", str(log))
+    out = capsys.readouterr().out
+    assert "H200 SXM (data sheet)" in out and "written: fastfuse/tune/lora_up.json; in the same commit: python -m bench.codegen --store" in out
+    (made,) = json.loads(path.read_text())
+    assert made["shape"] == ["M17 C96 R8 dropout 0.05 float16"] and made["us"][0] > 0 < made["floor_us"][0]
+    assert (made["device"], made["commit"], made["triton"]) == ("a CPU", "c0ffee with changes", "3") and made["date"].startswith("20")
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {e["for"] for e in entries} >= {"sweep"} and len([e for e in entries if e["for"] == "sweep"]) == 6 and all(e["us"] > 0 for e in entries)
+    main(monkeypatch, "lora_up", "--minutes", "0")
+    assert "lora_up: no time is left for it" in capsys.readouterr().out
 
 
 NO_KERNEL = "bench.tune: lora_up: no kernel covers sm_75, only gfx942, interpreter, sm_100, sm_120, sm_80, sm_90"
