@@ -96,7 +96,7 @@ def _run(a: argparse.Namespace, device: str) -> int:
         text = _summary(record, ceilings, rows, cases)
         (a.out / "summary.txt").write_text(text)
         print(text, end="", flush=True)
-    wrong = any(row["provider"] == harness.OURS and not row["parity"] for row in rows)
+    wrong = any(harness.is_ours(row["provider"]) and not row["parity"] for row in rows)
     red = record["tests"] is not None and not record["tests"].startswith("passed")
     return 130 if record["stopped"] else int(wrong or red)
 
@@ -108,11 +108,13 @@ def _measure_all(a: argparse.Namespace, device: str, cases: list[harness.Case], 
             if case.key in done:
                 continue
             start = time.monotonic()
+            if case.seconds and a.deadline - start < case.seconds:
+                continue
             if a.deadline - start < longest + 3:
                 return
             failed = False
             try:
-                with _limit():
+                with time_limit(case.seconds or CASE_SECONDS):
                     for row in harness.measure(case, device, ceilings, environment):
                         f.write(json.dumps(row) + "\n")
                         f.flush()
@@ -120,8 +122,9 @@ def _measure_all(a: argparse.Namespace, device: str, cases: list[harness.Case], 
                         print(harness.table([row]).splitlines()[-1], flush=True)
             except TimeoutError:
                 failed = True
-            # A slow case foretells slow ones, but a single first compilation should not end the run early.
-            longest = max(time.monotonic() - start, 0.7 * longest)
+            if not case.seconds:
+                # A slow case foretells slow ones, but a single first compilation should not end the run early.
+                longest = max(time.monotonic() - start, 0.7 * longest)
             if device == "cuda":
                 gc.collect()
                 if failed and not _context_alive():
@@ -130,14 +133,14 @@ def _measure_all(a: argparse.Namespace, device: str, cases: list[harness.Case], 
 
 
 @contextlib.contextmanager
-def _limit() -> Iterator[None]:
-    """TimeoutError after CASE_SECONDS, and again for each later provider; harness.measure makes a row of it."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after that long, and again every NEXT_PROVIDER_SECONDS for later providers; harness.measure makes a row of it."""
 
     def late(_number, _frame) -> None:
         raise TimeoutError("took too long")
 
     signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS, NEXT_PROVIDER_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds, NEXT_PROVIDER_SECONDS)
     try:
         yield
     finally:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 OURS, EAGER = "fastfuse", "eager"
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "torchao", "transformers")  # a row says which versions it was measured with
+PATCHED, UNPATCHED = "patched", "unpatched"  # the same where somebody's whole model is timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,10 @@ class Case:
     priority: int = 0  # lower is measured earlier
     # Provider -> the inputs it is judged on, made of the case's, where its library cannot hold the case's own.
     judged_on: Mapping[str, Callable[[dict], dict]] = field(default_factory=dict)
+    timed_on: Callable[[str], list[dict]] | None = None  # device -> input sets to time, where none that make() gives: these have no truth
+    timer: "Timer | None" = None  # where cuda_us and cpu_us do not fit
+    tokens: int | None = None  # of text, that a call takes in or gives out
+    seconds: float | None = None  # what a run gives it at most, if not what it gives any case
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -103,7 +108,8 @@ class Parity:
 
     def _limits_on(self, inputs: dict) -> list[tuple[Tensor, torch.dtype, float]]:
         """The truth of each output, its dtype and its largest error."""
-        pairs = zip(_seeded(self.case.providers[EAGER], inputs), _seeded(self.case.truth, inputs), strict=True)
+        eager = self.case.providers.get(EAGER) or self.case.providers[UNPATCHED]
+        pairs = zip(_seeded(eager, inputs), _seeded(self.case.truth, inputs), strict=True)
         return [(true, out.dtype, allowed_error(out, true)) for out, true in pairs]
 
     def ratio(self, provider: str) -> float:
@@ -154,7 +160,7 @@ def cuda_us(fn: Callable[[dict], object], sets: list[dict], budget_ms: float = 6
                 fn(inputs)
     except RuntimeError:  # something in fn waits for the device, which a graph cannot hold
         torch.cuda.synchronize()
-        return _cuda_event_us(fn, sets), "events"
+        return cuda_event_us(fn, sets), "events"
     once = _replay_ms(graph, 1)[0]
     once = min(once, *_replay_ms(graph, 1))
     times = _replay_ms(graph, max(5, min(200, int(budget_ms / max(once, 1e-3)))))
@@ -171,7 +177,7 @@ def _replay_ms(graph: "torch.cuda.CUDAGraph", n: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _cuda_event_us(fn: Callable[[dict], object], sets: list[dict], repeats: int = 30) -> float:
+def cuda_event_us(fn: Callable[[dict], object], sets: list[dict], repeats: int = 30) -> float:
     """Without a graph: the L2 is overwritten before each call. Host time shows wherever the device outruns it."""
     flush = torch.empty(2 * _l2_bytes(), dtype=torch.uint8, device="cuda")
     times = []
@@ -208,6 +214,8 @@ def cpu_repeats(fn: Callable[[dict], object], sets: list[dict], budget_s: float 
 
 def input_sets(case: Case, device: str, first: dict) -> list[dict]:
     """Independent inputs, three times the L2 in all, at least two: see cuda_us. On a CPU two."""
+    if case.timed_on:
+        return case.timed_on(device)
     if device != "cuda":
         return [first, case.make(device, 1)]
     size = sum(value.nbytes for value in first.values() if hasattr(value, "nbytes"))
@@ -219,7 +227,7 @@ def _l2_bytes() -> int:
     return torch.cuda.get_device_properties().L2_cache_size
 
 
-Timer = Callable[[Callable, list[dict]], tuple[float, str]]
+Timer = Callable[[Callable, list[dict]], tuple]  # us, how it was taken, and a dict of what else belongs into the row
 
 
 def measure(case: Case, device: str, peaks: Peaks, environment: Mapping) -> Iterator[dict]:
@@ -234,7 +242,7 @@ def measure(case: Case, device: str, peaks: Peaks, environment: Mapping) -> Iter
         return
     base["clocks"] = clocks(device)  # here the device has just worked: an idle one would show its idle clocks
     for provider in case.providers:
-        yield base | measure_provider(case, provider, parity, sets, cuda_us if device == "cuda" else cpu_us)
+        yield base | measure_provider(case, provider, parity, sets, case.timer or (cuda_us if device == "cuda" else cpu_us))
 
 
 def measure_provider(case: Case, provider: str, parity: Parity, sets: list[dict], timer: Timer) -> dict:
@@ -246,10 +254,10 @@ def measure_provider(case: Case, provider: str, parity: Parity, sets: list[dict]
     try:
         ratio = parity.ratio(provider)
         row |= {"parity": ratio <= 1, "error_over_limit": round(ratio, 3) if math.isfinite(ratio) else None}
-        us, timing = timer(fn, sets)
+        us, timing, *more = timer(fn, sets)
     except Exception as error:
         return row | {"error": describe_error(error)}
-    return row | {"us": round(us, 3), "timing": timing}
+    return row | {"us": round(us, 3), "timing": timing, **(more[0] if more else {})}
 
 
 def describe_error(error: Exception) -> str:
@@ -263,7 +271,8 @@ def row_base(case: Case, peaks: Peaks, environment: Mapping) -> dict:
     floor = {"floor_us": round(floor_us(cost, peaks, case.dtype), 3), "floor_from": peaks.source, "bytes": cost.bytes, "flops": cost.flops}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     measured = {"us": None, "parity": None, "clocks": None}
-    return {"op": op, "shape": shape, "dtype": dtype, **floor, **measured, **environment, "date": date}
+    model = {"tokens": case.tokens, "peak_bytes": None} if case.tokens else {}
+    return {"op": op, "shape": shape, "dtype": dtype, **floor, **measured, **model, **environment, "date": date}
 
 
 @functools.cache
@@ -322,19 +331,33 @@ def read(file: Path) -> list[dict]:
 
 
 def table(rows: Iterable[Mapping]) -> str:
-    """A line per row. The last column says how many times faster fastfuse is than the row's provider, if both are right."""
+    """A line per row. The last column says how many times faster fastfuse is than the row's provider, if both are right.
+
+    Of a whole model fastfuse is the provider "patched"; its rows end in tokens per second and peak memory.
+    """
     groups: dict[tuple, list[Mapping]] = {}
     for row in rows:
         groups.setdefault((row["op"], row["shape"], row["dtype"], row["device"], row["date"]), []).append(row)
-    lines = [f"{'op':24} {'shape':48} {'dtype':8} {'provider':19} {'median us':>11} {'floor us':>10} {'% of floor':>10}  fastfuse is"]
+    lines = [f"{'op':24} {'shape':48} {'dtype':8} {'provider':25} {'median us':>11} {'floor us':>10} {'% of floor':>10}  fastfuse is"]
     for (op, shape, dtype, *_), group in groups.items():
-        ours = next((r for r in group if r["provider"] == OURS and r["parity"] and r["us"]), None)
+        ours = next((r for r in group if is_ours(r["provider"]) and r["parity"] and r["us"]), None)
         for r in group:
             us = f"{r['us']:11.2f}" if r["us"] else f"{'-':>11}"
             percent = f"{100 * r['floor_us'] / r['us']:9.1f}%" if r["us"] else f"{'-':>10}"
             end = f"{r['us'] / ours['us']:.2f}x as fast" if ours and r is not ours and r["parity"] and r["us"] else _remark(r)
-            lines.append(f"{op:24} {shape:48} {dtype:8} {r['provider']:19} {us} {r['floor_us']:10.2f} {percent}  {end}".rstrip())
+            lines.append(f"{op:24} {shape:48} {dtype:8} {r['provider']:25} {us} {r['floor_us']:10.2f} {percent}  {end}{_of_a_model(r)}".rstrip())
     return "\n".join(lines)
+
+
+def is_ours(provider: str) -> bool:
+    return provider in (OURS, PATCHED)
+
+
+def _of_a_model(row: Mapping) -> str:
+    if not (row.get("tokens") and row["us"]):
+        return ""
+    peak = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
+    return f"  {row['tokens'] / row['us'] * 1e6:.4g} tokens/s{peak}"
 
 
 def _remark(row: Mapping) -> str:

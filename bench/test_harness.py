@@ -1,5 +1,6 @@
 """The harness itself: what it must refuse, and what it must keep."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.all
 from bench import harness
 from bench.bench_nf4_lora import LINEAR, layers_case
 from bench.peaks import Peaks
@@ -99,3 +101,32 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     assert {(r["op"], r["shape"], r["dtype"]) for r in rows} == {case.key for case in harness.all_cases("cpu", quick=True)}
     assert "left out" not in (tmp_path / "summary.txt").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_of_a_whole_model_patched_is_ours() -> None:
+    base = {"op": "decode", "shape": "tiny", "dtype": "bfloat16", "device": "chip", "date": "", "floor_us": 100.0, "parity": True, "tokens": 8}
+    rows = [base | {"provider": "unpatched", "us": 600.0, "peak_bytes": 2**31}, base | {"provider": "patched", "us": 200.0, "peak_bytes": None}]
+    unpatched, patched = harness.table(rows).splitlines()[1:]
+    assert "3.00x as fast  1.333e+04 tokens/s, 2.00 GiB" in unpatched and "as fast" not in patched and "4e+04 tokens/s" in patched
+    rows[1] |= {"parity": False, "error_over_limit": 1.5}
+    assert "as fast" not in harness.table(rows)
+
+
+def test_a_long_case_that_no_longer_fits_costs_no_other(tmp_path: Path) -> None:
+    short = case_with()
+    run = argparse.Namespace(deadline=time.monotonic() + 50)
+    bench.all._measure_all(run, "cpu", [replace(short, op="long", seconds=100), short], set(), PEAKS, ENVIRONMENT, tmp_path / "results.jsonl")
+    assert {row["op"] for row in harness.read(tmp_path / "results.jsonl")} == {short.op}
+
+
+def test_a_case_may_bring_its_own_inputs_and_clock() -> None:
+    seen = []
+
+    def timer(fn, sets: list[dict]) -> tuple:
+        seen.append(sets)
+        return 5.0, "own clock", {"peak_bytes": 3}
+
+    rows = rows_of(replace(case_with(), timed_on=lambda device: [{"device": device}], timer=timer, tokens=7))
+    assert seen == [[{"device": "cpu"}]] * 2
+    assert {(r["us"], r["timing"], r["peak_bytes"], r["tokens"], r["parity"]) for r in rows.values()} == {(5.0, "own clock", 3, 7, True)}
+    assert "peak_bytes" not in rows_of(case_with())[harness.OURS]
