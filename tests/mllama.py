@@ -1,10 +1,8 @@
 """Small transformers Mllama models with every parameter random, and batches of real photos for them."""
 
-import copy
-import types
-
 import bitsandbytes as bnb
 import torch
+from numerics import exactly as exactly
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from skimage import data
@@ -93,20 +91,6 @@ def padded(given: dict, side: str) -> dict:
                 given[name][i] = fill
                 given[name][i, slice(len(row) - n, None) if side == "left" else slice(0, n)] = row[:n]
     return given
-
-
-def exactly(model: nn.Module) -> nn.Module:
-    """A copy in float64; transformers would still normalise in fp32."""
-    made = copy.deepcopy(model).double()
-
-    def normalise(self, x):
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-
-    for m in made.modules():
-        if type(m).__name__ == "MllamaTextRMSNorm":
-            m.forward = types.MethodType(normalise, m)
-    made.set_attn_implementation("sdpa")
-    return made
 
 
 def results(model: nn.Module, given: dict):

@@ -1,7 +1,10 @@
 """The one tolerance: a fused result may be at most twice as far from float64 as eager PyTorch in the same dtype, plus one ulp."""
 
+import copy
+import types
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def allowed_error(eager: Tensor, exact: Tensor) -> float:
@@ -41,3 +44,17 @@ def assert_rounding_apart(got: Tensor, want: Tensor, K: int, products: int = 1) 
     allowed = products * max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps * K**0.5)
     apart = (got.double() - want.double()).norm() / want.double().norm()
     assert apart <= allowed, f"{apart:.2e} apart relative, rounding explains {allowed:.2e}"
+
+
+def exactly(model: nn.Module) -> nn.Module:
+    """A copy in float64; transformers would still normalise in fp32."""
+    made = copy.deepcopy(model).double()
+
+    def normalise(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for m in made.modules():
+        if type(m).__name__ == "MllamaTextRMSNorm":
+            m.forward = types.MethodType(normalise, m)
+    made.set_attn_implementation("sdpa")
+    return made
