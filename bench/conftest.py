@@ -117,7 +117,9 @@ def _codegen() -> str:
     """Last of all: its two workers would disturb anything timed beside them. One target of five, which takes a minute on two cores and not five."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
-        done = subprocess.run([sys.executable, "-m", "bench.codegen", "--only", "sm_90"], cwd=harness.ROOT, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.codegen", "--only", "sm_90"], cwd=harness.ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
     except subprocess.TimeoutExpired:
         return "not shown: compiling took more than 300 s"
     return done.stdout if done.stdout else f"failed: {done.stderr[-1500:]}"

@@ -26,7 +26,7 @@ from pathlib import Path
 from bench import harness
 
 BARS = Path(__file__).parent / "bars.json"
-OURS, UNPATCHED = (harness.OURS, "patched"), "unpatched"  # "patched" and "unpatched": whole models of bench/end_to_end.py
+OURS, UNPATCHED = (harness.OURS, harness.PATCHED), harness.UNPATCHED
 SECTIONS = {"cpu": "cpu", "gpu": "cuda"}  # marker in README -> device_type of its rows
 NOTES = {
     "cpu": "On a CPU no kernel runs: products with NF4 decode a few rows at a time into the cache, everything else is the op's eager reference. ",
