@@ -356,7 +356,7 @@ def is_ours(provider: str) -> bool:
 def _of_a_model(row: Mapping) -> str:
     if not (row.get("tokens") and row["us"]):
         return ""
-    peak = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
+    peak = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row.get("peak_bytes") else ""
     return f"  {row['tokens'] / row['us'] * 1e6:.4g} tokens/s{peak}"
 
 

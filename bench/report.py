@@ -184,13 +184,16 @@ def _device(rows: list[dict], bars: Mapping) -> Device:
     cases = []
     for key, run in sorted(runs.items(), key=lambda item: [_natural(word) for word in item[0]]):
         date = _newest(run)
+        gone = {row["provider"] for row in run} - {row["provider"] for row in run if row["date"] == date}
+        if gone:  # a run that was cut short would show fewer peers, the faster ones perhaps
+            raise Refused(f"{' '.join(key)}, {run[0]['device']}: its newest run, of {date}, lacks {min(gone)}, which an earlier one at this commit has")
         cases.append(_case(key, {row["provider"]: row for row in run if row["date"] == date}, bars))
     first, *others = (row for case in cases for row in case.rows.values())
     for row in (first, *others):
         if row["dirty"] or not row["commit"]:
             raise Refused(f"{_row_name(row)}: measured in a tree {'with changes' if row['dirty'] else 'of no known commit'}")
-        if row["provider"] in OURS and (row.get("error") or not row["us"]):
-            raise Refused(f"{_row_name(row)}: failed, {row.get('error') or 'it has no time'}")
+        if row["provider"] in OURS and (row.get("error") or not row["us"] or row["parity"] is not True):
+            raise Refused(f"{_row_name(row)}: failed, {row.get('error') or 'it has no time, or was not checked'}")
         for package in harness.PACKAGES:
             if row.get(package) != first.get(package):
                 raise Refused(f"{_row_name(row)}: {package} {row.get(package)}, and {first.get(package)} in {_row_name(first)}")

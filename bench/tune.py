@@ -124,7 +124,10 @@ def main() -> None:
 
 def _sweep(names: list[str], arch: str, a: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * a.minutes
-    ceilings, where = peaks.measure("cuda"), harness.environment("cuda", a.commit)
+    where = harness.environment("cuda", a.commit)
+    if where["commit"] is None:
+        sys.exit("bench.tune: no git folder here: --commit SHA, which the rows will say")
+    ceilings = peaks.measure("cuda")
     print(f"{peaks.describe(ceilings)}, {arch}")
     with open(a.out or os.devnull, "a") as out:
         setting = Setting(
@@ -542,13 +545,16 @@ def compile_all(jobs: list[Job], workers: int) -> Compiled:
                 found[waiting[future]] = future.result()
             except BrokenProcessPool:
                 lost.append(waiting[future])
-    for job in lost:
+
+    def alone(job: Job) -> list[codegen.Report] | str:
         with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
             try:
-                found[job] = pool.submit(_compile, job).result()
+                return pool.submit(_compile, job).result()
             except BrokenProcessPool:
-                found[job] = "the compiler crashed"
-    return found
+                return "the compiler crashed"
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:  # side by side: each starts a process of its own
+        return found | dict(zip(lost, threads.map(alone, lost), strict=True))
 
 
 def _compile(job: Job) -> list[codegen.Report] | str:

@@ -133,7 +133,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32, **lora) -> nn.Module:
     """What people train: NF4 in the language model, adapters over it, the rest as it is."""
     model = build(made or config()).to(dtype)
     for name, linear in list(model.model.language_model.named_modules()):
@@ -143,7 +143,7 @@ def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32) 
             model.model.language_model.set_submodule(name, made)
     model.is_loaded_in_4bit = True
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, exclude_modules=".*vision_model.*", init_lora_weights=False))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, exclude_modules=".*vision_model.*", init_lora_weights=False, **lora))
 
 
 def losses(model: nn.Module, given: dict[str, torch.Tensor], steps: int) -> list[float]:

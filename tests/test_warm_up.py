@@ -26,14 +26,14 @@ def process(cache: Path, *args: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["mllama", "own"])
+@pytest.mark.parametrize("model", ["mllama", "autocast", "own"])
 def test_a_second_process_starts_without_compiling(model, tmp_path):
-    """Training and generating with 12, 40 and 700 tokens, one sequence and two, after a warm-up that was told none of it."""
+    """Training and generating with 12, 40 and 700 tokens, one sequence and two, after a warm-up in eval mode that was told none of it."""
     warm = process(tmp_path, "warm", model)
     assert warm["left out"] == [] and warm["untouched"]
     assert warm["compiled"] == [warm["kernels"], 0] and warm["kernels"] > 30
     use = process(tmp_path, "use", model)
-    assert use["not in the cache"] == 0 and use["used"] >= 25, use
+    assert use["not in the cache"] == 0 and use["used"] >= 20, use
     assert {"nf4_skinny_kernel", "nf4_linear_dx_kernel", "place_kernel", "cross_attention_dkdv_kernel"} <= set(use["kernels"])
 
 
@@ -60,6 +60,10 @@ def test_refusals(options, error, words, monkeypatch):
 
 
 def test_refuses_what_it_cannot_compile_for(monkeypatch):
+    monkeypatch.setattr("fastfuse.patching.warm_up.INTERPRET", False)
+    with pytest.warns(UserWarning, match="nothing in Linear runs a fused op: call patch"):
+        assert fastfuse.warmup(nn.Linear(2, 2), target="sm_90", progress=False).kernels == 0
+    monkeypatch.undo()
     with pytest.raises(TypeError, match="warmup: model is a int"):
         fastfuse.warmup(3)
     with pytest.raises(TypeError, match="warmup: a call is a Tensor, not a function"):

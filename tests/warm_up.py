@@ -32,8 +32,8 @@ def listen(*, src, cache_hit: bool, **rest) -> None:
 
 
 def mllama():
-    """(transformers' Mllama in QLoRA, patched; what a user does with it for so many sequences of so many tokens)."""
-    model = qlora(config(hidden_size=128, intermediate_size=256), torch.bfloat16)
+    """(transformers' Mllama in QLoRA with dropout, patched; what a user does with it for so many sequences of so many tokens)."""
+    model = qlora(config(hidden_size=128, intermediate_size=256), torch.bfloat16, lora_dropout=0.1)
     fastfuse.patch(model)
 
     def call(sequences: int, tokens: int) -> None:
@@ -51,6 +51,18 @@ def mllama():
     return model, call
 
 
+def autocast():
+    """mllama in training under autocast, with adapters in fp32 as PEFT has them."""
+    model, call = mllama()
+
+    def cast(sequences: int, tokens: int) -> None:
+        if tokens < 700:
+            with torch.autocast("cpu", torch.bfloat16):
+                call(sequences, tokens)
+
+    return model, cast
+
+
 def own():
     """The same of fastfuse's DeepFusionModel, whose masks are of image tokens and whose caches have a fixed size."""
     config = Llama3VisionConfig(
@@ -63,10 +75,10 @@ def own():
 
     def call(sequences: int, tokens: int) -> None:
         images = {
-            "images": torch.zeros(sequences, 1, 4, 3, 56, 56, dtype=torch.bfloat16),
-            "aspect_ratio": torch.full((sequences, 1, 2), 2),
+            "images": torch.zeros(sequences, 1, tiles := 4 if sequences == 1 else 1, 3, 56, 56, dtype=torch.bfloat16),
+            "aspect_ratio": torch.full((sequences, 1, 2), 2 if tiles == 4 else 1),
         }
-        given = {"encoder_input": images, "encoder_mask": torch.ones(sequences, tokens, 4 * 17, dtype=torch.bool)}
+        given = {"encoder_input": images, "encoder_mask": torch.ones(sequences, tokens, tiles * 17, dtype=torch.bool)}
         prompt = torch.full((sequences, tokens), 5)
         model.train()
         model(prompt, **given).sum().backward()
@@ -128,11 +140,13 @@ def _wrong_kernel(x_ptr, BLOCK: tl.constexpr):
 
 if __name__ == "__main__":
     what, kind = sys.argv[1:]
-    model, call = {"mllama": mllama, "own": own}[kind]()
+    model, call = {"mllama": mllama, "autocast": autocast, "own": own}[kind]()
     if what == "warm":
         before = {name: p.clone() for name, p in model.state_dict().items()}
         state = torch.get_rng_state()
-        first, again = (fastfuse.warmup(model, target="sm_90", backward=True) for _ in range(2))
+        dtype = torch.bfloat16 if kind == "autocast" else None
+        model.eval()
+        first, again = (fastfuse.warmup(model, target="sm_90", backward=True, autocast=dtype) for _ in range(2))
         same = all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
         json.dump({"kernels": first.kernels, "compiled": [first.compiled, again.compiled], "left out": first.left_out, "untouched": same}, sys.stdout)
     elif what == "use":

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ if _op.HAS_TRITON:
 
 # Triton keeps what it has compiled by device: by this one it keeps nothing that a launch would find.
 _NOWHERE = "no device"
+_lock = threading.RLock()  # autograd runs a thread for each GPU
 
 
 @contextlib.contextmanager
@@ -32,7 +34,9 @@ def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict
 
     def stand_in(launch: Callable, args: tuple):
         device = _op._lead(args[0]).device
-        with _driver(target), _Finder(found):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("warmup: a call captures a CUDA graph, which would hold zeros for good: warm up first, capture afterwards")
+        with _lock, _driver(target), _Finder(found):
             made = launch(*tree_map_only(Tensor, _on_meta, args))
         return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), made)
 

@@ -75,10 +75,10 @@ def route(op: str, x: Tensor, name: str | None) -> str:
         raise Unsupported(f"{op}: forward-mode differentiation is not covered: use fastfuse.backend('torch')", "FORWARD_AD")
     if transformed():
         raise Unsupported(f"{op}: torch.func transforms (grad, vmap, ...) are not covered: use fastfuse.backend('torch')", "FUNCTORCH")
+    if stand_in is not None and x.device.type != "cuda":  # asked first: a graph that torch.compile made now must not serve afterwards
+        return "interpreter"  # the launcher's way, wherever the tensor is
     if x.device.type == "cuda":
         check_triton(op)
-    elif stand_in is not None:
-        return "interpreter"  # the launcher's way, wherever the tensor is
     elif x.device.type not in ("cpu", "meta") and name == "auto":
         return "reference"  # a device without kernels of ours: eager PyTorch runs wherever PyTorch does
     elif name == "triton":

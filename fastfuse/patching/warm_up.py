@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._collect import collecting
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, check
 from fastfuse.patching.engine import check_model, host_of_module, undisturbed
-from fastfuse.patching.hosts._host import Options, Reason, Sizes
+from fastfuse.patching.hosts._host import Host, Options, Reason, Sizes
 
 if HAS_TRITON:
     import triton
@@ -49,6 +50,7 @@ def warmup(
     model: nn.Module,
     *calls: Callable[[], object],
     backward: bool | None = None,
+    autocast: torch.dtype | None = None,
     target: str | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -60,7 +62,9 @@ def warmup(
     computed, no weight read or changed, no random number drawn.
     calls: functions that use the model, or fused ops, in their own way, run for what they would launch too. Inside them fused ops give zeros:
     lambda: model.generate(**inputs, max_new_tokens=2)
-    backward: training too, as well as inference; if None where the model is in training mode.  target: "sm_90", for a GPU that is not here, as when an image is built;
+    A graph of CUDA captured in a call would hold those zeros: such a call is an error. Masks of intervals on a GPU, fp16 or fp32 input to a layer of
+    another dtype and what else no module tells of itself are for calls.
+    backward: training too, as well as inference; if None where the model is in training mode.  autocast: also under torch.autocast to this dtype.  target: "sm_90", for a GPU that is not here, as when an image is built;
     the model may then be on a CPU, and must be patched.  workers: threads, one per core and eight at most if None.  progress: a bar on stderr.
     Launch nothing in other threads meanwhile. Raises ValueError for a bad option, Unsupported where there is no Triton, no GPU and no target,
     or no kernels for it, RuntimeError where a kernel does not compile, after all others have.
@@ -77,10 +81,12 @@ def warmup(
     chips = _chips(model, target)
     for arch, (chip, processors) in chips.items():
         with collecting(chip, arch, processors) as kernels, _random_state_kept():
-            left_out |= _rehearse(model, arch, model.training if backward is None else backward)
+            left_out |= _rehearse(model, arch, model.training if backward is None else backward, autocast)
             for call in calls:
                 call()
         found |= kernels
+    if not found and not calls:
+        warnings.warn(f"fastfuse.warmup: nothing in {type(model).__name__} runs a fused op: call patch(model) first", stacklevel=2)
     compiled = _compile(list(found.values()), workers or min(8, os.cpu_count() or 1), progress)
     seconds = time.perf_counter() - start
     return WarmupReport(tuple(chips), len(found), compiled, seconds, triton.knobs.cache.dir, tuple(left_out.items()))
@@ -112,36 +118,53 @@ def _random_state_kept() -> Iterator[None]:
         yield
 
 
-def _rehearse(model: nn.Module, arch: str, backward: bool) -> dict[str, str]:
-    """Have every covered module call its fused ops, once for all that are alike. -> the modules that do not, and why."""
+def _rehearse(model: nn.Module, arch: str, backward: bool, autocast: torch.dtype | None) -> dict[str, str]:
+    """Have every covered module call its fused ops, once for all that are alike, in each mode. -> the modules that do not, and why."""
     left_out, seen = {}, set()
     image = next((found for m in model.modules() if (host := host_of_module(m)) and (found := host.image(m))), _IMAGE)
     for name, module in model.named_modules():
         host, record = host_of_module(module), module.__dict__.get("_fastfuse")
-        if host is None or (record is None and not host.native):
-            continue
         options = Options() if record is None else record.options
-        alike = host, options, repr(module), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()), module.training
-        if options.backend == "torch" or alike in seen:
+        if host is None or (record is None and not host.native) or options.backend == "torch":
             continue
-        seen.add(alike)
-        for sizes, graded in itertools.product(_sizes(host.op, arch, image), sorted({False, backward})):
-            with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(graded):
-                made = host.rehearse(module, sizes, options)
-                if isinstance(made, Reason):
-                    left_out[name] = f"{made.code}: {made.words}"
-                    break
-                if made is not None and graded:
-                    _gradients(*made, [p for p in module.parameters() if p.requires_grad])
+        held = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
+        for training, dtype in itertools.product(sorted({False, backward}), {None: 0, autocast: 0}):
+            alike = host, options, repr(module), host.layout(module), held, training, dtype
+            if alike not in seen and (reason := _rehearse_mode(module, host, options, training, dtype, _sizes(host.op, arch, image))):
+                left_out[name] = f"{'training' if training else 'inference'}: {reason}"  # another one may have nothing in the way
+            else:
+                seen.add(alike)
     return left_out
+
+
+def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bool, autocast: torch.dtype | None, sizes: list[Sizes]) -> str | None:
+    """Why it could not be done; None where it was."""
+    device = host.device(module) or torch.device("cpu")
+    casting = contextlib.nullcontext() if autocast is None or device.type == "meta" else torch.autocast(device.type, autocast)
+    with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(training), casting:
+        for m in module.modules():
+            m.training = training
+        for each in sizes:
+            try:
+                made = host.rehearse(module, each, options)
+            except Unsupported as e:
+                made = Reason(e.code, str(e))
+            if isinstance(made, Reason):
+                return f"{made.code}: {made.words}"
+            if made is not None and training:
+                _gradients(*made, [p for p in module.parameters() if p.requires_grad])
+    return None
 
 
 def _sizes(op: str, arch: str, image: tuple[int, int]) -> list[Sizes]:
     """A call on either side of each boundary that the rows of the op draw."""
-    if op == "cross_attention":
-        # Few programs share the columns of the mask, many do not: of one sequence, and of so many that every multiprocessor has its own.
-        return [Sizes(batch, tokens, *image) for batch in (1, 256) for tokens in _bounds(["cross_attention"], arch)]
-    return [Sizes(1, tokens, *image) for tokens in _bounds(["patch_embed"] if op == "patch_embed" else _LINEAR, arch)]
+    if op != "cross_attention":
+        return [Sizes(1, tokens, *image) for tokens in _bounds(["patch_embed"] if op == "patch_embed" else _LINEAR, arch)]
+    # Few programs share the columns of the mask, many do not: of one sequence, and of so many that every multiprocessor has its own. A split takes
+    # 512 columns; whether their number divides by 4 is a kernel of its own in packing a mask.
+    tiles, n = image
+    counts = sorted({1, tiles, max(tiles, -(-512 // n))})
+    return [Sizes(batch, tokens, count, n) for batch in (1, 256) for tokens in _bounds(["cross_attention"], arch) for count in counts]
 
 
 def _bounds(ops: Iterable[str], arch: str) -> list[int]:

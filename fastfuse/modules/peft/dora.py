@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastfuse.modules.low_precision.nf4_linear import base_linear, bias_fits
 from fastfuse.modules.peft.lora import LowRankLinear, is_plain
-from fastfuse.ops import lora_row_norms, nf4_dequantize, nf4_lora_linear
+from fastfuse.ops import _op, lora_row_norms, nf4_dequantize, nf4_lora_linear
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 # Elements of W + s B A in memory at a time where a factor must be called: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
@@ -129,7 +129,7 @@ class DoRALinear(LowRankLinear):
 
 
 def _comparable(tensors: tuple) -> bool:
-    """Whether a change shows, and what is computed from them holds values now: not so while a CUDA graph is captured, or from fake tensors."""
-    if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+    """Whether a change shows, and what is computed from them holds values now: not so while a CUDA graph is captured or a warm-up collects, or from fake tensors."""
+    if _op.stand_in is not None or any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())

@@ -334,14 +334,22 @@ def attention_refuses(module: nn.Module, dtype: torch.dtype, head_dim: int, grou
     return None if why is None else Reason("UNCOVERED", why)
 
 
-def rehearse_attention(dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, tiled: bool, sizes: Sizes, options: Options) -> Rehearsed:
+def rehearse_attention(
+    module: nn.Module, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, tiled: bool, sizes: Sizes, options: Options
+) -> Rehearsed | Reason:
     """On the meta device: kernels depend on neither values nor, with head_dim a multiple of 16, on strides. tiled: by a mask of tiles, else of image tokens."""
     b, s, tiles, n = sizes
+    device = device_of(module)
+    if device is not None and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if why := uncovered(dtype, head_dim, q_heads // kv_heads):
+        return Reason("UNCOVERED", why)
     meta = {"dtype": dtype, "device": "meta", "requires_grad": torch.is_grad_enabled()}
     given = [torch.empty(b, length, heads, head_dim, **meta) for length, heads in ((s, q_heads), (tiles * n, kv_heads), (tiles * n, kv_heads))]
     flags = torch.empty((b, s, 1, tiles) if tiled else (b, s, tiles * n), dtype=torch.bool, device="meta")
     mask = EncoderMask.from_tiles(flags, n) if tiled else EncoderMask.from_dense(flags)
-    return cross_attention(*(t.transpose(1, 2) for t in given), mask, backend=options.named()), given
+    q, k, v = (t.transpose(1, 2) for t in given)
+    return sum(cross_attention(q, k, v, seen, backend=options.named()) for seen in (mask, None)), given
 
 
 def plain_tensors(*tensors: Tensor | None) -> Reason | None:

@@ -28,7 +28,7 @@ def _linear(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed:
     adapter = next((p for p in module.parameters() if p is not weight and p.dim() == 2), weight)
     shape = (sizes.batch, sizes.tokens, weight.shape[1])
     x = torch.zeros(shape, dtype=adapter.dtype, device=weight.device, requires_grad=torch.is_grad_enabled())
-    return module(x), [x]
+    return module.forward(x), [x]  # nobody's hooks
 
 
 def _front(module: VisionTransformer, sizes: Sizes, options: Options) -> Rehearsed | Reason:
@@ -38,9 +38,9 @@ def _front(module: VisionTransformer, sizes: Sizes, options: Options) -> Rehears
     return module._fused_embedding(images, ratio), []
 
 
-def _attention(module: TransformerCrossAttentionLayer, sizes: Sizes, options: Options) -> Rehearsed:
+def _attention(module: TransformerCrossAttentionLayer, sizes: Sizes, options: Options) -> Rehearsed | Reason:
     attn = module.attn
-    return rehearse_attention(next(module.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
+    return rehearse_attention(module, next(module.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
 
 
 HOSTS = (

@@ -217,7 +217,7 @@ def _cross_attention_probe(self: nn.Module) -> Probe:
 def _rehearse_attention(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
     if found := _cross_attention_obstacle(self, options):
         return found
-    return rehearse_attention(self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, True, sizes, options)
+    return rehearse_attention(self, self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, True, sizes, options)
 
 
 # MllamaVisionModel

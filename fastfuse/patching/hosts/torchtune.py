@@ -398,7 +398,7 @@ def _rehearse_attention(self: nn.Module, sizes: Sizes, options: Options) -> Rehe
     if found := _attention_obstacle(self, options):
         return found
     attn = self.attn
-    return rehearse_attention(next(self.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
+    return rehearse_attention(self, next(self.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
 
 
 def _attention_probe(self: nn.Module) -> Probe | None:
