@@ -40,6 +40,7 @@ from bench import codegen, harness, peaks
 from bench.all import _context_alive
 from bench.tune_space import OPS, SCHEDULE, Point, Series, candidates, illegal, series, specimens
 from fastfuse import Unsupported, tune
+from fastfuse.ops._collect import collecting
 
 FOLDER = Path(tune.__file__).parent
 BOUND = 0.6  # of the best bound of the same blocks
@@ -76,6 +77,7 @@ class Setting:
     deadline: float = float("inf")
     log: Callable[[Mapping], None] = lambda entry: None
     say: Callable[[str], None] = print
+    prepare: Callable[[str, Point, list[dict | None]], None] = lambda op, point, tiles: None  # before the first of them is timed
 
     def us(self, op: str, point: Point, tile: dict | None, why: str) -> float:
         if time.monotonic() > self.deadline:
@@ -130,8 +132,11 @@ def _sweep(names: list[str], arch: str, a: argparse.Namespace) -> None:
     ceilings = peaks.measure("cuda")
     print(f"{peaks.describe(ceilings)}, {arch}")
     with open(a.out or os.devnull, "a") as out:
+        clock, device = Clock("cuda"), torch.device("cuda")
+        chip = triton.runtime.driver.active.get_current_target(), tune.arch_of(device), tune.processors_of(device)
         setting = Setting(
-            clock=Clock("cuda"),
+            clock=clock,
+            prepare=lambda op, point, tiles: clock.compile_launches(op, point, tiles, chip, a.workers),
             floor=lambda point: harness.floor_us(point.case.cost(point.case.make("meta", 0)), ceilings, point.case.dtype),
             compiled=lambda jobs: compile_all(jobs, a.workers),
             mark=_mark(where),
@@ -304,6 +309,7 @@ def _decide(op: str, arch: str, row: dict, points: list[Point], kept: list[Candi
     ran = []
     for point in points:
         try:
+            setting.prepare(op, point, [c.tile for c in alive])
             for c in list(alive):
                 try:
                     times[id(c)].append(setting.us(op, point, c.tile, "sweep"))
@@ -448,6 +454,18 @@ class Clock:
         if row["timing"] == "events":
             raise Refused("no CUDA graph could hold it: its time would include launch gaps")
         return row["us"]
+
+    def compile_launches(self, op: str, point: Point, tiles: list[dict | None], chip: tuple, workers: int) -> None:
+        """Side by side, into Triton's cache. What the specimens compile is not it: their integers are divisible by 16 or not as no call's need be."""
+        if self._at is not point:
+            self._prepare(point)
+        run, inputs = point.case.providers[harness.OURS], self._made[0].inputs
+        with collecting(*chip) as found:
+            for tile in tiles:
+                with tune.pin(op, tune.tile_of(tile)), contextlib.suppress(Exception):  # whatever it is, timing the tile will meet it and name it
+                    run(inputs)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            concurrent.futures.wait([pool.submit(compile_kernel) for compile_kernel in found.values()])
 
     def _prepare(self, point: Point) -> None:
         self._at = self._made = None

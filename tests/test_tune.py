@@ -480,6 +480,31 @@ def test_every_case_is_right_and_asks_for_what_it_declares(op, point):
     assert point.case.cost(point.case.make("meta", 0)).bytes > 0
 
 
+def test_launches_are_compiled_before_they_are_timed(tmp_path):
+    """Those of every tile that is left, for the GPU at hand: here one that is not."""
+    code = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from bench import tune as sweep, tune_space as space
+def tile(m, n):
+    return {"constants": {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "TRANSPOSED": True}, "num_warps": 4, "num_stages": 2}
+hits = []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: hits.append((src.name, cache_hit))
+point, clock = space.linear_point("sm_90", [(64, 128)], 40), sweep.Clock("cpu")
+for _ in range(2):
+    clock.compile_launches("nf4_linear", point, [tile(64, 64), None, tile(64, 32)], (GPUTarget("cuda", 90, 32), "sm_90", 132), 2)
+print(json.dumps(hits))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    hits = json.loads(done.stdout.splitlines()[-1])
+    names = sorted(name for name, hit in hits if not hit)
+    assert names.count("nf4_linear_fwd_kernel") == 2 and "nf4_dequantize_kernel" in names
+    assert sorted(name for name, hit in hits if hit) == names  # the second time all of them are there
+
+
 def test_real_kernels_are_pruned():
     """By the compiler, without a GPU: one that fits, one that spills, one with too many stages, one that is no kernel."""
     code = """
