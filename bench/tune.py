@@ -132,8 +132,7 @@ def _sweep(names: list[str], arch: str, a: argparse.Namespace) -> None:
     ceilings = peaks.measure("cuda")
     print(f"{peaks.describe(ceilings)}, {arch}")
     with open(a.out or os.devnull, "a") as out:
-        clock, device = Clock("cuda"), torch.device("cuda")
-        chip = triton.runtime.driver.active.get_current_target(), tune.arch_of(device), tune.processors_of(device)
+        clock, chip = Clock("cuda"), _chip()
         setting = Setting(
             clock=clock,
             prepare=lambda op, point, tiles: clock.compile_launches(op, point, tiles, chip, a.workers),
@@ -149,6 +148,12 @@ def _sweep(names: list[str], arch: str, a: argparse.Namespace) -> None:
         changed = [op for op in names if tune_op(op, arch, series(op, arch), setting)]
     if changed:
         print(f"written: {', '.join(f'fastfuse/tune/{op}.json' for op in changed)}; in the same commit: python -m bench.codegen --store")
+
+
+def _chip() -> tuple:
+    """Of the GPU at hand, as collecting() takes it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return triton.runtime.driver.active.get_current_target(), tune.arch_of(device), tune.processors_of(device)
 
 
 def _mark(where: Mapping) -> dict:

@@ -561,6 +561,8 @@ def test_a_dry_run_says_what_it_would_try_and_writes_nothing(monkeypatch, capsys
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels are interpreted only where there is no GPU")
 def test_the_command_from_its_arguments_to_the_file(folder, monkeypatch, capsys):
     """All of it but the GPU: the clock, floors, log and marks are the true ones."""
+    import triton.experimental.gluon.nvidia  # noqa: F401  the interpreter's first launch does, and Triton's switch must then be on, which main() finds off
+
     path, log, real = folder / "lora_up.json", folder / "log.jsonl", sweep.tune_op
     row = {"arch": "interpreter", "when": {}, "tile": {"constants": {"BLOCK_M": 64, "BLOCK_C": 64}, "num_warps": 4, "num_stages": 2}}
     path.write_text(f"[\n  {json.dumps(row)}\n]\n")
@@ -571,6 +573,8 @@ def test_the_command_from_its_arguments_to_the_file(folder, monkeypatch, capsys)
         (tune, "arch_of", lambda device: "interpreter"),
         (sweep.peaks, "measure", lambda device: sweep.peaks.DATA_SHEET["H200"]),
         (sweep.harness, "environment", lambda device, commit: where),
+        (sweep, "_chip", lambda: None),
+        (sweep.Clock, "compile_launches", lambda self, op, point, tiles, chip, workers: None),  # there is nothing to compile for
         (sweep, "Clock", lambda device, clock=sweep.Clock: clock("cpu")),
         (sweep, "series", lambda op, arch: calls),
         (sweep, "compile_all", lambda jobs, workers: {job: [] for job in jobs}),

@@ -34,7 +34,8 @@ def test_a_second_process_starts_without_compiling(model, tmp_path):
     assert warm["compiled"] == [warm["kernels"], 0] and warm["kernels"] > 30
     use = process(tmp_path, "use", model)
     assert use["not in the cache"] == 0 and use["used"] >= 20, use
-    assert {"nf4_skinny_kernel", "nf4_linear_dx_kernel", "place_kernel", "cross_attention_dkdv_kernel"} <= set(use["kernels"])
+    placed = "patch_embed_fwd_kernel" if model == "autocast" else "place_kernel"  # whose norm is PyTorch's own
+    assert {"nf4_skinny_kernel", "nf4_linear_dx_kernel", placed, "cross_attention_dkdv_kernel"} <= set(use["kernels"])
 
 
 def test_calls_of_the_users_own_are_collected_and_give_zeros(tmp_path):
