@@ -134,8 +134,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32, **lora) -> nn.Module:
-    """What people train: NF4 in the language model, adapters over it, the rest as it is."""
-    model = build(made or config()).to(dtype)
+    """What people train: NF4 in the language model, adapters over it, the rest as it is. Rows of whole blocks: see weights.host_dequantize."""
+    model = build(made or config(intermediate_size=128)).to(dtype)
     for name, linear in list(model.model.language_model.named_modules()):
         if isinstance(linear, nn.Linear):
             made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4", device="meta")

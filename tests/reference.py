@@ -8,7 +8,7 @@ import copy
 import math
 
 import torch
-from numerics import assert_no_worse
+from numerics import assert_no_worse, in_several_orders
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -190,33 +190,45 @@ def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], d
     """
     module = copy.deepcopy(module).to(dtype)
     inputs = {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
-    results, upstreams = [], []
-    for call, mod, to in ((run, module, dtype), (formula, module, dtype), (formula, copy.deepcopy(module).double(), torch.float64)):
+    upstreams = []
+
+    def results(call, mod, to):
         given = {n: t.to(to).requires_grad_() if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
         out = call(mod, **given)
-        upstreams = upstreams or [torch.randn(out.shape, dtype=torch.float64).to(dtype) for _ in range(8)]
+        upstreams.extend(torch.randn(out.shape, dtype=torch.float64).to(dtype) for _ in range(8 - len(upstreams)))
         wanted = {n: p for n, p in [*mod.named_parameters(), *given.items()] if p is not None and p.requires_grad}
         draws = [torch.autograd.grad(out, wanted.values(), u.to(out.dtype), retain_graph=True, allow_unused=True) for u in upstreams]
-        results.append((out.detach(), dict(zip(wanted, zip(*draws, strict=True), strict=True))))
-    (got, got_grads), (eager, eager_grads), (exact, exact_grads) = results
-    assert_no_worse(got, eager, exact, "value")
-    assert_gradients_no_worse(got_grads, eager_grads, exact_grads)
+        return out.detach(), dict(zip(wanted, zip(*draws, strict=True), strict=True))
+
+    got = results(run, module, dtype)
+    eager = in_several_orders(lambda: results(formula, module, dtype))
+    assert_results_no_worse(got, eager, results(formula, copy.deepcopy(module).double(), torch.float64))
 
 
-def assert_gradients_no_worse(got: dict[str, tuple], eager: dict[str, tuple], exact: dict[str, tuple]) -> None:
+Gradients = dict[str, tuple]
+
+
+def assert_results_no_worse(got: tuple[Tensor, Gradients], eager: list[tuple[Tensor, Gradients]], exact: tuple[Tensor, Gradients]) -> None:
+    """assert_no_worse for a value and assert_gradients_no_worse for its gradients; eager: those of in_several_orders."""
+    assert_no_worse(got[0], [value for value, _ in eager], exact[0], "value")
+    assert_gradients_no_worse(got[1], [grads for _, grads in eager], exact[1])
+
+
+def assert_gradients_no_worse(got: Gradients, eager: Gradients | list[Gradients], exact: Gradients) -> None:
     """assert_no_worse for {name: gradients of several upstream gradients}, relative in 2-norm over all of them: of a few
-    numbers alone, two correct ways of rounding may well be more than a factor of two apart."""
-    errors = {}
+    numbers alone, two correct ways of rounding may well be more than a factor of two apart. eager: one such, or those of in_several_orders."""
+    orders, errors, eager_errors = [eager] if isinstance(eager, dict) else eager, {}, []
     for what, want in exact.items():
         if want[0] is None:
             assert all(g is None or not g.any() for g in got[what]), what
-        else:
-            assert all(g.dtype == e.dtype and g.shape == e.shape for g, e in zip(got[what], eager[what], strict=True)), what
-            errors[what] = _relative(got[what], want), _relative(eager[what], want)
+            continue
+        assert all(g.dtype == e.dtype and g.shape == e.shape for g, e in zip(got[what], orders[0][what], strict=True)), what
+        errors[what] = _relative(got[what], want)
+        eager_errors += [_relative(order[what], want) for order in orders]
     eps = max(torch.finfo(g.dtype).eps for grads in got.values() for g in grads if g is not None)
-    allowed = 2 * max(e for _, e in errors.values()) + eps
+    allowed = 2 * max(eager_errors) + eps
     assert allowed < 1, "a gradient that is zero but for rounding: nothing is compared"
-    bad = {what: f"{e:.2e}" for what, (e, _) in errors.items() if not e <= allowed}
+    bad = {what: f"{e:.2e}" for what, e in errors.items() if not e <= allowed}
     assert not bad, f"allowed {allowed:.2e}: {bad}"
 
 

@@ -27,11 +27,16 @@ def quantize(weight: torch.Tensor, storage: str, block_size: int = 64):
 
 
 def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
-    """What the host library itself makes of the weight in `dtype`."""
+    """What the host library itself makes of the weight in `dtype`.
+
+    Of bitsandbytes as one flat row: blocks run over the ends of rows, and with AVX-512 its CPU decode (0.50.2) begins a new one in each
+    row, which is wrong wherever K is a multiple of 16 but not of the block size.
+    """
     if type(weight).__name__ == "NF4Tensor":
         return weight.get_original_weight().to(dtype)
     state = weight.quant_state
     absmax = state.absmax
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return torch.ops.bitsandbytes.dequantize_4bit(weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype)
+    flat = torch.ops.bitsandbytes.dequantize_4bit(weight.data, absmax.float(), state.blocksize, state.quant_type, [1, state.shape.numel()], dtype)
+    return flat.view(state.shape)
