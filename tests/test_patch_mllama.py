@@ -23,6 +23,8 @@ import fastfuse
 from fastfuse.ops import EncoderMask
 from fastfuse.patching import hosts
 
+NAMES = [n for n in inspect.signature(modeling_mllama.MllamaModel.forward).parameters if n in ("cache", "past_key_values")]  # what transformers calls it
+NAMES += ["past_key_values"] if NAMES == ["cache"] else []  # 5.24 takes the old name as well
 SAMPLES = {"0, 1 and 2 images": [["coffee"], ["astronaut", "chelsea"], []], "one image": [["chelsea"]], "no image": [[], []]}
 
 
@@ -43,6 +45,9 @@ def given_back(request):
         shared.set_attn_implementation("eager")
 
 
+EVERYTHING = {"cross_attention": 4, "patch_embed": 1}
+
+
 def ops_of(report) -> dict[str, int]:
     return {op: sum(e.op == op for e in report.patched) for op in ("cross_attention", "patch_embed")}
 
@@ -56,7 +61,7 @@ def test_logits_and_every_gradient(model, samples, side, implementation):
     eager = in_several_orders(mllama.results, model, given)
     exact = mllama.results(mllama.exactly(model), given)
     report = fastfuse.patch(model)
-    assert ops_of(report) == {"cross_attention": 4, "patch_embed": 1}
+    assert ops_of(report) == EVERYTHING
     got = mllama.results(model, given)
     assert fastfuse.status(model).fallbacks == {}
     whole = model(**given).logits
@@ -269,6 +274,124 @@ def test_a_second_image_in_a_later_turn(model):
     fastfuse.patch(model)
     torch.testing.assert_close(turns(), want)
     assert fastfuse.status(model).fallbacks == {}
+
+
+def step(module: nn.Module, given: dict, cache, by: str):
+    """One call with the cache by one of its names, or positional."""
+    if by != "positional":
+        return module(**given, **{by: cache})
+    names = list(inspect.signature(module.forward).parameters)
+    first = names[: names.index(NAMES[0])]
+    return module(*(given.get(name) for name in first), cache, **{k: v for k, v in given.items() if k not in first})
+
+
+@torch.no_grad()
+def two_steps(model: nn.Module, path: str, by: str, static: bool) -> list[torch.Tensor]:
+    """A prompt with an image and a step without: what comes out, and what is in the cache after it."""
+    dtype, module, given = model.dtype, model.get_submodule(path), mllama.batch(SAMPLES["0, 1 and 2 images"])
+    if path == "model":
+        images = {k: given[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        images["pixel_values"] = images["pixel_values"].to(dtype)
+        steps = [{k: given[k][:, part] for k in ("input_ids", "cross_attention_mask")} for part in (slice(8), slice(8, 12))]
+        steps[0] |= images
+    else:  # one token: without a mask transformers' sdpa would be causal over the image tokens of more
+        made = torch.Generator().manual_seed(0)
+        states, x = (torch.randn(3, n, 64, generator=made).to(dtype) for n in (136, 2))
+        text = [{"input_ids": given["input_ids"][:, i : i + 1]} if path.endswith("model") else {"hidden_states": x[:, i : i + 1]} for i in range(2)]
+        steps = [text[0] | {"cross_attention_states": states}, text[1]]
+    config = model.config.get_text_config()
+    cache = transformers.StaticCache(config=config, max_cache_len=136) if static else transformers.DynamicCache(config=config)
+    outs = [step(module, each, cache, by)[0] for each in steps]
+    return [*outs, cache.layers[1].keys, cache.layers[1].values]
+
+
+TEXT, ATTENTION = "model.language_model", "model.language_model.layers.1.cross_attn"
+
+
+@pytest.mark.parametrize("by", [*NAMES, "positional"])
+@pytest.mark.parametrize("path, static", [("model", False), (TEXT, False), (TEXT, True), (ATTENTION, False), (ATTENTION, True)])
+def test_the_cache_by_each_of_its_names(model, path, static, by):
+    model.set_attn_implementation("sdpa")
+    want, exact = two_steps(model, path, by, static), two_steps(mllama.exactly(model), path, by, static)
+    assert ops_of(fastfuse.patch(model)) == EVERYTHING
+    for got, eager, true in zip(two_steps(model, path, by, static), want, exact, strict=True):
+        assert_no_worse(got, eager, true)
+    assert fastfuse.status(model).fallbacks == {}
+
+
+@pytest.mark.parametrize("newer", ["cache", None])
+@pytest.mark.skipif(len(NAMES) == 1, reason="this transformers has one name for it")
+@torch.no_grad()
+def test_of_two_names_the_newer_counts(model, newer):
+    """By presence, as in transformers: None under the newer name is no cache."""
+    attn, config = model.model.language_model.layers[1].cross_attn, model.config.get_text_config()
+    x, states = torch.randn(2, 1, 64), torch.randn(2, 8, 64)
+
+    def held():
+        caches = [transformers.DynamicCache(config=config) for _ in NAMES]
+        attn(x, states, cache=caches[0] if newer else None, past_key_values=caches[1])
+        return [cache.get_seq_length(1) for cache in caches]
+
+    want = held()
+    assert ops_of(fastfuse.patch(model)) == EVERYTHING
+    assert held() == want == [8 if newer else 0, 0]
+    assert fastfuse.status(model).fallbacks == {}
+
+
+def test_a_cache_given_twice_is_transformers_own_error(model):
+    attn, cache = model.model.language_model.layers[1].cross_attn, transformers.DynamicCache(config=model.config.get_text_config())
+    fastfuse.patch(model)
+    for name in NAMES:
+        with pytest.warns(UserWarning, match="ARGUMENTS") if name == NAMES[0] else warnings.catch_warnings(), pytest.raises(TypeError, match="multiple values"):
+            attn(torch.randn(2, 1, 64), torch.randn(2, 8, 64), cache, **{name: cache})
+    assert fastfuse.status(model).fallbacks == {"ARGUMENTS": len(NAMES)}
+
+
+@torch.no_grad()
+def test_the_cache_gets_what_transformers_hands_it(model):
+    """5.24 hands a cache the keywords of the call beside keys and values, versions before nothing."""
+    seen = []
+
+    class Watching(transformers.DynamicCache):
+        def update(self, keys, values, layer_idx, *args, **kwargs):
+            seen.append((layer_idx, args, {k: sorted(v) for k, v in kwargs.items()}))
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+
+    attn = model.model.language_model.layers[1].cross_attn
+    given = mllama.batch([["coffee"]])
+
+    def calls():
+        seen.clear()
+        config = model.config.get_text_config()
+        attn(torch.randn(2, 1, 64), torch.randn(2, 8, 64), use_cache=True, position_ids=torch.zeros(2, 1), **{NAMES[0]: Watching(config=config)})
+        model(**given, **{NAMES[0]: Watching(config=config)})
+        return list(seen)
+
+    want = calls()
+    assert ops_of(fastfuse.patch(model)) == EVERYTHING
+    assert calls() == want and want[0] == (1, (), {"kwargs": ["position_ids"]} if NAMES[0] == "cache" else {})
+    assert fastfuse.status(model).fallbacks == {}
+
+
+@torch.no_grad()
+def test_a_name_of_a_later_version_is_nothing_to_an_older_one(model):
+    """What the layer's own forward leaves out, the patched one does too."""
+    made = copy.deepcopy(model)
+    attn = made.model.language_model.layers[1].cross_attn
+    own = inspect.unwrap(type(attn).forward)
+
+    def forward(self, hidden_states, cross_attention_states=None, past_key_values=None, attention_mask=None, use_cache=None, **kwargs):
+        return own(self, hidden_states, cross_attention_states, past_key_values, attention_mask, use_cache)
+
+    with_forward(attn, forward)
+    x, states, caches = torch.randn(2, 1, 64), torch.randn(2, 8, 64), [transformers.DynamicCache(config=made.config.get_text_config()) for _ in range(3)]
+    want = attn(x, states, cache=caches[0])[0]
+    assert not fastfuse.patch(made).skipped
+    with pytest.warns(UserWarning, match="ARGUMENTS: called with cache, which its forward does not know"):
+        assert torch.equal(attn(x, states, cache=caches[1])[0], want)
+    attn(x, states, past_key_values=caches[2])
+    assert [cache.get_seq_length(1) for cache in caches] == [0, 0, 8]
+    assert fastfuse.status(made).fallbacks == {"ARGUMENTS": 1}
 
 
 def everything(model: nn.Module) -> list[dict]:
@@ -551,8 +674,12 @@ def test_a_renamed_part_is_skipped_with_its_name(model, path, old, op):
     assert [(e.name, e.op, e.code) for e in report.skipped] == [(f"model.{path}", op, "STRUCTURE")] and f"no {old}" in report.skipped[0].reason
 
 
-def with_forward(module: nn.Module, forward) -> None:
-    """Make it an instance of a class of the same name whose forward is another, as a later transformers would have."""
+def with_forward(module: nn.Module, forward, *more: str) -> None:
+    """Make it an instance of a class of the same name whose forward is another, as a later transformers would have. more: what it takes beside."""
+    if inspect.getfullargspec(forward).varargs:
+        *names, rest = inspect.signature(type(module).forward).parameters.values()
+        names += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+        forward.__signature__ = inspect.Signature([*names, rest])
     forward.__module__ = modeling_mllama.__name__
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward, "__module__": modeling_mllama.__name__})
 
@@ -574,11 +701,11 @@ def test_an_argument_that_nobody_knows_runs_the_own_forward(model):
     layer = made.model.language_model.layers[1]
     own = type(layer.cross_attn).forward
 
-    def forward(self, hidden_states, cross_attention_states=None, past_key_values=None, attention_mask=None, use_cache=None, softcap=None, **kwargs):
-        seen.append(attention_mask)
-        return own(self, hidden_states, cross_attention_states, past_key_values, attention_mask, use_cache, **kwargs)
+    def forward(self, *args, softcap=None, **kwargs):
+        seen.append(kwargs["attention_mask"])
+        return own(self, *args, **kwargs)
 
-    with_forward(layer.cross_attn, forward)
+    with_forward(layer.cross_attn, forward, "softcap")
     given = mllama.batch([["coffee"]])
     want = made(**given).logits
     fastfuse.patch(made)
@@ -594,9 +721,9 @@ def test_keywords_that_get_lost_are_an_error_not_a_wrong_answer(model):
     made = copy.deepcopy(model)
     own = inspect.unwrap(type(made.model).forward)
 
-    def forward(self, input_ids=None, inputs_embeds=None, past_key_values=None, cross_attention_mask=None, **kwargs):
+    def forward(self, *args, **kwargs):
         kwargs.pop("fastfuse_mask", None)
-        return own(self, input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values, cross_attention_mask=cross_attention_mask, **kwargs)
+        return own(self, *args, **kwargs)
 
     with_forward(made.model, forward)
     fastfuse.patch(made)
@@ -640,7 +767,7 @@ def test_on_the_meta_device():
     with torch.device("meta"):
         model = transformers.MllamaForConditionalGeneration(made)
     report = fastfuse.patch(model)
-    assert ops_of(report) == {"cross_attention": 4, "patch_embed": 1} and not report.skipped
+    assert ops_of(report) == EVERYTHING and not report.skipped
     given = {k: v.to("meta") for k, v in mllama.batch([["coffee"]]).items() if k != "attention_mask"}  # whose values transformers reads
     assert model(**given).logits.shape == (1, 12, mllama.VOCAB)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Options, Reason, Record, device_of, foreign_forward, forward_slot, host_of, own_forward, parameters, runs_on
+from fastfuse.patching.hosts._host import Host, Names, Options, Reason, Record, call_own, device_of, foreign_forward, forward_slot, host_of, runs_on
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
@@ -270,7 +270,7 @@ def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
             before = p.module.__dict__.get(slot)
             if host_of(before) is not None:
                 before = None  # ours, put back by a wrapper that outlived an unpatch
-            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, parameters(p.module))
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed))
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
         for p in todo:
@@ -307,7 +307,7 @@ def _mismatch(p: _Planned) -> str | None:
     if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
     record = p.module.__dict__["_fastfuse"]
-    own = p.host.fallback or (lambda module, given, options: own_forward(module)(**given))
+    own = p.host.fallback or (lambda module, given, options: call_own(module, given))
     with undisturbed(p.module), torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
         for m in p.module.modules():
             if isinstance(m, nn.Dropout):  # two masks would be two results

@@ -79,6 +79,7 @@ class Host:
     written_by: prefix of the modules whose forward this host knows, "" for any; a subclass with a forward of its own is left alone.
     parts: attributes that `fused` reads, dotted.  needs: arguments that its forward must have.
     takes: the arguments that `fused` knows, () for all; another one makes a call run the module's own forward, unless it is None or among `ignores`.
+    renamed: a row for each argument whose name the library has changed: all its names, the newest first. Everything else here has the newest one.
     refuses: why the module is not patched at all.  obstacle: why its calls would run its own forward as things stand, for the report.
     fused: (module, arguments by name, options) -> what forward returns, or a Reason, before anything has happened, to have the own forward run.
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
@@ -99,6 +100,7 @@ class Host:
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, ...], ...] = ()
     refuses: Callable[[nn.Module, Options], Reason | None] = _nothing
     obstacle: Callable[[nn.Module, Options], Reason | None] = _nothing
     fallback: Callable[[nn.Module, dict[str, Any], Options], Any] | None = None
@@ -142,14 +144,49 @@ class Host:
                 if not hasattr(part, name):
                     return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
                 part = getattr(part, name)
-        accepted = _accepted(module)
-        missing = [name for name in (*self.needs, *self.takes) if name not in accepted] if accepted is not None else []
-        if missing:
-            return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {missing[0]}: a version that fastfuse does not know")
+        accepted, names = _accepted(module), {row[0]: row for row in self.renamed}
+        for name in (*self.needs, *self.takes) if accepted is not None else ():
+            row = names.get(name, (name,))
+            if accepted.isdisjoint(row):
+                return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {' or '.join(row)}: a version that fastfuse does not know")
         if self.matches(module):
             return None
         changed = module.__dict__.get("_fastfuse") is not None
         return Reason("CHANGED", "it is not what it was when it was patched") if changed else Reason("STRUCTURE", "it is not built as fastfuse knows it")
+
+
+class Names(NamedTuple):
+    """How a module's own forward names its arguments, and how its host does: looked up once, when it is patched."""
+
+    positional: tuple[str, ...]  # where positional arguments go, by the host's names
+    hosts: dict[str, str]  # a name that a call may use: the host's, where it is another
+    own: dict[str, str]  # the host's name: the one that forward has, where it is another
+    unknown: tuple[str, ...]  # names of a later version, which this forward does not understand
+
+    @classmethod
+    def of(cls, module: nn.Module, renamed: tuple[tuple[str, ...], ...]) -> "Names":
+        """A forward is called by the name in its signature and, as libraries rename, by the older ones of the same row."""
+        found = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        positional = tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        hosts, own, unknown = {}, {}, ()
+        for row in renamed:
+            at = next((i for i, name in enumerate(row) if name in positional), 0)
+            hosts |= dict.fromkeys(row[max(at, 1) :], row[0])
+            own |= {row[0]: row[at]} if at else {}
+            unknown += row[:at]
+        return cls(tuple(hosts.get(name, name) for name in positional), hosts, own, unknown)
+
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any] | Reason:
+        """The arguments of a call by the host's names; a Reason where nobody can say which they are."""
+        if self.unknown and (later := [name for name in self.unknown if name in kwargs]):
+            return Reason("ARGUMENTS", f"called with {later[0]}, which its forward does not know")
+        if self.hosts:  # given by two names, the newer one counts, even if it is None
+            kwargs = {self.hosts.get(name, name): value for name, value in kwargs.items() if name not in self.hosts or self.hosts[name] not in kwargs}
+        named = dict(zip(self.positional, args, strict=False))
+        given = named | kwargs
+        if len(args) > len(self.positional) or len(given) < len(named) + len(kwargs):
+            return Reason("ARGUMENTS", "called with more arguments than its forward names, or with one twice")
+        return given
 
 
 @dataclass
@@ -161,20 +198,14 @@ class Record:
     options: Options
     slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
     original: Callable | None  # what the instance had there; None where it used its class's forward
-    parameters: tuple[str, ...]  # of its forward, in order
+    names: Names
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
-        return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.parameters)
+        return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names)
 
     def __reduce__(self):
         return type(None), ()
-
-
-def parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names that positional arguments of the module's own forward go to."""
-    found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _accepted(module: nn.Module) -> set[str] | None:
@@ -190,33 +221,29 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, *args, **kwargs)
-    named = dict(zip(record.parameters, args, strict=False))
-    given, found = named | kwargs, None
-    if len(args) > len(record.parameters) or len(given) < len(named) + len(kwargs):
-        found = Reason("ARGUMENTS", "called with more arguments than its forward names, or with one twice")
-    elif host.takes:
-        for name, value in given.items():
-            known = name in host.takes or name in host.ignores or (value is None and name in record.parameters)
-            if not known:
-                found = Reason("ARGUMENTS", f"called with {name}, which the fused op does not know")
-                break
-    if found is None and forward_mode():
-        found = Reason("FORWARD_AD", "forward-mode differentiation is not covered")
-    if found is None and transformed():
-        found = Reason("FUNCTORCH", "torch.func transforms are not covered")
-    if found is None and torch.jit.is_tracing():
-        found = Reason("TRACING", "torch.jit.trace is not covered")
-    if host.as_called:
-        given = {"args": args, "kwargs": kwargs}
-    if found is None:
+    read = record.names.read(args, kwargs)
+    given = {"args": args, "kwargs": kwargs} if host.as_called else read
+    out = read if type(read) is Reason else _uncovered(host, record, read)
+    if out is None:
         out = host.fused(self, given, record.options)
-        if type(out) is not Reason:
-            return out
-        found = out
-    fell_back(self, record, found)
-    if host.fallback is not None and len(args) <= len(record.parameters):
-        return host.fallback(self, given, record.options)
+    if type(out) is not Reason:
+        return out
+    fell_back(self, record, out)
+    if host.fallback is not None and type(read) is not Reason:
+        return host.fallback(self, read, record.options)
     return own_forward(self)(*args, **kwargs)
+
+
+def _uncovered(host: Host, record: Record, given: dict[str, Any]) -> Reason | None:
+    """What no fused op covers, whatever the module."""
+    for name, value in given.items() if host.takes else ():
+        if not (name in host.takes or name in host.ignores or (value is None and name in record.names.positional)):
+            return Reason("ARGUMENTS", f"called with {name}, which the fused op does not know")
+    if forward_mode():
+        return Reason("FORWARD_AD", "forward-mode differentiation is not covered")
+    if transformed():
+        return Reason("FUNCTORCH", "torch.func transforms are not covered")
+    return Reason("TRACING", "torch.jit.trace is not covered") if torch.jit.is_tracing() else None
 
 
 def fell_back(self: nn.Module, record: Record, found: Reason) -> None:
@@ -236,6 +263,12 @@ def own_forward(module: nn.Module) -> Callable:
     if record is not None and record.original is not None:
         return record.original
     return functools.partial(type(module).forward, module)  # torch.compile makes no bound method inside of a graph
+
+
+def call_own(module: nn.Module, given: Mapping[str, Any]) -> Any:
+    """own_forward with arguments by the host's names."""
+    own = module.__dict__["_fastfuse"].names.own
+    return own_forward(module)(**{own.get(name, name): value for name, value in given.items()})
 
 
 def forward_slot(module: nn.Module) -> str:

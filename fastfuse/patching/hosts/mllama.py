@@ -24,12 +24,12 @@ from fastfuse.patching.hosts._host import (
     Sizes,
     attention_refuses,
     autocast_dtype,
+    call_own,
     device_of,
     host_of,
     named,
     on_device,
     only_asks_for_grad,
-    own_forward,
     patches_side_by_side,
     plain,
     plain_tensors,
@@ -37,6 +37,7 @@ from fastfuse.patching.hosts._host import (
 )
 
 _FROM = "transformers.models.mllama."
+_RENAMED = (("cache", "past_key_values"),)  # 5.24; the old name until 5.40
 # What transformers hands to every attention layer, and eager and sdpa attention without a paged cache or a bias do not look at.
 _IGNORED = (
     "use_cache", "position_ids", "cache_position", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep", "labels",
@@ -105,7 +106,7 @@ def _whole_model_obstacle(self: nn.Module, options: Options) -> Reason | None:
 def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
     tiles = given.get("cross_attention_mask")
     if tiles is None:
-        return own_forward(self)(**given)
+        return call_own(self, given)
     text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
     if text is None or not isinstance(tiles, Tensor) or tiles.dim() != 4:
         return Reason("MASK", "the mask is no tensor [batch, text, images, tiles], or there is no text")
@@ -115,10 +116,9 @@ def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> An
         return Reason("MASKED_ROWS", f"masked_rows='zero' does not hold: {found.words}") if options.masked_rows == "zero" else found
     given = dict(given)
     del given["cross_attention_mask"]
-    handed = _HandedOn(
-        EncoderMask.from_tiles(_rows_of_call(tiles, text.shape[1], given.get("past_key_values")) == 1, self.vision_model.num_patches), self.dtype
-    )
-    out = own_forward(self)(**given, fastfuse_mask=handed)
+    seen = _rows_of_call(tiles, text.shape[1], given.get("cache")) == 1
+    handed = _HandedOn(EncoderMask.from_tiles(seen, self.vision_model.num_patches), self.dtype)
+    out = call_own(self, given | {"fastfuse_mask": handed})
     if not handed.taken:  # a wrong answer, and no way to know it before: a signature does not tell
         raise Unsupported("MllamaModel does not pass its keywords on, a version that fastfuse does not know: unpatch with ops='cross_attention'", "SIGNATURE")
     return out
@@ -137,13 +137,13 @@ def _rows_of_call(tiles: Tensor, s: int, cache: Any) -> Tensor:
 
 def _text_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
     if "fastfuse_mask" not in given:
-        return own_forward(self)(**given)
+        return call_own(self, given)
     given = dict(given)
     handed = given.pop("fastfuse_mask")
     handed.taken, mask = True, handed.mask
     given["cross_attention_mask"] = mask
     given["full_text_row_masked_out_mask"] = (~mask.rows_empty)[:, None, :, None].to(handed.dtype)
-    return own_forward(self)(**given)
+    return call_own(self, given)
 
 
 # MllamaTextCrossAttention
@@ -165,7 +165,7 @@ def _cross_attention_refuses(self: nn.Module, options: Options) -> Reason | None
 
 def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
     x, states, mask = given.get("hidden_states"), given.get("cross_attention_states"), given.get("attention_mask")
-    cache = given.get("past_key_values")
+    cache = given.get("cache")
     if x is None or (states is None and cache is None):
         return Reason("ARGUMENTS", "called without text, or with neither image states nor a cache")
     if found := _cross_attention_obstacle(self, options):
@@ -187,20 +187,26 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
         k, v = (project(states).view(b, -1, self.num_key_value_heads, self.head_dim).transpose(1, 2) for project in (self.k_proj, self.v_proj))
         k = self.k_norm(k)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx, **_beside(self, given))
     empty = "uniform" if _uniform(options) else "zero"
     out = cross_attention(q, k, v, mask, scale=self.scaling, empty_rows=empty, backend=options.named())
     return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), None
 
 
+def _beside(self: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """What the module's own forward hands to its cache with the keys and values: since 5.24 the keywords that it does not name."""
+    names = self.__dict__["_fastfuse"].names
+    return {} if "cache" in names.own else {"kwargs": {name: value for name, value in given.items() if name not in names.positional}}
+
+
 def _cross_attention_by_dense_mask(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
     mask = given.get("attention_mask")
     if not isinstance(mask, EncoderMask):
-        return own_forward(self)(**given)
+        return call_own(self, given)
     dtype = given["hidden_states"].dtype
     seen = mask.to_dense() | mask.rows_empty[..., None]
     additive = torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)[:, None]
-    out, weights = own_forward(self)(**(given | {"attention_mask": additive}))
+    out, weights = call_own(self, given | {"attention_mask": additive})
     return out if _uniform(options) else out.masked_fill(mask.rows_empty[..., None], 0), weights
 
 
@@ -326,22 +332,22 @@ def _geometry(self: nn.Module) -> str:
 
 HOSTS = (
     Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaModel", _FROM), written_by=_FROM, fused=_whole_model, device=device_of,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaModel", _FROM), written_by=_FROM, fused=_whole_model, device=device_of, renamed=_RENAMED,
         parts=("vision_model.num_patches", "language_model.layers", "language_model.config", "dtype"),
-        needs=("input_ids", "inputs_embeds", "past_key_values", "cross_attention_mask", "kwargs"), obstacle=_whole_model_obstacle, layout=lambda m: "mask of tiles",
+        needs=("input_ids", "inputs_embeds", "cache", "cross_attention_mask", "kwargs"), obstacle=_whole_model_obstacle, layout=lambda m: "mask of tiles",
         modules="`MllamaModel`, `MllamaTextModel`, `MllamaTextCrossAttention`",
         covers="masks of tiles, never made dense; dynamic and static caches, compiled decoding; not attention weights as outputs",
     ),
     Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextModel", _FROM), written_by=_FROM, fused=_text_model, device=device_of,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextModel", _FROM), written_by=_FROM, fused=_text_model, device=device_of, renamed=_RENAMED,
         parts=("layers", "config._attn_implementation"), layout=lambda m: "mask of tiles",
         needs=("cross_attention_mask", "full_text_row_masked_out_mask", "kwargs"),
     ),
     Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextCrossAttention", _FROM), written_by=_FROM, device=device_of,
+        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextCrossAttention", _FROM), written_by=_FROM, device=device_of, renamed=_RENAMED,
         parts=("q_proj", "k_proj", "v_proj", "o_proj", "q_norm.weight", "k_norm", "num_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_idx",
                "scaling", "dropout", "config._attn_implementation"),
-        takes=("hidden_states", "cross_attention_states", "past_key_values", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
+        takes=("hidden_states", "cross_attention_states", "cache", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
         refuses=_cross_attention_refuses, obstacle=_cross_attention_obstacle, fused=_cross_attention, fallback=_cross_attention_by_dense_mask,
         probe=_cross_attention_probe, rehearse=_rehearse_attention, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
     ),
