@@ -13,6 +13,7 @@ from fastfuse import Unsupported
 from fastfuse.kernels.nf4 import BITSANDBYTES, codebook_values
 from fastfuse.ops import nf4_dequantize
 from fastfuse.quant import NF4View
+from fastfuse.quant.nf4 import of_bitsandbytes
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -107,16 +108,102 @@ def test_bytes_that_do_not_fit_the_shape():
 
 
 def test_hand_made_views_are_checked():
+    """dtype, shape, contiguity and device of every part: a kernel would read a wrong one as if it were right."""
     view = NF4View.of(quantize(random_weight(64, 256), "nested"))
-    with pytest.raises(ValueError, match=r"scales\[0\] has 255 entries, a weight of shape \(64, 256\) needs 256"):
+    with pytest.raises(ValueError, match=r"scales\[0\] is torch.uint8 \(255,\), a weight of shape \(64, 256\) needs torch.uint8 \(256,\)"):
         dataclasses.replace(view, scales=(view.scales[0][:255], *view.scales[1:]))
-    with pytest.raises(ValueError, match="must be contiguous"):
+    with pytest.raises(ValueError, match=r"must be contiguous and on cpu, packed is on cpu with strides \(2,\)"):
         dataclasses.replace(view, packed=view.packed.repeat_interleave(2)[::2])
+    with pytest.raises(ValueError, match=r"must be contiguous and on cpu, code is on meta with strides \(1,\)"):
+        dataclasses.replace(view, code=view.code.to("meta"))
     with pytest.raises(ValueError, match="2 scale tensors, expected 1, 3 or 4"):
         dataclasses.replace(view, scales=view.scales[:2])
-    with pytest.raises(ValueError, match=r"scales\[2\] has 1 entries, a weight of shape \(64, 256\) needs 2"):
+    with pytest.raises(ValueError, match=r"scales\[2\] is torch.float32 \(1,\), a weight of shape \(64, 256\) needs torch.float32 \(2,\)"):
         dataclasses.replace(view, scale_block=200)
     with pytest.raises(ValueError, match="scale_block is 0, expected at least 1"):
         dataclasses.replace(view, scale_block=0)
     with pytest.raises(Unsupported, match="block_size is 48"):
         dataclasses.replace(view, block_size=48)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_part_of_another_dtype_or_shape_is_named(storage):
+    view = NF4View.of(quantize(random_weight(64, 256), storage))
+    parts = {"packed": view.packed, "code": view.code} | {f"scales[{i}]": part for i, part in enumerate(view.scales)}
+    for name, part in parts.items():
+        for wrong in (part.to(torch.bfloat16), torch.cat([part.view(-1), part.view(-1)]), part.view(1, -1)):
+            given = dict(parts, **{name: wrong})
+            scales = tuple(given[n] for n in given if n.startswith("scales"))
+            with pytest.raises(ValueError) as e:
+                dataclasses.replace(view, packed=given["packed"], code=given["code"], scales=scales)
+            assert str(e.value).startswith(f"NF4View: {name} is {wrong.dtype} {tuple(wrong.shape)}, a weight of shape (64, 256) needs {part.dtype}")
+
+
+def requantized(dtype: torch.dtype, offset_dtype: torch.dtype, N: int = 256, K: int = 320):
+    """A nested weight whose scales bitsandbytes has quantized a second time, from dtype.
+
+    It does so when it unpacks what it had packed for its product on CPUs with AVX512-BF16 (state_dict() after any call without gradients). Loaded
+    from a file the offset is fp32 again.
+    """
+    weight = quantize(random_weight(N, K, dtype), "nested")
+    state = weight.quant_state
+    absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).bfloat16().to(dtype)
+    offset = absmax.mean()
+    state.absmax, state.state2 = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
+    state.offset = offset.to(offset_dtype)
+    assert state.state2.dtype == dtype
+    return weight
+
+
+@pytest.mark.parametrize("offset_dtype", ["fp32", "as quantized"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nested_scales_quantized_from_16_bits(dtype, offset_dtype):
+    """bitsandbytes' dequantize_4bit rounds the product, and then the sum, to what the scales were quantized from. Its Linear4bit rounds neither."""
+    weight = requantized(dtype, torch.float32 if offset_dtype == "fp32" else dtype)
+    state = weight.quant_state
+    each = state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+    product = (state.state2.code[state.absmax.long()] * each).to(dtype)
+    scales = (product.double() + state.offset.double()).to(dtype)  # one rounding: fp64 holds the sum of two 16-bit numbers
+    code = state.code.double()[torch.stack([weight.data.view(-1) >> 4, weight.data.view(-1) & 15], 1).view(-1).long()].view(-1, 64)
+    want = (code * scales.double()[:, None]).float().view(256, 320)  # fp32 rounds the exact product once, as the library does
+    for out in (torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(nf4_dequantize(weight, out), want.to(out)), out
+        assert torch.equal(nf4_dequantize(weight, out, backend="torch"), want.to(out)), out
+    assert torch.equal(bnb.functional.dequantize_4bit(weight.data, state), want.to(dtype))
+
+    linear = nf4_dequantize(of_bitsandbytes(weight, state, as_linear=True), torch.float32)
+    unrounded = state.state2.code[state.absmax.long()] * each + state.offset.float()
+    assert torch.equal(linear, (code * unrounded.double()[:, None]).float().view(256, 320))
+    assert (linear != want).double().mean() > 0.2  # the two are different weights
+
+
+def test_flat_scales_that_were_packed_and_unpacked_are_refused():
+    """bitsandbytes leaves them [K / block, N] in bf16, under the codes of [N, K]: its own decode, and any kernel, would take another block's."""
+    weight = quantize(random_weight(64, 256), "flat")
+    weight.quant_state.absmax = weight.quant_state.absmax.view(64, 4).T.bfloat16().contiguous()
+    assert refusal(weight) == "CPU_UNPACKED_BNB"
+    with pytest.raises(Unsupported, match=r"its absmax is torch.bfloat16 \(4, 64\), as bitsandbytes leaves it after packing"):
+        NF4View.of(weight)
+    weight.quant_state.absmax = weight.quant_state.absmax.float()
+    assert refusal(weight) == "CPU_UNPACKED_BNB"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flat_scales_in_16_bits_are_read_as_the_numbers_they_are(dtype):
+    """What casting a checkpoint leaves: bitsandbytes widens them."""
+    weight = quantize(random_weight(64, 256), "flat")
+    weight.quant_state.absmax = weight.quant_state.absmax.to(dtype)
+    twin = quantize(random_weight(64, 256), "flat")
+    twin.data, twin.quant_state.absmax = weight.data, weight.quant_state.absmax.float()
+    assert torch.equal(nf4_dequantize(weight), nf4_dequantize(twin))
+
+
+@pytest.mark.parametrize("part", ["absmax2", "code2", "table"])
+def test_nested_parts_in_16_bits_are_refused(part):
+    """bitsandbytes reads their bytes as fp32."""
+    weight = quantize(random_weight(64, 256), "nested")
+    state = weight.quant_state
+    owner, name = {"absmax2": (state.state2, "absmax"), "code2": (state.state2, "code"), "table": (state, "code")}[part]
+    setattr(owner, name, getattr(owner, name).bfloat16())
+    with pytest.raises(ValueError, match=r"is torch.bfloat16 .* needs torch.float32"):
+        NF4View.of(weight)

@@ -1,21 +1,22 @@
 """One zero-copy view over the ways an NF4 weight is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastfuse.errors import Unsupported
 
+_PARTS = ("packed", "code", "scales[0]", "scales[1]", "scales[2]", "scales[3]")
 _TORCHAO_PARTS = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
 
 
 @dataclass(frozen=True, eq=False)
 class NF4View:
-    """A weight [N, K] in NF4: views of the host library's own storage, nothing copied, nothing re-quantized.
+    """A weight [N, K] in NF4: views of the host library's own storage, nothing copied (16-bit scales of bitsandbytes apart), nothing re-quantized.
 
     packed: uint8 [ceil(N K / 2)], row-major, the even element in the high nibble.
-    code: [16], the values the codes stand for: the host library's own.
+    code: [16], the values the codes stand for: the host library's own; fp32, torchao's in the weight's dtype.
     scales, one entry per block of block_size consecutive elements (blocks may cross rows):
         (absmax fp32,)                                            bitsandbytes, flat
         (index uint8, code fp32 [256], absmax fp32, offset fp32)  bitsandbytes, nested: code[index] * absmax + offset
@@ -42,24 +43,28 @@ class NF4View:
             raise ValueError(f"NF4View: {len(self.scales)} scale tensors, expected 1, 3 or 4")
         n = self.shape[0] * self.shape[1]
         blocks = -(-n // self.block_size)
-        if self.packed.shape != ((n + 1) // 2,) or self.packed.dtype != torch.uint8:
-            have = f"{self.packed.dtype} {tuple(self.packed.shape)}"
-            raise ValueError(f"NF4View: packed is {have}, a weight of shape {tuple(self.shape)} needs torch.uint8 {((n + 1) // 2,)}")
         groups = -(-blocks // self.scale_block)
-        sizes = {1: (blocks,), 3: (blocks, groups, 1), 4: (blocks, 256, groups, 1)}[len(self.scales)]
-        for i, (part, size) in enumerate(zip(self.scales, sizes, strict=True)):
-            if part.numel() != size:
-                raise ValueError(f"NF4View: scales[{i}] has {part.numel()} entries, a weight of shape {tuple(self.shape)} needs {size}")
-        for part in (self.packed, *self.scales):
+        fp32 = torch.float32
+        layouts = {
+            1: ((blocks, fp32),),
+            3: ((blocks, torch.int8), (groups, self.dtype), (1, self.dtype)),
+            4: ((blocks, torch.uint8), (256, fp32), (groups, fp32), (1, fp32)),
+        }
+        expected = (((n + 1) // 2, torch.uint8), (16, self.dtype if len(self.scales) == 3 else fp32), *layouts[len(self.scales)])
+        for name, part, (size, dtype) in zip(_PARTS, (self.packed, self.code, *self.scales), expected, strict=False):
+            if part.dtype != dtype or part.numel() != size or part.dim() > 1:
+                have = f"{part.dtype} {tuple(part.shape)}"
+                raise ValueError(f"NF4View: {name} is {have}, a weight of shape {tuple(self.shape)} needs {dtype} ({size},)")
             if not part.is_contiguous() or part.device != self.packed.device:
-                raise ValueError(f"NF4View: packed and scales must be contiguous and on one device, one is on {part.device} with strides {part.stride()}")
+                where = f"on {part.device} with strides {part.stride()}"
+                raise ValueError(f"NF4View: packed, code and scales must be contiguous and on {self.packed.device}, {name} is {where}")
 
     @staticmethod
     def of(weight) -> "NF4View":
         """A view of a bitsandbytes Params4bit, a torchao NF4Tensor or an NF4View, recognised by structure.
 
-        Raises TypeError for anything else, ValueError for a weight not quantized yet, and Unsupported for a storage
-        no kernel reads: FP4, bitsandbytes' packing for AVX512, DTensor.
+        Raises TypeError for anything else, ValueError for a weight not quantized yet or with a part that does not fit, and Unsupported for a
+        storage no kernel reads: FP4, bitsandbytes' packing for AVX512 and what it leaves behind of flat scales, DTensor.
         """
         if isinstance(weight, NF4View):
             return weight
@@ -68,7 +73,7 @@ class NF4View:
         if is_torchao(weight):
             return _of_torchao(weight)
         if hasattr(weight, "quant_state"):
-            return _of_bitsandbytes(weight)
+            return of_bitsandbytes(weight, weight.quant_state)
         kind = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"NF4View: weight is a {kind}, neither NF4View, Params4bit nor NF4Tensor")
 
@@ -95,6 +100,11 @@ def is_dense(weight) -> bool:
     return isinstance(weight, Tensor) and not hasattr(weight, "quant_state") and not is_torchao(weight) and type(weight).__name__ != "DTensor"
 
 
+def holds_torchao(weight) -> bool:
+    """Whether it is an NF4Tensor, or a shard of one."""
+    return is_torchao(getattr(weight, "_local_tensor", weight))
+
+
 def is_torchao(weight) -> bool:
     return type(weight).__name__ == "NF4Tensor" and all(hasattr(weight, part) for part in _TORCHAO_PARTS)
 
@@ -108,8 +118,14 @@ def _of_torchao(weight) -> NF4View:
     return NF4View(weight.quantized_data, weight.nf4, scales, weight.block_size, tuple(weight.shape), weight.nf4.dtype, weight.scaler_block_size)
 
 
-def _of_bitsandbytes(weight) -> NF4View:
-    state = weight.quant_state
+def of_bitsandbytes(weight: Tensor, state, as_linear: bool = False) -> NF4View:
+    """A view of bitsandbytes' codes under the QuantState that belongs to them.
+
+    as_linear: nested scales as Linear4bit's product takes them, in fp32, where they were quantized from another dtype; else as dequantize_4bit does, rounded to it.
+    Raises as NF4View.of.
+    """
+    if type(weight).__name__ == "DTensor":
+        raise Unsupported("NF4View: the weight is a DTensor; its shards must be gathered first", "DTENSOR")
     if state is None:
         raise ValueError("NF4View: the Params4bit is not quantized yet: move it to a device first")
     if getattr(state, "packing_format_for_cpu", False):
@@ -118,9 +134,29 @@ def _of_bitsandbytes(weight) -> NF4View:
         raise Unsupported(f"NF4View: quant_type is {state.quant_type!r}, 'nf4' is covered", "QUANT_TYPE")
     if len(state.shape) != 2:
         raise Unsupported(f"NF4View: the quantized weight has shape {tuple(state.shape)}, 2 dimensions are covered", "SHAPE")
-    scales, scale_block = (state.absmax,), 256
+    scales, scale_block = (_flat_scales(state.absmax),), 256
     if state.nested:
-        scales, scale_block = (state.absmax, state.state2.code, state.state2.absmax, state.offset), state.state2.blocksize
-    # quant_storage may be a float dtype, in which some byte patterns are NaN: only ever look at bytes.
-    packed = weight.data.detach().view(-1).view(torch.uint8)
-    return NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype, scale_block)
+        scales, scale_block = (state.absmax, state.state2.code, state.state2.absmax, state.offset.float()), state.state2.blocksize
+    # quant_storage may be a float dtype, in which some byte patterns are NaN: only ever look at bytes. By detach: torch.export has zeros for .data.
+    packed = weight.detach().view(-1).view(torch.uint8)
+    view = NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype, scale_block)
+    if state.nested and state.state2.dtype != torch.float32 and not as_linear:
+        return replace(view, scales=(_rounded_scales(view, state.state2.dtype),))
+    return view
+
+
+def _flat_scales(absmax: Tensor) -> Tensor:
+    if absmax.dim() == 2:
+        have = f"{absmax.dtype} {tuple(absmax.shape)}"
+        reason = f"its absmax is {have}, as bitsandbytes leaves it after packing the weight for AVX512 and unpacking it: load or quantize the weight anew"
+        raise Unsupported(f"NF4View: {reason}", "CPU_UNPACKED_BNB")
+    return absmax.float() if absmax.dtype in (torch.bfloat16, torch.float16) else absmax
+
+
+def _rounded_scales(nested: NF4View, dtype: torch.dtype) -> Tensor:
+    """The scales in fp32, each step rounded to dtype: what bitsandbytes quantizes from after packing a weight for AVX512 and unpacking it."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"NF4View: the nested scales are of {dtype}, expected fp32, bf16 or fp16")
+    index, code, absmax, offset = nested.scales
+    product = code.index_select(0, index.int()) * absmax.repeat_interleave(nested.scale_block)[: index.numel()]
+    return (product.to(dtype) + offset).float()
