@@ -18,8 +18,10 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from qlora import HOSTS, Block, Doubling, lora, quantized
 from torch import nn
+from weights import quantize, random_weight
 
 import fastfuse
+from fastfuse.patching import hosts
 from fastfuse.patching.hosts import _host
 
 
@@ -241,8 +243,6 @@ def test_verify(host, dtype, monkeypatch):
     assert fastfuse.patch(model, verify=True).counts == {"patched": 4}
     assert torch.equal(torch.get_rng_state(), state)
     fastfuse.unpatch(model)
-    from fastfuse.patching import hosts
-
     right = hosts.peft.HOST
     wrong = dataclasses.replace(right, fused=lambda *args: right.fused(*args) * 1.02)
     monkeypatch.setattr(hosts, "BUILT_IN", tuple(wrong if h is right else h for h in hosts.BUILT_IN))
@@ -408,13 +408,54 @@ def test_verify_where_there_is_nothing_to_compare(host):
 
 
 def test_verify_warns_of_what_it_gives_back(monkeypatch):
-    from fastfuse.patching import hosts
-
     right = hosts.bitsandbytes.HOST
     wrong = dataclasses.replace(right, fused=lambda *args: right.fused(*args) * 1.02)
     monkeypatch.setattr(hosts, "BUILT_IN", tuple(wrong if h is right else h for h in hosts.BUILT_IN))
     with pytest.warns(UserWarning, match="2 modules are not covered, the first: up: differs from its own forward"):
         fastfuse.patch(quantized("bitsandbytes"), verify=True, on_unsupported="warn")
+
+
+@pytest.mark.parametrize("storage", ["flat", "nested"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verify_where_the_host_is_off(dtype, storage, monkeypatch):
+    """bitsandbytes 0.50.2 decodes rows that cut a block wrongly where the CPU has AVX-512; here such a decode stands in on every CPU.
+
+    The fused op follows the formula, so the module stays patched; a fault that flat bytes have too is fastfuse's.
+    """
+    from bitsandbytes import functional
+
+    right = functional.dequantize_4bit
+
+    def row_by_row(A, state, *args, **kwargs):
+        flat = copy.copy(state)
+        flat.shape = torch.Size((1, state.shape.numel()))
+        w = right(A, flat, *args, **kwargs).view(state.shape)
+        return w if w.shape[0] == 1 else w * torch.linspace(0.5, 2, w.shape[0], dtype=w.dtype)[:, None]  # every row by another block's scale
+
+    def forward(self, x):
+        w = functional.dequantize_4bit(self.weight.detach(), self.weight.quant_state).to(x.dtype)
+        return torch.nn.functional.linear(x, w, self.bias)
+
+    monkeypatch.setattr(functional, "dequantize_4bit", row_by_row)
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", forward)
+    forward.__module__ = "bitsandbytes.nn.modules"
+    layer = bnb.nn.Linear4bit(96, 40, compute_dtype=dtype, quant_type="nf4", device="meta")
+    layer.weight, layer.bias = quantize(random_weight(40, 96, dtype), storage), nn.Parameter(torch.randn(40, dtype=dtype))
+    layer = nn.Sequential(layer)
+    x = torch.randn(3, 96, dtype=dtype)
+    exact = x.double() @ fastfuse.ops.nf4_dequantize(layer[0].weight, dtype).double().T + layer[0].bias.double()
+    assert (layer(x).double() - exact).norm() > 0.2 * exact.norm()
+    (entry,) = fastfuse.patch(layer, verify=True).entries
+    assert (entry.status, entry.code) == ("patched", "HOST_DECODE") and "off" in entry.reason
+    assert (layer(x).double() - exact).norm() < 0.01 * exact.norm()
+    fastfuse.unpatch(layer)
+    adapted = get_peft_model(layer, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    report = fastfuse.patch(adapted, ops="nf4_lora_linear", verify=True)
+    assert [(e.status, e.code) for e in report.entries if e.op == "nf4_lora_linear"] == [("patched", "HOST_DECODE")]
+    fastfuse.unpatch(adapted)
+    fastfuse_wrong = dataclasses.replace(hosts.bitsandbytes.HOST, fused=lambda *args: hosts.bitsandbytes.HOST.fused(*args) * 1.1)
+    monkeypatch.setattr(hosts, "BUILT_IN", (fastfuse_wrong, *(h for h in hosts.BUILT_IN if h is not hosts.bitsandbytes.HOST)))
+    assert [e.code for e in fastfuse.patch(layer, verify=True).entries if e.op == "nf4_linear"] == ["MISMATCH"]
 
 
 def test_verify_of_a_module_that_gives_nan():

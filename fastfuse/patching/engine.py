@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Names, Options, Reason, Record, call_own, device_of, foreign_forward, forward_slot, host_of, runs_on
+from fastfuse.patching.hosts._host import Host, Names, Options, Probe, Reason, Record, call_own, device_of, foreign_forward, forward_slot, host_of, runs_on
 from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
@@ -45,7 +45,8 @@ def patch(
     module names, a function (name, module) -> bool, or several.  on_unsupported: "skip", "warn" or "raise" for a candidate that no fused
     op covers; "raise" changes nothing.  masked_rows: what text that sees no image gets from cross-attention, "host": as the
     model has it, "zero": nothing (Meta, torchtune), "uniform": attention over every image token (transformers).  backend: as fastfuse.backend.
-    verify: run each patched module on random input both ways, and give it back where the two differ by more than rounding. Left out are modules
+    verify: run each patched module on random input both ways, and give it back where the two differ by more than rounding (code MISMATCH). Where it is the
+    host library that is off, by a known fault, the module stays patched and the report says so (HOST_DECODE). Left out are modules
     without weights at hand (meta device, offloaded, sharded), with an obstacle for now, and those that only pass a mask on.
     dry_run: report what would be done.
     Patching twice changes nothing. copy.deepcopy keeps a model patched; copy.copy and nn.DataParallel's replicas share the original's forward: unpatch first.
@@ -274,9 +275,12 @@ def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
         for p in todo:
-            if verify and not p.entry.code and (reason := _mismatch(p)):
+            found = _verified(p) if verify and not p.entry.code else None
+            if found is not None and found.code == "MISMATCH":
                 _uninstall(p.module)
-                p.entry = _skipped(p.entry, Reason("MISMATCH", reason))
+                p.entry = _skipped(p.entry, found)
+            elif found is not None:
+                p.entry = replace(p.entry, code=found.code, reason=found.words)
     except BaseException:
         for p in todo:
             _uninstall(p.module)
@@ -298,11 +302,10 @@ def _uninstall(module: nn.Module) -> bool:
     return record is None  # else one was bound, and is hidden
 
 
-def _mismatch(p: _Planned) -> str | None:
-    """How far the fused path is from the module's own forward on random input, where that is more than rounding.
+def _verified(p: _Planned) -> Reason | None:
+    """MISMATCH where on random input the fused path is further from the module's own forward than rounding explains; None where it is not.
 
-    Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
-    2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed for each step.
+    HOST_DECODE where it is the host library that is off, by a fault that is known (Host.corrected).
     """
     if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
@@ -315,11 +318,25 @@ def _mismatch(p: _Planned) -> str | None:
         probe = p.host.probe(p.module)
         if probe is None:
             return None
-        want = _first_tensor(own(p.module, probe.given, record.options)).detach().double()
+        want = own(p.module, probe.given, record.options)
         got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
-    if type(got) is Reason:
-        return f"does not run: {got.code}: {got.words}"
-    got = _first_tensor(got).detach().double()
+        if type(got) is Reason:
+            return Reason("MISMATCH", f"does not run: {got.code}: {got.words}")
+        found = _apart(got, want, probe)
+        if found is None:
+            return None
+        if p.host.corrected is not None and _apart(got, p.host.corrected(p.module, probe.given), probe) is None:
+            return Reason("HOST_DECODE", "the module's own forward is off, for its library decodes the weight wrongly row by row; the fused op is right")
+    return Reason("MISMATCH", found)
+
+
+def _apart(got, want, probe: Probe) -> str | None:
+    """How far two results of a forward are apart, where that is more than rounding.
+
+    Two correct results differ by the rounding of weights and output to the dtype, about half its epsilon relative in
+    2-norm, and by fp32 accumulation over K, about eps(fp32) * sqrt(K): the larger of eps and that is allowed for each step.
+    """
+    got, want = (_first_tensor(out).detach().double() for out in (got, want))
     if got.shape != want.shape:
         return f"gives {tuple(got.shape)} where its own forward gives {tuple(want.shape)}"
     alike = got.isnan() & want.isnan()

@@ -85,7 +85,7 @@ class Host:
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
     device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
-    probe: None where verify has nothing to compare.
+    probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, less a known fault of the host library.
     rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
     image: of a vision encoder, how many tiles an image has at most and how many tokens one becomes.  native: the module is fastfuse's own, and fused as it is.
     """
@@ -107,6 +107,7 @@ class Host:
     device: Callable[[nn.Module], torch.device | None] = _nothing
     layout: Callable[[nn.Module], str] = lambda module: ""
     probe: Callable[[nn.Module], Probe | None] = _nothing
+    corrected: Callable[[nn.Module, dict[str, Any]], Any] | None = None
     rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = _nothing
     image: Callable[[nn.Module], tuple[int, int] | None] = _nothing
     modules: str = ""

@@ -1,10 +1,14 @@
 """bitsandbytes' Linear4bit, by itself or as the base layer of an adapter."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
@@ -39,9 +43,26 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or module.weight.quant_state.dtype
 
 
+def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+    """The layer's own forward with its weight decoded as one flat row.
+
+    With AVX-512 bitsandbytes' CPU decode (0.50.2) begins a new block of scales in every row, which is wrong wherever K is a multiple of 16
+    but not of the block size. Its decode of one row of N K elements is right: what the two differ by is added.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    x = given["x"].to(compute_dtype(self, given["x"]))
+    weight, state = self.weight, copy.copy(self.weight.quant_state)
+    state.dtype = x.dtype
+    rows = dequantize_4bit(weight.detach(), state)
+    state.shape = torch.Size((1, rows.numel()))
+    flat = dequantize_4bit(weight.detach(), state).view(rows.shape)
+    return (own_forward(self)(given["x"]) + F.linear(x, flat - rows)).to(given["x"].dtype)
+
+
 HOST = nf4_host(
     name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
     parts=("weight.quant_state", "compute_dtype", "compute_type_is_set", "set_compute_type", "bias"), weight=lambda module: module.weight,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear4bit`",
+    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, modules="`nn.Linear4bit`",
     covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512, FP4",
 )  # fmt: skip

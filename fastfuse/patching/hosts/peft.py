@@ -1,11 +1,13 @@
 """PEFT's LoRA layers over an NF4 base: lora.bnb.Linear4bit, and lora.Linear over torchao's NF4Tensor."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, plain, plain_tensors, rebound
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, forward_slot, hooked, own_forward, plain, plain_tensors, rebound
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
@@ -122,10 +124,24 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
 
 
+def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+    """PEFT's own forward over a base layer that is corrected."""
+    base, slot = self.base_layer, forward_slot(self.base_layer)
+    before = base.__dict__.get(slot)
+    base.__dict__[slot] = lambda x: bitsandbytes.corrected(base, {"x": x}) if _base(self) is bitsandbytes else own_forward(base)(x)
+    try:
+        return own_forward(self)(**given)
+    finally:
+        if before is None:
+            del base.__dict__[slot]
+        else:
+            base.__dict__[slot] = before
+
+
 HOST = nf4_host(
     name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
     weight=lambda module: module.base_layer.weight,
-    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer),
+    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",
 )  # fmt: skip
