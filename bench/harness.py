@@ -28,7 +28,7 @@ from torch import Tensor
 import bench
 from bench.peaks import Peaks, device_name
 from fastfuse.ops._op import Cost
-from tests.numerics import allowed_error, max_error
+from tests.numerics import allowed_error, in_several_orders, max_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -97,8 +97,8 @@ def compile_once(fn: Callable) -> Callable:
 class Parity:
     """Inputs of a case with their float64 truth: tells whether a provider computes what it is timed for.
 
-    The error of each output may be twice that of the eager reference in the same dtype plus one ulp of the largest
-    value. ratio() is the worst error over that limit; NaN, a wrong shape and a wrong dtype never pass.
+    The error of each output may be twice that of the eager reference in the same dtype, the worst of several orders of summation, plus one ulp of
+    the largest value. ratio() is the worst error over that limit; NaN, a wrong shape and a wrong dtype never pass.
     """
 
     def __init__(self, case: Case, device: str) -> None:
@@ -109,8 +109,8 @@ class Parity:
     def _limits_on(self, inputs: dict) -> list[tuple[Tensor, torch.dtype, float]]:
         """The truth of each output, its dtype and its largest error."""
         eager = self.case.providers.get(EAGER) or self.case.providers[UNPATCHED]
-        pairs = zip(_seeded(eager, inputs), _seeded(self.case.truth, inputs), strict=True)
-        return [(true, out.dtype, allowed_error(out, true)) for out, true in pairs]
+        orders = zip(*in_several_orders(_seeded, eager, inputs), strict=True)
+        return [(true, outs[0].dtype, allowed_error(outs, true)) for outs, true in zip(orders, _seeded(self.case.truth, inputs), strict=True)]
 
     def ratio(self, provider: str) -> float:
         outputs = _seeded(self.case.providers[provider], self.inputs)

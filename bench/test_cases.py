@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -26,9 +27,15 @@ SIZES = {"linear": (LINEAR, [(256, 128)]), "linears": (LINEARS, [(256, 128), (12
 
 
 def assert_all_right(case: harness.Case) -> None:
+    """fastfuse by the rule. A peer that is off is named with its error: it is left out of every ranking, and what a peer computes is its own affair
+    (bitsandbytes with AVX512-BF16 multiplies fp32 inputs in bf16). More than that would be a case that is set up wrongly."""
     parity = harness.Parity(case, "cpu")
     ratios = {name: parity.ratio(name) for name, run in case.providers.items() if run}
-    assert max(ratios.values()) <= 1, ratios
+    ours = {name: ratio for name, ratio in ratios.items() if harness.is_ours(name) or name == harness.EAGER}
+    assert max(ours.values()) <= 1, ours
+    if off := {name: round(ratio, 1) for name, ratio in ratios.items() if ratio > 1}:
+        warnings.warn(f"{' '.join(case.key)}: off, in times the limit: {off}", stacklevel=2)
+    assert max(ratios.values()) <= torch.finfo(torch.bfloat16).eps / torch.finfo(case.dtype).eps, ratios
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -335,10 +335,16 @@ def test_pixels_in_a_dtype_that_the_module_does_not_cast(family):
 
 
 def test_a_configuration_that_its_weights_do_not_follow():
-    """A convolution with a bias of another dtype runs on some devices and raises on others, the channels are checked by the module."""
+    """A convolution with a bias of another dtype runs on some CPUs and raises on others, the channels are checked by the module."""
     module = front("SiglipVision").bfloat16()
     module.patch_embedding.bias.data = module.patch_embedding.bias.data.float()
-    same(module, photos(), codes={"DTYPE": 1}, match="DTYPE")
+    try:
+        module(photos())
+    except RuntimeError:
+        with fastfuse.patched(module), pytest.warns(UserWarning, match="DTYPE"), pytest.raises(RuntimeError, match="should be the same"):
+            module(photos())
+    else:
+        same(module, photos(), codes={"DTYPE": 1}, match="DTYPE")
     module = front("Dinov2")
     module.patch_embeddings.num_channels = 4
     with fastfuse.patched(module), pytest.warns(UserWarning, match="SHAPE"), pytest.raises(ValueError, match="Expected 4 but got 3"):
@@ -558,7 +564,7 @@ def test_compile_fullgraph(family):
     assert fastfuse.status(module).fallbacks == {}
     fastfuse.unpatch(module)
     if family == "CLIPVision":
-        assert torch.equal(compiled(pixels), eager[0])
+        assert torch.equal(compiled(pixels), eager[0][0])
 
 
 def test_compile_runs_the_modules_own_forward_where_that_is_needed():
@@ -786,7 +792,7 @@ def test_timm(options, dtype):
         assert [(e.host, e.op, e.status, e.code) for e in report.entries] == [("timm", "patch_embed", "patched", "")]
         assert_results_no_worse(derived(module, module, pixels), eager, exact)
         assert fastfuse.status(module).fallbacks == {}
-    assert torch.equal(module(pixels), eager[0])
+    assert torch.equal(module(pixels), eager[0][0])
 
 
 @pytest.mark.parametrize("norm", range(len(NORMS)))
@@ -801,7 +807,7 @@ def test_timm_with_a_norm(norm, dtype, autocast):
     exact = copy.deepcopy(module).double()
     exact = derived(exact, exact, pixels.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        eager = derived(module, module, pixels)
+        eager = in_several_orders(derived, module, module, pixels)
         fastfuse.patch(module)
         got = derived(module, module, pixels)
     assert_results_no_worse(got, eager, exact)
