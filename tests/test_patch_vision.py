@@ -454,6 +454,31 @@ def test_hooks_on_what_is_called_run_too(family, child):
     same(module, photos(dtype=torch.float32), codes={})
 
 
+@pytest.mark.parametrize("order", ["patch, parametrize", "parametrize, patch"])
+@pytest.mark.parametrize("family, name", [("CLIPVision", "class_embedding"), ("Dinov2", "cls_token"), ("Dinov2", "position_embeddings")])
+def test_parametrized_embeddings_are_read_once_and_fused(family, name, order):
+    """And not to make a report: a parametrization may draw random numbers, or count."""
+    module, x, calls = front(family), photos(dtype=torch.float32), []
+
+    class Twice(nn.Module):
+        def forward(self, t):
+            calls.append(1)
+            return 2 * t
+
+    own = copy.deepcopy(module)
+    with torch.no_grad():
+        getattr(own, name).mul_(2)
+    for act in order.split(", "):
+        if act == "patch":
+            assert len(fastfuse.patch(module).patched) == 1
+        else:
+            nn.utils.parametrize.register_parametrization(module, name, Twice())
+            calls.clear()
+    assert [(e.status, e.code) for e in fastfuse.status(module).entries] == [("patched", "")] and calls == []
+    assert_no_worse(module(x), own(x), copy.deepcopy(own).double()(x.double()))
+    assert fastfuse.status(module).fallbacks == {} and len(calls) == 1
+
+
 def test_positions_are_taken_by_their_ids():
     module, pixels = front("CLIPVision"), photos(dtype=torch.float32)
     in_order = module(pixels)

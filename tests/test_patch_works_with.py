@@ -8,16 +8,18 @@ import warnings
 from types import MethodType
 
 import bitsandbytes as bnb
+import mllama
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from accelerate.state import AcceleratorState
-from numerics import assert_rounding_apart
+from numerics import assert_no_worse, assert_rounding_apart
 from peft import LoraConfig, get_peft_model
 from qlora import HOSTS, Block, Doubling, gradients, lora, quantized
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -245,6 +247,46 @@ def test_fsdp2(host, order, units, mesh):
     assert fastfuse.status(model).fallbacks == expected.get(units, {})
     fastfuse.unpatch(model)
     assert isinstance(model, FSDPModule) and torch.equal(model(x), want)
+
+
+class Twice(nn.Module):
+    def forward(self, t):
+        return 2 * t
+
+
+def with_another_class(module: nn.Module, how: str, mesh) -> None:
+    if how == "fully_shard":
+        fully_shard(module, mesh=mesh)
+    elif how == "replicate":
+        replicate(module)
+    elif how == "parametrization":
+        nn.utils.parametrize.register_parametrization(module, "class_embedding", Twice())
+    else:
+        module.__class__ = type("Mine", (type(module),), {"__module__": __name__})
+
+
+@pytest.mark.parametrize("order", ["patch, wrap", "wrap, patch"])
+@pytest.mark.parametrize("how", ["fully_shard", "replicate", "parametrization", "subclass"])
+def test_a_vision_model_whose_class_becomes_another(how, order, mesh):
+    """FSDP2, replicate and a parametrization swap the class for one of a module of their own: the host's is that of the class it derives from."""
+    plain, given = mllama.build(mllama.config()), mllama.batch([["coffee"], ["astronaut", "chelsea"]])
+    model, exact, eager = copy.deepcopy(plain), mllama.exactly(plain), copy.deepcopy(plain)
+    for act in order.split(", "):
+        if act == "patch":
+            report = fastfuse.patch(model)
+            assert report.counts == {"patched": 5} and {e.code for e in report.entries} <= {"", "DTENSOR"}
+        else:
+            with_another_class(model.model.vision_model, how, mesh)
+    for other in (exact, eager):
+        with_another_class(other.model.vision_model, how, mesh)
+    before = next(e for e in fastfuse.status(model).entries if e.op == "patch_embed")
+    assert (before.status, before.code) == ("patched", "DTENSOR" if how == "fully_shard" else "")
+    assert how != "fully_shard" or before.reason.startswith("fused where a call finds the weight gathered")
+    true = exact(**(given | {"pixel_values": given["pixel_values"].double()})).logits
+    assert_no_worse(model(**given).logits, eager(**given).logits, true)
+    assert fastfuse.status(model).fallbacks == {}
+    fastfuse.unpatch(model)
+    assert torch.equal(model(**given).logits, eager(**given).logits)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "base bias", "lora_B bias", "magnitude"])

@@ -257,7 +257,10 @@ def _described(host: Host, module: nn.Module, entry: Entry, options: Options) ->
     found = drift or host.refuses(module, options) or host.obstacle(module, options)
     if drift is None:
         entry = replace(entry, layout=host.layout(module), backend=runs_on(host.device(module), options))
-    return entry if found is None else replace(entry, code=found.code, reason=f"runs its own forward for now: {found.words}")
+    if found is None:
+        return entry
+    how = "fused where a call finds the weight gathered, as under FSDP2" if found.code == "DTENSOR" else "runs its own forward for now"
+    return replace(entry, code=found.code, reason=f"{how}: {found.words}")
 
 
 def _layout(host: Host, module: nn.Module) -> str:

@@ -4,16 +4,18 @@ import collections
 import copy
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
@@ -140,11 +142,8 @@ class Host:
     def drift(self, module: nn.Module) -> Reason | None:
         """What this host expects of the module's class and does not find."""
         for path in self.parts:
-            part = module
-            for name in path.split("."):
-                if not hasattr(part, name):
-                    return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
-                part = getattr(part, name)
+            if _lacks(module, path.split(".")):
+                return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
         accepted, names = _accepted(module), {row[0]: row for row in self.renamed}
         for name in (*self.needs, *self.takes) if accepted is not None else ():
             row = names.get(name, (name,))
@@ -207,6 +206,13 @@ class Record:
 
     def __reduce__(self):
         return type(None), ()
+
+
+def _lacks(part: Any, names: list[str]) -> bool:
+    """Whether there is no attribute under these names. A parametrization is not run to see what it gives."""
+    if is_parametrized(part, names[0]):
+        return False
+    return not hasattr(part, names[0]) or (len(names) > 1 and _lacks(getattr(part, names[0]), names[1:]))
 
 
 def _accepted(module: nn.Module) -> set[str] | None:
@@ -346,6 +352,11 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     """The parameter itself: not what a parametrization, or a scripted module, makes of the attribute."""
     held = module.__dict__.get("_parameters")
     return held.get(name) if isinstance(held, dict) else None
+
+
+def library_module(module: nn.Module, written_by: str) -> ModuleType:
+    """Where the library has written the class: a subclass, a parametrization, FSDP and replicate make one of another module."""
+    return sys.modules[next(c.__module__ for c in type(module).__mro__ if c.__module__.startswith(written_by))]
 
 
 def device_of(module: nn.Module) -> torch.device | None:

@@ -5,7 +5,6 @@ it hands the tiles' mask on as an EncoderMask: MllamaModel passes it to MllamaTe
 of the dense one, and MllamaTextCrossAttention attends by it. All three have to be patched; where one is not, a forward makes the dense mask.
 """
 
-import sys
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ from fastfuse.patching.hosts._host import (
     call_own,
     device_of,
     host_of,
+    library_module,
     named,
     on_device,
     only_asks_for_grad,
+    parameter,
     patches_side_by_side,
     plain,
     plain_tensors,
@@ -244,7 +245,7 @@ def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
     for child in (positions.tile_embedding, pre.embedding):
         if found := plain(child, nn.Embedding):
             return found
-    return plain_tensors(self.class_embedding)
+    return plain_tensors(parameter(self, "class_embedding"))
 
 
 def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
@@ -263,7 +264,7 @@ def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> A
     b, images, tiles = pixels.shape[:3]
     x = _placed_tokens(self, pixels.flatten(0, 1), ids.reshape(-1), options)
     per_tile, n, dim = x.shape[2], self.num_patches, x.shape[3]
-    prepare = sys.modules[type(self).__module__]._prepare_aspect_ratio_attention_mask
+    prepare = library_module(self, _FROM)._prepare_aspect_ratio_attention_mask
     mask = prepare(aspect_ratio_mask=tile_mask.reshape(b * images, -1), num_patches=n, target_length=per_tile, dtype=self.dtype)
     encoded = self.transformer(x.view(b * images, -1, dim), attention_mask=mask)
     x = self.layernorm_post(encoded.last_hidden_state).view(b * images, tiles, per_tile, dim)
@@ -304,9 +305,9 @@ def _placed_tokens(self: nn.Module, pixels: Tensor, ids: Tensor, options: Option
 
 
 def _vision_refuses(self: nn.Module, options: Options) -> Reason | None:
-    if not hasattr(sys.modules[type(self).__module__], "_prepare_aspect_ratio_attention_mask"):
+    if not hasattr(library_module(self, _FROM), "_prepare_aspect_ratio_attention_mask"):
         return Reason("STRUCTURE", "transformers has no _prepare_aspect_ratio_attention_mask: a version that fastfuse does not know")
-    return on_device("patch_embed", self.patch_embedding.weight.device, options)
+    return on_device("patch_embed", device_of(self.patch_embedding), options)
 
 
 def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
@@ -359,7 +360,7 @@ HOSTS = (
                "intermediate_layers_indices", "num_patches", "max_num_tiles", "hidden_size"),
         takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), ignores=("return_dict", "output_hidden_states", "output_attentions"),
         refuses=_vision_refuses, obstacle=_vision_obstacle, fused=_vision_model, probe=_vision_probe, rehearse=_rehearse_vision, layout=_geometry,
-        device=lambda module: module.patch_embedding.weight.device, image=lambda module: (module.max_num_tiles, module.num_patches), modules="`MllamaVisionModel`",
+        device=lambda module: device_of(module.patch_embedding), image=lambda module: (module.max_num_tiles, module.num_patches), modules="`MllamaVisionModel`",
         covers="convolution, class token, both position tables, norm and padding in one; the layers run as they are",
     ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from fastfuse.patching.hosts._host import (
     Rehearsed,
     Sizes,
     autocast_dtype,
+    device_of,
     hooked,
     on_device,
     only_asks_for_grad,
@@ -229,15 +230,16 @@ def _made_of(children: set[str], parameters: set[str], optional: tuple[str, ...]
     """Recognises a module with just these parts: with another one it would be another formula."""
 
     def matches(module: nn.Module) -> bool:
-        given = set(module._parameters).difference(optional)
-        return set(module._modules) == children and given == parameters and all(hasattr(module, name) for name in attributes)
+        made = set(module._modules.get("parametrizations", ()))  # parameters all the same, made of others
+        given = made.union(module._parameters).difference(optional)
+        return set(module._modules) - {"parametrizations"} == children and given == parameters and all(hasattr(module, name) for name in attributes)
 
     return matches
 
 
 def _front(kinds: dict[str, _Kind], conv: Callable[[nn.Module], nn.Conv2d], **how) -> Host:
     def refuses(module: nn.Module, options: Options) -> Reason | None:
-        return _UNKNOWN if _forward_of(type(module)) not in kinds else on_device("patch_embed", conv(module).weight.device, options)
+        return _UNKNOWN if _forward_of(type(module)) not in kinds else on_device("patch_embed", device_of(conv(module)), options)
 
     def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason | None:
         probe = how["probe"](module)
@@ -249,7 +251,7 @@ def _front(kinds: dict[str, _Kind], conv: Callable[[nn.Module], nn.Conv2d], **ho
         return out if type(out) is Reason else (out, [])
 
     names = tuple(key.removesuffix(".forward") for key in kinds)
-    return Host(op="patch_embed", classes=names, refuses=refuses, rehearse=rehearse, device=lambda module: conv(module).weight.device, **how)
+    return Host(op="patch_embed", classes=names, refuses=refuses, rehearse=rehearse, device=lambda module: device_of(conv(module)), **how)
 
 
 def _listed(kinds: dict[str, _Kind]) -> str:
