@@ -542,7 +542,7 @@ def compile_specimen(s: Specimen):
         else:
             signature[name] = _describe(s.signature[name], (i,), name, constants, attrs)
     source = ASTSource(fn=s.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=target(s.arch), options=s.options)
+    return triton.compile(source, target=target(s.arch), options=tune.OPTIONS | s.options)
 
 
 def _describe(kind, path: tuple, name: str, constants: dict, attrs: dict):

@@ -7,7 +7,7 @@ number where the value is a constant of the code (Triton then drops the paramete
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastfuse.kernels.cross_attention import cross_attention_fwd_kernel, cross_attention_merge_kernel
@@ -22,6 +22,10 @@ BLOCK_SIZE, SCALE_BLOCK = 64, 256  # elements of a scale, scales of a nested abs
 IDS = {"bf16": "FFS_BF16", "fp16": "FFS_FP16", "fp32": "FFS_FP32", "u8": "FFS_U8"}
 
 
+# As fastfuse.tune.OPTIONS, which is out of reach: that imports torch.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A row of the library's table: the first one with the kernel's id and key whose conditions hold is launched."""
@@ -32,13 +36,18 @@ class Variant:
     kernel: object
     signature: dict
     constants: dict
-    options: dict
+    options: dict  # OPTIONS, unless it says otherwise, and num_warps, num_stages
     when: dict = field(default_factory=dict)  # M_max, N_max, K_multiple, K_min
 
 
 def variants(arch: int, dtypes: list[str], small: bool) -> Iterator[Variant]:
     """All of one architecture. small: what the tests need, one dtype, storage, group and patch size."""
-    for dtype in dtypes[:1] if small else dtypes:
+    for v in _variants(arch, dtypes[:1] if small else dtypes, small):
+        yield replace(v, options=OPTIONS | v.options)
+
+
+def _variants(arch: int, dtypes: list[str], small: bool) -> Iterator[Variant]:
+    for dtype in dtypes:
         yield from _nf4(arch, dtype, small)
         yield from _patch_embed(arch, dtype, small)
         yield from _attention(arch, dtype, small)

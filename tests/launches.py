@@ -3,6 +3,7 @@
 import collections
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +26,8 @@ from fastfuse.quant.nf4 import NF4View
 K = 256
 launched: collections.Counter = collections.Counter()
 compiled: set = set()
+fused: dict[str, list[bool]] = {}
+unnamed: set = set()
 
 
 class NoDevice:
@@ -42,6 +45,9 @@ def compile_only(self, *args, grid, warmup=False, **options):
     kernel = real(self, *args, grid=grid, warmup=True, **options)
     launched[self.__name__] += 1
     compiled.add(kernel.hash)
+    fused.setdefault(self.__name__, []).append(kernel.metadata.enable_fp_fusion)
+    if "enable_fp_fusion" not in options:
+        unnamed.add(self.__name__)
 
 
 def weight(N: int) -> NF4View:
@@ -124,6 +130,9 @@ def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torc
 
 if __name__ == "__main__":
     real, JITFunction.run = JITFunction.run, compile_only
+    triton.knobs.language.default_fp_fusion = False  # as from Triton 3.10 on: what a launch does not name is off
+    warned = warnings.catch_warnings(record=True).__enter__()
+    warnings.simplefilter("always")
     triton.runtime.driver.set_active(NoDevice())
     tune.arch_of = lambda device: "sm_90"
     for M in (1, 64, 300, 2000):  # split, mid, mid with a whole tile, dense
@@ -171,4 +180,6 @@ if __name__ == "__main__":
     body(_swiglu)(e, e, False)
     body(_swiglu_bwd)(e, e, e, False)
     counts = {"token counts": again - before, "image counts": images, "texts and encoder tokens": texts}
-    json.dump({"launched": launched, **{f"compiled by other {what}": n for what, n in counts.items()}}, sys.stdout)
+    said = {str(w.message) for w in warned if "triton" in w.filename}
+    found = {"launched": launched, "unnamed": sorted(unnamed), "fused": fused, "Triton warned": sorted(said)}
+    json.dump(found | {f"compiled by other {what}": n for what, n in counts.items()}, sys.stdout)

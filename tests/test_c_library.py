@@ -1,5 +1,6 @@
 """The C library builds, its launches reach a driver as its kernels expect them and compute what the ops do, and a server builds against what is installed."""
 
+import ast
 import os
 import re
 import shutil
@@ -90,6 +91,13 @@ print(compile.build(v, 90).parameters)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_every_kernel_says_whether_products_and_sums_become_fmas():
+    """As at every launch from Python: Triton 3.9 warns where it is not said, and 3.10 turns them off."""
+    done = drifted("print({(x.id, x.options.get('enable_fp_fusion')) for x in compile.variants(90, ['bf16'], False)}); sys.exit()")
+    found = dict(ast.literal_eval(done.stdout))
+    assert len(found) == 15 and found == {id: id != "NF4_DEQUANTIZE" for id in found}
 
 
 def test_parameters_come_from_the_cubin():

@@ -1,5 +1,6 @@
 """What the compiler makes of every kernel, for every target, without a GPU."""
 
+import ast
 import json
 import os
 import subprocess
@@ -260,14 +261,39 @@ print([report(s).problems() for s in linear_specimens("sm_90", tile, "nested", "
     assert "bytes of shared memory, sm_90 has 232448" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
-def test_every_launch_binds_and_compiles():
+@pytest.fixture(scope="module")
+def launches():
+    done = compiled("-m", "tests.launches")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_launch_says_whether_products_and_sums_become_fmas(launches):
+    """Triton 3.9 warns where a launch does not, and 3.10 turns them off. Off in nf4_dequantize: bitsandbytes rounds a nested scale's product, then its sum."""
+    assert launches["unnamed"] == []
+    assert launches["Triton warned"] == []
+    assert {name: set(fused) for name, fused in launches["fused"].items()} == {k: {k != "nf4_dequantize_kernel"} for k in launches["launched"]}
+
+
+def test_the_gate_compiles_fmas_as_launches_do():
+    code = """
+import triton
+from bench.codegen import compile_specimen, specimens
+triton.knobs.language.default_fp_fusion = False
+firsts = {(s.arch, s.op): s for s in specimens() if s.arch in ("sm_90", "gfx942") and s.op in ("nf4_dequantize", "swiglu")}
+print({key: compile_specimen(s).metadata.enable_fp_fusion for key, s in firsts.items()})
+"""
+    done = compiled("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ast.literal_eval(done.stdout) == {(arch, op): op == "swiglu" for arch in ("sm_90", "gfx942") for op in ("nf4_dequantize", "swiglu")}
+
+
+def test_every_launch_binds_and_compiles(launches):
     """What a launch hands to Triton (nested tuples, None, a rank of 1, unaligned rows) must suit its binder, not the interpreter alone.
 
     A new number of tokens, or of images, must compile nothing.
     """
-    done = compiled("-m", "tests.launches")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = launches
     kernels = {line.split("(")[0].removeprefix("def ") for f in ROOT.glob("kernels/*.py") for line in f.read_text().splitlines() if line.startswith("def ")}
     assert {k for k in kernels if k.endswith("_kernel")} == set(found["launched"])
     assert found["compiled by other token counts"] == 0

@@ -309,7 +309,7 @@ def _cross_attention(
     if splits > 1:
         rows_each = max(GP, 16)
         cross_attention_merge_kernel[(-(-s * GP // rows_each), b * hkv)](
-            parts, part_lse, o, lse, o.stride()[:3], *_shape(q, k, rows), splits, **heads, BLOCK_M=rows_each, **block_d
+            parts, part_lse, o, lse, o.stride()[:3], *_shape(q, k, rows), splits, **heads, BLOCK_M=rows_each, **block_d, **tune.OPTIONS
         )
     return o.to(dtype), lse
 
@@ -414,7 +414,7 @@ def _cross_attention_bwd(
     rows_each = max(GP, 32)
     dlse = None if dlse is None else dlse.contiguous()
     cross_attention_delta_kernel[(-(-s * GP // rows_each), b * hkv)](
-        o, do, dlse, delta, o.stride()[:3], do.stride()[:3], *shape, **heads, BLOCK_M=rows_each, **block_d
+        o, do, dlse, delta, o.stride()[:3], do.stride()[:3], *shape, **heads, BLOCK_M=rows_each, **block_d, **tune.OPTIONS
     )
     common = heads | {"LISTED": listed_tokens(G), "PRECISION": precision()} | block_d
     strides = [t.stride()[:3] for t in (q, k, v, do)]

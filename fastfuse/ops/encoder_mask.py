@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfuse import tune
 from fastfuse.ops import _op
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._op import HAS_TRITON, fused_op, route, transformed
@@ -415,7 +416,7 @@ def _pack_mask(mask: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
         flags = mask.view(torch.int32 if together else torch.uint8)
         pack_mask_kernel[(-(-s // _PACK_ROWS), b)](
             flags, bits, rows_empty, *flags.stride(), s, flags.shape[2], bits.shape[2] // 4,
-            FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS,
+            FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS, **tune.OPTIONS,
         )  # fmt: skip
     return bits, rows_empty
 
@@ -450,7 +451,7 @@ def _pack_tiles(visible: Tensor, tokens_per_tile: int, interpret: bool) -> tuple
         grid = (-(-s // _TILES_ROWS), b)
         pack_tiles_kernel[grid](
             visible.contiguous().view(torch.uint8), bits, rows_empty, s, n_tiles, tokens_per_tile, bits.shape[2] // 4,
-            TILES_IN_A_WORD=_tiles_in_a_word(tokens_per_tile), BLOCK_S=_TILES_ROWS, BLOCK_W=_TILES_WORDS,
+            TILES_IN_A_WORD=_tiles_in_a_word(tokens_per_tile), BLOCK_S=_TILES_ROWS, BLOCK_W=_TILES_WORDS, **tune.OPTIONS,
         )  # fmt: skip
     return bits, rows_empty
 
@@ -499,10 +500,11 @@ def _mask_blocks(rows: Tensor, rows_empty: Tensor, s_e: int, tokens: int, bits: 
     states = torch.empty((b, nq, nk), dtype=torch.int8, device=rows.device)
     block = min(_STATE_ROWS, 1 << (tokens - 1).bit_length())
     grid = (nq, -(-nk // _STATE_BLOCKS), b)
-    block_states_kernel[grid](rows.contiguous(), rows_empty.contiguous(), states, s, tokens, nk, BITS=bits, BLOCK_S=block, BLOCK_K=_STATE_BLOCKS)
+    rows, rows_empty = rows.contiguous(), rows_empty.contiguous()
+    block_states_kernel[grid](rows, rows_empty, states, s, tokens, nk, BITS=bits, BLOCK_S=block, BLOCK_K=_STATE_BLOCKS, **tune.OPTIONS)
     found = []
     for lists, n, strides in ((nq, nk, (nk, 1)), (nk, nq, (1, nk))):
         listed, counts = torch.empty((b, lists, n), **like), torch.empty((b, lists, 2), **like)
-        block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=_LIST_BLOCK)
+        block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=_LIST_BLOCK, **tune.OPTIONS)
         found += [listed, counts]
     return tuple(found)

@@ -484,7 +484,7 @@ def _launch(x: Tensor, group: Group, raw: bool) -> list[Tensor]:
             nf4_skinny_kernel[(tiles + tiles_a, splits)](x2, args, part, x2.stride(0), M, K, columns, SPLIT_K=splits, **common, **constants)
             nf4_skinny_reduce_kernel[(tiles,)](
                 part, args, xa, ranks, M, columns,
-                PROJECTIONS=len(group), SPLIT_K=splits, DECODE=decode, BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=4,
+                PROJECTIONS=len(group), SPLIT_K=splits, DECODE=decode, BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=4, **tune.OPTIONS,
             )  # fmt: skip
         else:
             constants.setdefault("TRANSPOSED", False)

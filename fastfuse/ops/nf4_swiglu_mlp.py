@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype
 from fastfuse.ops.nf4_linear import (
@@ -106,7 +107,7 @@ def _swiglu(e: Tensor, g: Tensor, interpret: bool) -> Tensor:
     e, g = e.to(work).contiguous(), g.to(work).contiguous()
     h = torch.empty_like(e)
     if h.numel():
-        swiglu_fwd_kernel[(-(-h.numel() // _BLOCK),)](e, g, h, h.numel(), BLOCK=_BLOCK)
+        swiglu_fwd_kernel[(-(-h.numel() // _BLOCK),)](e, g, h, h.numel(), BLOCK=_BLOCK, **tune.OPTIONS)
     return h.to(dtype)
 
 
@@ -123,7 +124,7 @@ def _swiglu_bwd(dh: Tensor, e: Tensor, g: Tensor, interpret: bool) -> tuple[Tens
     dh, e, g = (t.to(work).contiguous() for t in (dh, e, g))
     de, dg = torch.empty_like(e), torch.empty_like(e)
     if e.numel():
-        swiglu_bwd_kernel[(-(-e.numel() // _BLOCK),)](dh, e, g, de, dg, e.numel(), BLOCK=_BLOCK)
+        swiglu_bwd_kernel[(-(-e.numel() // _BLOCK),)](dh, e, g, de, dg, e.numel(), BLOCK=_BLOCK, **tune.OPTIONS)
     return de.to(dtype), dg.to(dtype)
 
 

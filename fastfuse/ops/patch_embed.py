@@ -397,7 +397,7 @@ def _patch_embed(
             affine = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
             place_kernel[(-(-M // block[0]),)](
                 x, out, kept if keep else None, stats if keep else None, placed, *affine, geometry.shape(), M, D, eps or 0.0,
-                NORM=norm, BLOCK_M=block[0], BLOCK_N=block[1],
+                NORM=norm, BLOCK_M=block[0], BLOCK_N=block[1], **tune.OPTIONS,
             )  # fmt: skip
     return out.to(dtype).view(n_images, n_tiles, geometry.padded, D), kept.to(dtype), stats
 
@@ -423,8 +423,9 @@ def _kernel_tables(tables: Tables, aspect_ratio: Tensor | None, n_tiles: int) ->
         factors = torch.empty(3, dtype=torch.float32, device=device)
         fits = torch.empty((), dtype=torch.bool, device=device)
         tile_rows_kernel[(1,)](
-            aspect_ratio.contiguous(), tables.gate, tables.pre_gate, rows, factors, fits, n, n_tiles, side, entries, IDS=aspect_ratio.dim() == 1, BLOCK=1024
-        )
+            aspect_ratio.contiguous(), tables.gate, tables.pre_gate, rows, factors, fits, n, n_tiles, side, entries,
+            IDS=aspect_ratio.dim() == 1, BLOCK=1024, **tune.OPTIONS,
+        )  # fmt: skip
         if device.type == "cpu":  # in the interpreter: the ValueError
             tile_rows(aspect_ratio, n_tiles, entries, side)
         else:
@@ -457,8 +458,9 @@ def patchify(images: Tensor, weight: Tensor, geometry: _Geometry, scale: Sequenc
     a = torch.empty((M, K), dtype=kernel_dtype(weight.dtype), device=images.device)
     tiles, image = _kernel_image(images, geometry)
     patchify_kernel[(-(-M // _BLOCK_M), -(-K // _BLOCK_K))](
-        tiles, a, image, geometry.shape(), *_kernel_numbers(scale, shift), M, K, CHANNELS=C, PATCH_H=ph, PATCH_W=pw, BLOCK_M=_BLOCK_M, BLOCK_K=_BLOCK_K
-    )
+        tiles, a, image, geometry.shape(), *_kernel_numbers(scale, shift), M, K,
+        CHANNELS=C, PATCH_H=ph, PATCH_W=pw, BLOCK_M=_BLOCK_M, BLOCK_K=_BLOCK_K, **tune.OPTIONS,
+    )  # fmt: skip
     return a
 
 
@@ -613,7 +615,7 @@ def _norm_bwd(dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, geome
     dx, columns = torch.empty_like(dy), triton_block(D)[1]
     dw, db = (torch.empty((programs, D), dtype=torch.float32, device=dy.device) for _ in range(2))
     weight = None if weight is None else weight.contiguous()
-    norm_bwd_kernel[(programs,)](dy, x, stats, weight, dx, dw, db, geometry.shape(), M, D, rows, BLOCK_N=columns, num_warps=norm_warps(columns))
+    norm_bwd_kernel[(programs,)](dy, x, stats, weight, dx, dw, db, geometry.shape(), M, D, rows, BLOCK_N=columns, num_warps=norm_warps(columns), **tune.OPTIONS)
     return dx, dw.sum(0), db.sum(0)
 
 
@@ -637,8 +639,9 @@ def _place_bwd(dz: Tensor, tables: Tables, aspect_ratio: Tensor | None, n_tiles:
         dots = torch.empty((*grid, 2), dtype=torch.float32, device=device) if want["gate"] else None
         local = None if tables.local_pos is None else tables.local_pos.contiguous()
         place_bwd_kernel[grid](
-            dz, order, starts, table, local, factors, total, dtable, pre, dots, geometry.shape(), D, n_rows, BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, TILES=_TILES
-        )
+            dz, order, starts, table, local, factors, total, dtable, pre, dots, geometry.shape(), D, n_rows,
+            BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, TILES=_TILES, **tune.OPTIONS,
+        )  # fmt: skip
         if want["global_pos"]:
             grads["global_pos"] = dtable
         if want["gate"]:
