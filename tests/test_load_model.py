@@ -10,6 +10,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from fastfuse.checkpoints import load_model, save_checkpoint
 from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora
+from fastfuse.models.llama3_2_vision._config import HF_DEFAULTS
 from fastfuse.modules.peft import LoRALinear
 
 SAMPLES = [["coffee"], ["astronaut", "chelsea"], []]
@@ -105,6 +106,10 @@ def test_a_config_survives_the_way_to_transformers_and_back(made):
         ({"text_config": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}}, "config: rope_type is 'yarn', covered: 'default', 'llama3'"),
         ({"text_config": {"head_dim": 48}}, "config: head_dim is 48, covered"),
         ({"vision_config": {"image_size": [448, 560]}}, r"config: image_size is \[448, 560\], tiles and patches are square here"),
+        ({"vision_config": {"max_num_tiles": 2}}, "config: vision_config.max_num_tiles is 2, the default supported_aspect_ratios are for 4"),
+        ({"text_config": {"hidden_size": None}}, "config: text_config.hidden_size is null, the default is 4096"),
+        ({"vision_config": {"patch_size": None}}, "config: vision_config.patch_size is null, the default is 14"),
+        ({"text_config": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}}, "rope_type is 'llama3', low_freq_factor, high_freq_factor missing"),
     ],
 )
 def test_a_config_the_architecture_has_no_place_for_is_refused(change, message):
@@ -117,6 +122,72 @@ def test_a_config_the_architecture_has_no_place_for_is_refused(change, message):
         Llama3VisionConfig.from_hf({"model_type": "llama"})
     with pytest.raises(ValueError, match="params: dim missing"):
         Llama3VisionConfig.from_meta({k: v for k, v in PARAMS.items() if k != "dim"})
+
+
+def differences(given, defaults):
+    """What transformers 4.45 to 4.49 write: keys that have their class's default value are left out."""
+    made = {key: differences(value, defaults.get(key, {})) if isinstance(value, dict) else value for key, value in given.items()}
+    return {key: value for key, value in made.items() if key in ("model_type", "image_token_index") or value not in (defaults.get(key), {})}
+
+
+def test_defaults_are_transformers():
+    """Every key that is read has the value transformers gives it where a file leaves it out."""
+    theirs = MllamaConfig(vision_config={}, text_config={}).to_dict()
+    theirs["text_config"]["rope_theta"] = theirs["text_config"]["rope_parameters"]["rope_theta"]  # its place until transformers 5
+    for part in ("vision_config", "text_config"):
+        assert {key: theirs[part][key] for key in HF_DEFAULTS[part]} == HF_DEFAULTS[part]
+    assert theirs["image_token_index"] == HF_DEFAULTS["image_token_index"]
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {"model_type": "mllama", "image_token_index": 128256, "text_config": {"model_type": "mllama_text_model"}, "vision_config": {"model_type": "mllama_vision_model"}},
+        {"model_type": "mllama", "text_config": None, "vision_config": {}},
+        {"model_type": "mllama"},
+    ],
+    ids=["as 4.49 writes it", "null", "absent"],
+)  # fmt: skip
+def test_a_config_of_nothing_but_defaults(alone):
+    assert Llama3VisionConfig.from_hf(alone) == Llama3VisionConfig.from_hf(MllamaConfig())
+
+
+def test_a_config_of_differences_alone(tmp_path):
+    made = mllama.config(cross=(1, 3), num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6)
+    theirs = mllama.build(made)
+    theirs.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    alone = differences(whole, MllamaConfig().to_dict())
+    assert not {"num_attention_heads", "num_key_value_heads"} & alone["text_config"].keys() and "patch_size" not in alone["vision_config"]
+    assert Llama3VisionConfig.from_hf(alone) == Llama3VisionConfig.from_hf(whole)
+    (tmp_path / "config.json").write_text(json.dumps(alone))
+    ours = load_model(tmp_path, profile="transformers")
+    batch = mllama.batch(SAMPLES)
+    with torch.no_grad():
+        got, expected = ours(**mllama.as_fastfuse(batch, made)), theirs(**batch).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    save_checkpoint(ours.state_dict(), tmp_path / "again", config=alone)
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], t) for name, t in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("old", ["4.45", "type", "theta beside rope_parameters", "both"])
+def test_rope_under_the_names_of_every_version(old):
+    """The same model from rope_theta and rope_scaling as from transformers 5's rope_parameters; what transformers makes of them too."""
+    text = mllama.config().to_dict()["text_config"]
+    rope = text.pop("rope_parameters") | {"rope_theta": 10_000.0}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    forms = {
+        "4.45": {"rope_theta": 10_000.0, "rope_scaling": scaling},
+        "type": {"rope_theta": 10_000.0, "rope_scaling": {"type" if key == "rope_type" else key: value for key, value in scaling.items()}},
+        "theta beside rope_parameters": {"rope_theta": 10_000.0, "rope_parameters": scaling},
+        "both": {"rope_theta": 10_000.0, "rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}},
+    }
+    theirs = MllamaConfig(text_config=text | forms[old]).text_config.rope_parameters
+    assert {key: theirs[key] for key in rope} == rope
+    want = Llama3VisionConfig.from_hf(MllamaConfig(text_config=text | {"rope_parameters": rope}))
+    assert Llama3VisionConfig.from_hf({"model_type": "mllama", "text_config": text | forms[old]}) == want
+    assert want.rope_base == 10_000 and want.rope_scaling["scale_factor"] == 8
 
 
 def test_weights_without_a_config_need_one(saved, tmp_path):

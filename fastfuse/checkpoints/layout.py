@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastfuse.checkpoints.files import Checkpoint
+from fastfuse.models.llama3_2_vision._config import hf_config
 from fastfuse.models.llama3_2_vision._convert_weights import Layout, all_aspect_ratios, tune_plan
 from fastfuse.models.llama3_2_vision._layer_plan import LayerEntry
 
@@ -83,7 +84,7 @@ def layout_to_load(model: nn.Module, checkpoint: Checkpoint, form: str, tied: bo
     layout = replace(layout_of(model), check=True)
     config = checkpoint.config or {}
     if tied is None:
-        tied = bool(config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings"))
+        tied = bool(config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings"))
     if form == "meta":
         return layout
     shapes = {name.removeprefix("model."): checkpoint.shape(name) for name in checkpoint if "class_embedding" in name or "pre_tile" in name}
@@ -114,13 +115,13 @@ def layout_from_config(tensors: Mapping[str, torch.Tensor], config: Mapping[str,
         layout = replace(layout, num_tiles=tiles, aspect_ratios=ratios, tile_tables="grid" if table.shape[0] == tiles else "ratios")
     if form == "meta":
         return layout
-    text = config["text_config"]
+    text = hf_config(config)["text_config"]
     heads = text["num_attention_heads"]
     return replace(
         layout,
-        plan=tune_plan(tensors, text.get("cross_attention_layers"), text["num_hidden_layers"]),
+        plan=tune_plan(tensors, text["cross_attention_layers"], text["num_hidden_layers"]),
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
+        num_kv_heads=text["num_key_value_heads"],
         head_dim=text.get("head_dim") or text["hidden_size"] // heads,
     )
 

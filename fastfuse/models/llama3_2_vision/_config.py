@@ -1,6 +1,7 @@
 """Model sizes as rows of data, and a model from a row."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,33 +179,30 @@ class Llama3VisionConfig:
     def from_hf(config: Any) -> "Llama3VisionConfig":
         """From transformers' MllamaConfig, as an object or as the dict in config.json.
 
-        Raises ValueError for what the architecture here has no place for: another activation, another rope scaling than
-        llama3's, tiles that are not square.
+        Keys that are left out have transformers' defaults: its versions 4.45 to 4.49 wrote only what differs from them.
+        Raises ValueError for another model_type, for a null, and for what the architecture here has no place for: another
+        activation, another rope scaling than llama3's, tiles that are not square.
         """
-        whole = config if isinstance(config, dict) else config.to_dict()
-        if "vision_config" not in whole or "text_config" not in whole:
-            raise ValueError(f"config has model_type {whole.get('model_type')!r}, expected 'mllama' with vision_config and text_config")
+        whole = hf_config(config)
         vision, text = whole["vision_config"], whole["text_config"]
         _expect(vision, "hidden_act", ("gelu",), "gelu")
         _expect(text, "hidden_act", ("silu",), "silu")
         heads, hidden = text["num_attention_heads"], text["hidden_size"]
         _expect(text, "head_dim", (None, hidden // heads), None)
-        cross = text.get("cross_attention_layers")
-        cross = (3, 8, 13, 18, 23, 28, 33, 38) if cross is None else tuple(cross)
-        rope = text.get("rope_parameters") or {**(text.get("rope_scaling") or {}), "rope_theta": text.get("rope_theta", 500_000.0)}
+        cross = tuple(text["cross_attention_layers"])
+        rope = _rope(text)
         tile, patch = _square(vision, "image_size"), _square(vision, "patch_size")
-        states = vision.get("intermediate_layers_indices")
         return Llama3VisionConfig(
             tile_size=tile,
             patch_size=patch,
             max_num_tiles=vision["max_num_tiles"],
             in_channels=vision["num_channels"],
-            aspect_ratios=tuple(tuple(r) for r in vision.get("supported_aspect_ratios") or ASPECT_RATIOS),
+            aspect_ratios=tuple(tuple(r) for r in vision["supported_aspect_ratios"]),
             clip_embed_dim=vision["hidden_size"],
-            clip_num_heads=vision.get("attention_heads") or vision["num_attention_heads"],
+            clip_num_heads=vision["attention_heads"],
             clip_num_layers=vision["num_hidden_layers"],
             clip_hidden_dim=vision["intermediate_size"],
-            clip_hidden_states=(3, 7, 15, 23, 30) if states is None else tuple(states),
+            clip_hidden_states=tuple(vision["intermediate_layers_indices"]),
             num_layers_projection=vision["num_global_layers"],
             clip_norm_eps=vision["norm_eps"],
             vocab_size=text["vocab_size"],
@@ -216,11 +214,73 @@ class Llama3VisionConfig:
             intermediate_dim=text["intermediate_size"],
             max_seq_len=text["max_position_embeddings"],
             encoder_max_seq_len=20 * vision["max_num_tiles"] * ((tile // patch) ** 2 + 1),
-            rope_base=rope.get("rope_theta", 500_000.0),
+            rope_base=rope["rope_theta"],
             rope_scaling=_rope_scaling(rope),
             norm_eps=text["rms_norm_eps"],
-            image_token_id=whole.get("image_token_index", whole.get("image_token_id", text["vocab_size"])),
+            image_token_id=whole["image_token_index"],
         )
+
+
+# What transformers takes where a config.json of model_type "mllama" leaves a key out.
+HF_DEFAULTS = {
+    "image_token_index": 128_256,
+    "vision_config": {
+        "image_size": 448,
+        "patch_size": 14,
+        "max_num_tiles": 4,
+        "num_channels": 3,
+        "supported_aspect_ratios": [list(ratio) for ratio in ASPECT_RATIOS],
+        "hidden_size": 1280,
+        "attention_heads": 16,
+        "num_hidden_layers": 32,
+        "intermediate_size": 5120,
+        "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "num_global_layers": 8,
+        "norm_eps": 1e-5,
+        "hidden_act": "gelu",
+    },
+    "text_config": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "hidden_act": "silu",
+    },
+}
+_HF_ALIASES = {"image_token_id": "image_token_index", "num_attention_heads": "attention_heads"}  # of the whole and of vision_config
+_NULL_IS_DEFAULT = ("supported_aspect_ratios", "intermediate_layers_indices", "cross_attention_layers", "rope_theta")
+
+
+def hf_config(config: Any) -> dict[str, Any]:
+    """transformers' MllamaConfig, an object or the dict in config.json, as a dict with every key of HF_DEFAULTS.
+
+    Raises ValueError for another model_type, and for a null where transformers has no default for one.
+    """
+    whole = config if isinstance(config, Mapping) else config.to_dict()
+    parts = [name for name in ("vision_config", "text_config") if name in whole]
+    if whole.get("model_type", "mllama" if len(parts) == 2 else None) != "mllama":
+        raise ValueError(f"config has model_type {whole.get('model_type')!r}, expected 'mllama'")
+    full = _completed("", whole, {"image_token_index": HF_DEFAULTS["image_token_index"]}, _HF_ALIASES)
+    for name, aliases in (("vision_config", _HF_ALIASES), ("text_config", {})):
+        full[name] = _completed(f"{name}.", whole.get(name) or {}, HF_DEFAULTS[name], aliases)
+    vision = full["vision_config"]
+    if vision["supported_aspect_ratios"] == HF_DEFAULTS["vision_config"]["supported_aspect_ratios"] and vision["max_num_tiles"] != 4:
+        raise ValueError(f"config: vision_config.max_num_tiles is {vision['max_num_tiles']}, the default supported_aspect_ratios are for 4")
+    return full
+
+
+def _completed(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    full = {aliases.get(key, key): value for key, value in given.items() if aliases.get(key) not in given}
+    full = {key: value for key, value in full.items() if value is not None or key not in _NULL_IS_DEFAULT}
+    if nulls := [key for key in defaults if key in full and full[key] is None]:
+        raise ValueError(f"config: {where}{nulls[0]} is null, the default is {defaults[nulls[0]]!r}: leave it out or give a value")
+    return {**defaults, **full}
 
 
 def _expect(config: dict, key: str, covered: tuple, default: Any) -> None:
@@ -245,12 +305,21 @@ _ROPE_SCALING = {
 }
 
 
+def _rope(text: dict) -> dict[str, Any]:
+    """rope_parameters of transformers 5, from the names of any version; where a file has both, rope_scaling counts there too."""
+    defaults = {"rope_theta": text["rope_theta"], "original_max_position_embeddings": text["max_position_embeddings"]}
+    given = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    return defaults | {key: value for key, value in given.items() if value is not None}
+
+
 def _rope_scaling(rope: dict) -> dict[str, float] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"config: rope_type is {kind!r}, covered: 'default', 'llama3'")
+    if missing := [name for name in _ROPE_SCALING.values() if name not in rope]:
+        raise ValueError(f"config: rope_type is 'llama3', {', '.join(missing)} missing")
     return {ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()}
 
 
