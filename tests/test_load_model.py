@@ -1,15 +1,18 @@
 """From a folder of weights to a model that answers: config, builder and checkpoint together."""
 
 import json
+import re
+import shutil
 from functools import partial
 
 import mllama
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from fastfuse.checkpoints import load_model, save_checkpoint
-from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora
+from fastfuse.checkpoints import load_model, open_checkpoint, save_checkpoint
+from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora, llama3_vision_hf_to_tune
 from fastfuse.models.llama3_2_vision._config import HF_DEFAULTS
 from fastfuse.modules.peft import LoRALinear
 
@@ -73,6 +76,45 @@ def test_dtype_is_of_every_parameter_and_rotary_tables_stay_fp32(saved):
     with torch.no_grad():
         logits = ours(**mllama.as_fastfuse(mllama.batch([[]]), saved[0].config))
     assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def mixed(theirs, folder, **config):
+    """What prepare_model_for_kbit_training and a merge leave: norms, embedding and head in fp32, matrices in bf16."""
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    for file in folder.glob("*.safetensors"):
+        wide = ("norm", "embed", "lm_head", "gate")
+        save_file({n: t if any(w in n for w in wide) else t.bfloat16() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    whole = json.loads((folder / "config.json").read_text())
+    whole.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(whole | config))
+
+
+@pytest.mark.parametrize(
+    "config", [{"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"dtype": "float16", "torch_dtype": "bfloat16"}, {"dtype": None}], ids=str
+)
+def test_a_file_of_several_dtypes_becomes_one_as_transformers_makes_it(tmp_path, config):
+    made = mllama.config()
+    mixed(mllama.build(made), tmp_path, **config)
+    assert {checkpoint.meta(name).dtype for checkpoint in [open_checkpoint(tmp_path)] for name in checkpoint} == {torch.float32, torch.bfloat16}
+    ours, theirs = load_model(tmp_path, profile="transformers"), MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {p.dtype for p in theirs.parameters()} == {theirs.dtype}
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "dim": 64, "vocab_size": mllama.VOCAB, "encoder_dim": 32, "tile_tables": "ratios"}
+    want = llama3_vision_hf_to_tune(theirs.state_dict(), **sizes)
+    assert want.keys() == ours.state_dict().keys() and all(torch.equal(t, want[name]) for name, t in ours.state_dict().items())
+    batch = mllama.as_fastfuse(mllama.batch(SAMPLES), made)
+    batch["encoder_input"]["images"] = batch["encoder_input"]["images"].to(theirs.dtype)
+    with torch.no_grad():
+        assert ours(**batch).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "auto", {"": "bfloat16"}], ids=str)
+def test_a_config_whose_dtype_no_model_computes_in_is_refused(saved, tmp_path, dtype):
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"dtype": dtype}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json has dtype {dtype!r}, expected a floating point one such as 'bfloat16': pass dtype")):
+        load_model(tmp_path, profile="transformers")
+    assert {p.dtype for p in load_model(tmp_path, profile="transformers", dtype=torch.float32).parameters()} == {torch.float32}
 
 
 def test_published_sizes_from_either_config():

@@ -71,6 +71,11 @@ class Checkpoint(Mapping):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.meta(name).shape)
 
+    def dtypes(self) -> Iterator[torch.dtype]:
+        """Of the tensors in the order of file names, then as each file lists them; Meta's RoPE table, which is computed, left out."""
+        for reader in sorted(set(self._readers.values()), key=lambda reader: reader.path):
+            yield from (reader.meta(name).dtype for name in reader.names if not name.endswith("rope.freqs"))
+
 
 class _Safetensors:
     def __init__(self, path: Path):

@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,17 +88,17 @@ def load_model(
     path, strict: as load_checkpoint.  profile: whose numerics; the published weights are Meta's.  build: called as
     build(config, profile=profile); partial(build_lora, lora_attn_modules=[...], quantize_base=True) makes a QLoRA model.
     config: read from config.json (transformers) or params.json (Meta) beside the weights where None.  dtype: of all
-    parameters; the file's where None.
+    parameters; where None as transformers' "auto": the one config.json names, else that of the first tensor of the first file.
     Raises ValueError as load_checkpoint, and where there is no config.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not _computes(dtype):
         raise ValueError(f"load_model: dtype is {dtype!r}, expected a floating point torch.dtype")
     checkpoint = open_checkpoint(path)
     if config is None:
         config = _config_beside(checkpoint)
+    dtype = dtype or _dtype_of(checkpoint)
     default = torch.get_default_dtype()
-    most = Counter(d for d in (checkpoint.meta(n).dtype for n in checkpoint) if d.is_floating_point).most_common(1)
-    torch.set_default_dtype(dtype or (most[0][0] if most else default))  # what an NF4 weight takes for its own
+    torch.set_default_dtype(dtype)  # what an NF4 weight takes for its own
     try:
         with torch.device("meta"):
             model = build(config, profile=profile)
@@ -106,6 +106,22 @@ def load_model(
         torch.set_default_dtype(default)
     load_checkpoint(model, checkpoint, strict=strict, dtype=dtype, device=device)
     return model.eval()
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """One dtype for a file that may mix several, which no forward takes: fp32 norms and head are what k-bit training leaves."""
+    config = checkpoint.config or {}
+    named = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), None)
+    if named is None:
+        return next(filter(_computes, checkpoint.dtypes()), torch.get_default_dtype())
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    if not _computes(dtype):
+        raise ValueError(f"load_model: {checkpoint.path}: config.json has dtype {named!r}, expected a floating point one such as 'bfloat16': pass dtype")
+    return dtype
+
+
+def _computes(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1  # 8-bit floats only store
 
 
 def _config_beside(checkpoint: Checkpoint) -> Llama3VisionConfig:
