@@ -213,6 +213,30 @@ def test_a_config_of_differences_alone(tmp_path):
     assert all(torch.equal(again[name], t) for name, t in theirs.state_dict().items())
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_saved_folder_names_its_rope_for_both_generations(tmp_path, scaled):
+    """transformers 4.45 to 4.57 read rope_theta and rope_scaling, which they need for unscaled rotary embeddings too; 5 reads rope_parameters."""
+    config = Llama3VisionConfig.from_hf(mllama.config()).replace(rope_base=10_000.0, **({} if scaled else {"rope_scaling": None}))
+    ours = mllama.randomize(build(config)).eval()
+    save_checkpoint(ours, tmp_path)
+    scaling = {"rope_type": "default"}
+    if scaled:
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert {key: value for key, value in text.items() if "rope" in key} == {
+        "rope_theta": 10_000.0,
+        "rope_scaling": scaling,
+        "rope_parameters": scaling | {"rope_theta": 10_000.0},
+    }
+    assert all(type(value) is float for key, value in scaling.items() if "factor" in key)  # others are warned about
+    theirs, ours = MllamaForConditionalGeneration.from_pretrained(tmp_path).eval(), load_model(tmp_path, profile="transformers")
+    theirs.set_attn_implementation("eager")
+    batch = mllama.batch(SAMPLES)
+    with torch.no_grad():
+        got, expected = ours(**mllama.as_fastfuse(batch, mllama.config())), theirs(**batch).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("old", ["4.45", "type", "theta beside rope_parameters", "both"])
 def test_rope_under_the_names_of_every_version(old):
     """The same model from rope_theta and rope_scaling as from transformers 5's rope_parameters; what transformers makes of them too."""

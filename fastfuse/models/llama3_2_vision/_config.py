@@ -96,16 +96,16 @@ class Llama3VisionConfig:
         }
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict for transformers' config.json."""
+        """The dict for transformers' config.json, of version 5 and, by the older names of the rotary embedding, of 4.45 to 4.57."""
         cross = self.cross_attention_layers
         if cross is None:
             fused = [i for i in range(self.num_layers) if (i + 1) % self.fusion_interval == 0]
             cross = tuple(i + before for before, i in enumerate(fused))
         published = self.vocab_size > 128_004  # the vocabulary that has Llama 3's special tokens
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_base}
+        rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
-            scaling = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192} | self.rope_scaling
-            rope |= {"rope_type": "llama3"} | {theirs: scaling[ours] for ours, theirs in _ROPE_SCALING.items()}
+            scaling = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192} | self.rope_scaling
+            rope = {"rope_type": "llama3"} | {theirs: scaling[ours] for ours, theirs in _ROPE_SCALING.items()}
         return {
             "architectures": ["MllamaForConditionalGeneration"],
             "model_type": "mllama",
@@ -138,7 +138,9 @@ class Llama3VisionConfig:
                 "cross_attention_layers": list(cross),
                 "max_position_embeddings": self.max_seq_len,
                 "rms_norm_eps": self.norm_eps,
-                "rope_parameters": rope,
+                "rope_theta": self.rope_base,
+                "rope_scaling": rope,
+                "rope_parameters": {**rope, "rope_theta": self.rope_base},
                 "hidden_act": "silu",
                 "bos_token_id": 128_000 if published else 0,
                 "eos_token_id": 128_001 if published else None,
