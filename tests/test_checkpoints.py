@@ -299,7 +299,7 @@ def test_adapter_files_are_checked_first(consistent, tmp_path):
         (lambda d: d.pop("vision_model.class_embedding"), r"1 missing \(encoder\.clip\.cls_token_embedding\.weight\)"),
         (lambda d: d.update({"vision_model.foo": torch.zeros(2)}), r"1 unexpected \(vision_model\.foo\)"),
         (lambda d: d.update({"language_model.model.norm.weight": torch.zeros(9)}), r"1 of another shape \(language_model\.model\.norm\.weight: \(9,\) for decoder\.norm\.scale \(128,\)\)"),
-        (lambda d: d.update({"language_model.model.embed_tokens.weight": torch.zeros(57, 128)}), r"\(9, 128\) for decoder\.tok_embeddings\.fusion_embedding\.weight \(8, 128\)"),
+        (lambda d: d.update({"language_model.model.embed_tokens.weight": torch.zeros(57, 128)}), r"embed_tokens\.weight has 57 rows, vocab_size \+ 8 = 56 are needed$"),
         (lambda d: d.update({"language_model.model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 128)}), "has 64 rows, 4 heads of 32 have 128"),
         (lambda d: [d.pop(n) for n in list(d) if "layers.5" in n], r"9 missing \(decoder\.layers\.3\.attn\.q_proj\.weight, .*, \.\.\.\)"),
         (lambda d: d.update({"vision_model.gated_positional_embedding.embedding": torch.zeros(4, 128)}), "grid_size that is not squared"),
@@ -315,7 +315,7 @@ def test_misfits_change_nothing(consistent, tmp_path, change, message):
     before = tensors(model)
     with pytest.raises(ValueError, match=message) as e:
         load_checkpoint(model, tmp_path)
-    assert str(tmp_path) in str(e.value) or "rows" in message
+    assert str(tmp_path) in str(e.value)
     assert "\n" not in str(e.value)
     assert_same(model.state_dict(), before)
 

@@ -58,6 +58,21 @@ def test_rows_that_fit_no_grid_are_refused_with_the_profile_that_holds_them(save
         load_model(saved[1])
 
 
+@pytest.mark.parametrize("rows", [72, mllama.VOCAB + 8])
+def test_embeddings_resized_in_transformers_are_refused_by_their_rows(saved, tmp_path, rows):
+    """resize_token_embeddings makes vocab_size and the rows of the embedding equal; transformers itself cannot load that either."""
+    theirs = MllamaForConditionalGeneration.from_pretrained(saved[1])
+    theirs.resize_token_embeddings(rows)
+    theirs.save_pretrained(tmp_path)
+    message = f"language_model.model.embed_tokens.weight has {rows} rows, vocab_size + 8 = {rows + 8} are needed (resize_token_embeddings drops the last)"
+    with pytest.raises(ValueError) as e:
+        load_model(tmp_path, profile="transformers")
+    assert str(e.value) == f"load_checkpoint: {tmp_path}: {message}"
+    with pytest.raises(ValueError) as e:
+        llama3_vision_hf_to_tune(dict(open_checkpoint(tmp_path)), 8, 2, 64, vocab_size=rows, encoder_dim=32)
+    assert str(e.value) == message
+
+
 def test_a_lora_model_starts_as_its_base(saved):
     theirs, folder = saved
     make = partial(build_lora, lora_attn_modules=["q_proj", "v_proj"], decoder_lora=True, apply_lora_to_mlp=True)

@@ -66,7 +66,8 @@ def layout_of(model: nn.Module) -> Layout:
     vocab_size = getattr(tokens, "embedding", tokens).weight.shape[0]
     clip = getattr(getattr(model, "encoder", None), "clip", None)
     table = getattr(getattr(clip, "token_pos_embedding", None), "global_token_positional_embedding", None)
-    layout = Layout(plan, attention.num_heads, attention.num_kv_heads, attention.head_dim, vocab_size)
+    special = tokens.fusion_embedding.weight.shape[0] if hasattr(tokens, "fusion_embedding") else None
+    layout = Layout(plan, attention.num_heads, attention.num_kv_heads, attention.head_dim, vocab_size, num_special_tokens=special)
     if table is None:
         return layout
     ratios = getattr(clip.token_pos_embedding, "aspect_ratios", None)

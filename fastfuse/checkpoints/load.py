@@ -11,7 +11,7 @@ from torch import nn
 
 from fastfuse.checkpoints.files import FORMATS, Checkpoint, first, one_line, open_checkpoint, read_json
 from fastfuse.checkpoints.layout import Owned, inner, is_sharded, layout_to_load, tensors_of
-from fastfuse.errors import Unsupported
+from fastfuse.errors import InvalidArgument, Unsupported
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, Profile, build
 from fastfuse.models.llama3_2_vision._convert_weights import TILES, Step, steps_to_tune
 from fastfuse.modules.model_fusion import DeepFusionModel
@@ -156,7 +156,11 @@ def _checked(
         if not any(target in wanted for target in step.targets):
             unexpected += step.sources
             continue
-        for target, value in zip(step.targets, step.convert(*map(checkpoint.meta, step.sources)), strict=True):
+        try:
+            values = step.convert(*map(checkpoint.meta, step.sources))
+        except InvalidArgument as e:
+            raise InvalidArgument(f"{function}: {checkpoint.path}: {e}") from e
+        for target, value in zip(step.targets, values, strict=True):
             if target in wanted:
                 found.add(target)
                 if is_sharded(wanted[target].tensor):

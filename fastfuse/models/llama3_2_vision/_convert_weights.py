@@ -149,7 +149,8 @@ class Step:
 class Layout:
     """What a conversion has to know of a model beside the names.
 
-    plan: layer_plan's entries.  head_dim: of the decoder.  vocab_size: rows of the text embedding, the rest are special.
+    plan: layer_plan's entries.  head_dim: of the decoder.  vocab_size: rows of the text embedding, the rest are special:
+    num_special_tokens, or any number but none where that is None.
     encoder_dim, num_tiles, aspect_ratios: of the tile tables.  tile_tables: "grid" for torchtune's [T, T, n, d], "ratios"
     for [ratios + 1, T, n, d].  tie_word_embeddings: give a copy of the text embedding as the output where a file has none.
     check: raise ValueError where a grid cannot hold a table of rows per ratio exactly.
@@ -166,6 +167,7 @@ class Layout:
     tile_tables: str = "grid"
     tie_word_embeddings: bool = False
     check: bool = False
+    num_special_tokens: int | None = None
 
     def numbers(self, form: str) -> dict[tuple[str, int], int]:
         """(part, position in the decoder's layers) -> the layer's number in `form`."""
@@ -276,7 +278,7 @@ def _step_to_tune(form: str, row: Row, name: str, target: str, layout: Layout) -
     if form == "hf" and row.kind in (Q, K):
         return Step((name,), (target,), partial(_permute, name, _heads(row, layout), layout.head_dim, True), row.kind)
     if form == "hf" and row.kind == TEXT:
-        return Step((name,), (target, _SPECIAL_ROW.tune), partial(_split, name, layout.vocab_size), TEXT)
+        return Step((name,), (target, _SPECIAL_ROW.tune), partial(_split, name, layout), TEXT)
     if form == "meta" and row.kind == CONV:
         return Step((name,), (target,), partial(_patches, name), CONV)
     if row.kind == TILES and form == "hf":
@@ -304,7 +306,7 @@ def _step_from_tune(form: str, row: Row, name: str, target: str, layout: Layout)
 
 def _tied(step: Step, layout: Layout) -> Step:
     def text_special_and_output(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        text, special = _split(step.sources[0], layout.vocab_size, embedding)
+        text, special = _split(step.sources[0], layout, embedding)
         return text, special, text.clone()
 
     return Step(step.sources, (*step.targets, _OUTPUT), text_special_and_output, TEXT)
@@ -322,10 +324,13 @@ def _permute(name: str, heads: int, head_dim: int, to_pairs: bool, t: torch.Tens
     return (t.unflatten(0, sizes).transpose(1, 2).flatten(0, 2),)
 
 
-def _split(name: str, vocab_size: int, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if t.shape[0] < vocab_size:
-        raise InvalidArgument(f"{name} has {t.shape[0]} rows, fewer than vocab_size {vocab_size}")
-    return t[:vocab_size], t[vocab_size:]
+def _split(name: str, layout: Layout, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, text, special = t.shape[0], layout.vocab_size, layout.num_special_tokens
+    if rows <= text if special is None else rows != text + special:
+        special = 8 if special is None else special  # transformers' number
+        hint = " (resize_token_embeddings drops the last)" if rows == text else ""
+        raise InvalidArgument(f"{name} has {rows} rows, vocab_size + {special} = {text + special} are needed{hint}")
+    return t[:text], t[text:]
 
 
 def _patches(name: str, t: torch.Tensor) -> tuple[torch.Tensor]:
