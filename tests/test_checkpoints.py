@@ -95,6 +95,79 @@ def test_loads_what_transformers_saves(saved_by_transformers, tmp_path, kind):
     assert_same(model.state_dict(), want | {})
 
 
+def shards(folder, pattern, whole, count=3):
+    """The tensors of a checkpoint dealt out to `count` files without an index."""
+    disk, names = dict(open_checkpoint(whole)), [pattern.format(i) for i in range(1, count + 1)]
+    for i, name in enumerate(names):
+        part = {key: disk[key].clone() for key in sorted(disk)[i::count]}
+        save_file(part, folder / name) if name.endswith(".safetensors") else torch.save(part, folder / name)
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("given", ["folder", "list", "iterator of strings"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["hf_model_{:04}_0.pt", "hf_model_{:04}_1.safetensors", "model-{:05}-of-00012_0.safetensors", "ft-model-{:05}-of-00012.safetensors", "pytorch_model-{:05}-of-00012.bin"],
+)  # fmt: skip
+def test_shards_without_an_index(saved_by_transformers, tmp_path, pattern, given):
+    """As torchtune writes them, the number of the epoch last; more than nine, so that order by name and by number may differ."""
+    folder, state = saved_by_transformers
+    files = shards(tmp_path, pattern, folder / "whole", 12)
+    (tmp_path / "config.json").write_text((folder / "whole" / "config.json").read_text())
+    torch.save({}, tmp_path / "adapter_0.pt")  # other files torchtune leaves there
+    found = open_checkpoint({"folder": tmp_path, "list": files[::-1], "iterator of strings": iter(map(str, files))}[given])
+    assert found.format == "hf" and found.config["model_type"] == "mllama"
+    model = build(CONFIG, profile="transformers")
+    assert load_checkpoint(model, found).loaded == len(state) + 1
+    assert_same(model.state_dict(), llama3_vision_hf_to_tune(state, 4, 4, 128, vocab_size=48, encoder_dim=128, tile_tables="ratios"))
+
+
+def test_files_of_any_name_and_folder(consistent, tmp_path):
+    a, b = shards(tmp_path, "part{}.safetensors", consistent[1], 2)
+    (tmp_path / "b").mkdir()
+    b = b.rename(tmp_path / "b" / "model.safetensors")
+    model = build(CONFIG)
+    for files in ([a, b], [b, a]):
+        found = open_checkpoint(files)
+        assert found.path == tmp_path and found.config is None
+        assert load_checkpoint(model, files).missing == ()
+    assert torch.equal(model.decoder.norm.scale, consistent[0].decoder.norm.scale)
+    (tmp_path / "b" / "config.json").write_text('{"found": 1}')
+    assert open_checkpoint([a, b]).config == {"found": 1}
+
+
+def test_shards_that_are_no_whole_set(consistent, tmp_path):
+    _, folder = consistent
+    torchtune = shards(tmp_path, "hf_model_{:04}_0.pt", folder)
+    torchtune[1].rename(tmp_path / "away.pt")
+    gap = f"{tmp_path}: 1 of 3 shards are missing: number 2 beside hf_model_0001_0.pt"
+    for path in (tmp_path, [torchtune[2], torchtune[0]]):
+        with pytest.raises(ValueError) as e:
+            open_checkpoint(path)
+        assert str(e.value) == gap
+    with pytest.raises(ValueError, match=r"hf_model_0002_0\.pt: language_model\..*\.\.\. of it are in away\.pt too") as e:
+        (tmp_path / "hf_model_0002_0.pt").write_bytes((tmp_path / "away.pt").read_bytes())
+        open_checkpoint([*torchtune, tmp_path / "away.pt"])
+    assert "\n" not in str(e.value)
+    torchtune[2].unlink()  # the name of a last file that is not there tells nothing, the model's missing tensors do
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {tmp_path} \(hf\) does not fit the model: \d+ missing") as e:
+        load_checkpoint(build(CONFIG), tmp_path)
+    assert "\n" not in str(e.value)
+    shards(tmp_path, "hf_model_{:04}_1.pt", folder)
+    with pytest.raises(ValueError, match=r"holds the shards of 2 checkpoints \(hf_model_0001_0\.pt, hf_model_0001_1\.pt\): give the list of files of one"):
+        open_checkpoint(tmp_path)
+    assert len(open_checkpoint(tmp_path.glob("hf_model_*_1.pt"))) == len(open_checkpoint(folder))
+    counted = tmp_path / "counted"
+    counted.mkdir()
+    shards(counted, "model-{:05}-of-00003.safetensors", folder)[2].unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 shards are missing: number 3 beside model-00001-of-00003\.safetensors"):
+        open_checkpoint(counted)
+    with pytest.raises(ValueError, match="path is an empty list, expected files"):
+        open_checkpoint([])
+    with pytest.raises(ValueError, match=r"nowhere\.pt: no such file, it is one of 2 given"):
+        open_checkpoint([tmp_path / "away.pt", tmp_path / "nowhere.pt"])
+
+
 def test_rows_of_ratios_that_disagree_need_the_transformers_profile(saved_by_transformers):
     model = build(CONFIG)
     before = tensors(model)

@@ -122,38 +122,88 @@ class _TorchFile:
         return torch.empty_like(self._tensors[name], device="meta")
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """A lazy mapping from names to tensors over a directory as transformers or Meta lays it out, an index, or one file.
+def open_checkpoint(path: str | os.PathLike | Iterable[str | os.PathLike]) -> Checkpoint:
+    """A lazy mapping from names to tensors over a directory as transformers, Meta or torchtune lays it out, an index, or files.
 
-    Takes safetensors and torch's zip files (.pt, .pth, .bin), sharded or whole. Tensors are views of the mapped files. No code
-    in a file is run. Raises ValueError, naming the path, for what cannot be read or holds no names of a known format.
+    path: a directory, an index, a file, or a list of the files of one checkpoint, in any order. Takes safetensors and torch's zip
+    files (.pt, .pth, .bin), sharded or whole; shards without an index are told by their names. Tensors are views of the mapped
+    files. No code in a file is run. Raises ValueError, naming the path, for what cannot be read or is incomplete, and for no
+    names of a known format.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        return _open_files([Path(file) for file in path])
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
-    file = _weights_in(path) if path.is_dir() else path
+    files = _weights_in(path) if path.is_dir() else [path]
+    expected = shards_in(files[0]) if files[0].suffix == ".json" else dict.fromkeys(files)
+    return Checkpoint(path, _readers(expected, files[0].name), _config_in({files[0].parent}))
+
+
+def _open_files(files: list[Path]) -> Checkpoint:
+    if not files:
+        raise ValueError("open_checkpoint: path is an empty list, expected files")
+    if absent := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{absent[0]}: no such file, it is one of {len(files)} given")
+    folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    complete_shards(folder, [file.name for file in files])
+    return Checkpoint(folder, _readers(dict.fromkeys(sorted(files)), "the list"), _config_in({file.parent for file in files}))
+
+
+def _readers(expected: Mapping[Path, list[str] | None], index: str) -> dict[str, "_Safetensors | _TorchFile"]:
+    """The reader of each tensor, of those an index expects in a file, or of all where there is none."""
     readers = {}
-    for shard, names in (shards_in(file) if file.suffix == ".json" else {file: None}).items():
-        reader = _reader(shard)
+    for file, names in expected.items():
+        reader = _reader(file)
         if absent := sorted(set(names or ()) - set(reader.names)):
-            raise ValueError(f"{shard}: lacks {first(absent)}, which {file.name} says it holds")
+            raise ValueError(f"{file}: lacks {first(absent)}, which {index} says it holds")
+        if twice := sorted(readers.keys() & set(names or reader.names)):
+            raise ValueError(f"{file}: {first(twice)} of it are in {readers[twice[0]].path.name} too")
         readers |= dict.fromkeys(reader.names if names is None else names, reader)
-    config = file.parent / "config.json"
-    return Checkpoint(path, readers, read_json(config) if config.is_file() else None)
+    return readers
 
 
-def _weights_in(folder: Path) -> Path:
+def _config_in(folders: Iterable[Path]) -> dict | None:
+    found = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    return read_json(found[0]) if len(found) == 1 else None
+
+
+def _weights_in(folder: Path) -> list[Path]:
     for name in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):  # transformers' order
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
     found = sorted(folder.glob("consolidated.*pth"))
     if len(found) > 1:
         raise ValueError(f"{folder}: {len(found)} model-parallel files {found[0].name}, ...: join them first, or use the safetensors of the same model")
-    if found:
-        return found[0]
+    if found := found or [folder / name for name in complete_shards(folder, os.listdir(folder))]:
+        return found
     raise ValueError(
-        f"{folder}: no model.safetensors, pytorch_model.bin, index of either or consolidated.*pth; it has {first(os.listdir(folder)) or 'no files'}"
+        f"{folder}: no model.safetensors, pytorch_model.bin, index of either, shards or consolidated.*pth; it has {first(os.listdir(folder)) or 'no files'}"
     )
+
+
+_SHARDS = [  # torchtune's until 0.4, with the number of the epoch last, and everybody's
+    re.compile(r"hf_model_(?P<number>\d+)_(?P<epoch>\d+)\.(pt|bin|safetensors)"),
+    re.compile(r"(ft-|pytorch_)?model-(?P<number>\d+)-of-(?P<count>\d+)(_(?P<epoch>\d+))?\.(pt|bin|safetensors)"),
+]
+
+
+def complete_shards(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are the shards of one checkpoint, by number. Raises ValueError where there are several checkpoints or gaps."""
+    sets = {}
+    for name, match in ((name, match) for name in sorted(names) for pattern in _SHARDS if (match := pattern.fullmatch(name))):
+        kind = name[: match.start("number")], match.groupdict().get("count"), match["epoch"], Path(name).suffix
+        sets.setdefault(kind, {})[int(match["number"])] = name
+    if len(sets) > 1:
+        kinds = ", ".join(next(iter(numbered.values())) for numbered in sets.values())
+        raise ValueError(f"{folder}: holds the shards of {len(sets)} checkpoints ({kinds}): give the list of files of one")
+    for (_, count, *_), numbered in sets.items():
+        total = int(count or max(numbered))
+        if missing := [number for number in range(1, total + 1) if number not in numbered]:
+            shown = f"number {first(map(str, missing))} beside {next(iter(numbered.values()))}"
+            raise ValueError(f"{folder}: {len(missing)} of {total} shards are missing: {shown}")
+        return [numbered[number] for number in sorted(numbered)]
+    return []
 
 
 def shards_in(index: Path) -> dict[Path, list[str]]:

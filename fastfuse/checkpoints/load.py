@@ -30,7 +30,7 @@ class LoadReport:
 
 def load_checkpoint(
     model: nn.Module,
-    path: str | os.PathLike | Checkpoint,
+    path: str | os.PathLike | Iterable[str | os.PathLike] | Checkpoint,
     *,
     format: str = "auto",
     strict: bool = True,
@@ -41,7 +41,7 @@ def load_checkpoint(
 ) -> LoadReport:
     """Copy a checkpoint into a Llama-3.2-Vision model, converted a tensor at a time; heads, layers and tables as the model has them.
 
-    format: "hf", "meta", "tune", or "auto" to tell by the names.  strict: raise where a tensor of the model is missing, adapters
+    path: as open_checkpoint's.  format: "hf", "meta", "tune", or "auto" to tell by the names.  strict: raise where a tensor of the model is missing, adapters
     apart, or one of the file has no place.  dtype, device: for parameters on the meta device, which are replaced; dtype None keeps
     the file's, and NF4 weights keep their own. Other parameters keep dtype and device, NF4 ones are quantized anew. Adapters that
     the file lacks are initialized as in a new model where they are on the meta device; elsewhere they stay, DoRA's magnitudes too.
@@ -74,7 +74,7 @@ def load_checkpoint(
 
 
 def load_model(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Iterable[str | os.PathLike],
     *,
     profile: str | Profile = "meta",
     build: Callable[..., DeepFusionModel] = build,
@@ -133,7 +133,7 @@ def _config_beside(checkpoint: Checkpoint) -> Llama3VisionConfig:
     raise ValueError(f"{checkpoint.path}: neither config.json nor params.json beside it: pass config, a Llama3VisionConfig")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike | Checkpoint, *, strict: bool = True) -> LoadReport:
+def load_adapter(model: nn.Module, path: str | os.PathLike | Iterable[str | os.PathLike] | Checkpoint, *, strict: bool = True) -> LoadReport:
     """Copy an adapter file, safetensors or torchtune's torch file, into a model with the same adapters; all or nothing.
 
     strict: every adapter tensor of the model must be in the file, and no other.  Raises ValueError before anything is copied.
