@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastfuse.data import CLIPImageTransform, Llama3Tokenizer, Message, padded_collate_tiled_images_and_mask
-from fastfuse.data.llama3_tokenizer import LLAMA3_SPECIAL_TOKENS, REQUIRED
+from fastfuse.data.llama3_tokenizer import LLAMA3_SPECIAL_TOKENS, REQUIRED, load_tiktoken
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision._transform import IMAGE_MEAN, IMAGE_STD, Llama3VisionTransform, llama3_2_vision_transform
 
@@ -342,6 +342,22 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(InvalidArgument) as error:
         llama3_2_vision_transform(Bytes(), special_tokens_path=wrong)
     assert str(error.value) == "Llama3Tokenizer: special_tokens lacks <|begin_of_text|>, <|end_of_text|>"
+
+
+@pytest.mark.parametrize("where", ["tokenizer.model", "original/tokenizer.model", None])
+def test_folders_where_a_file_is_meant(tmp_path, where):
+    expected = "a tokenizer.model file"
+    if where is not None:
+        (tmp_path / where).parent.mkdir(exist_ok=True)
+        (tmp_path / where).touch()
+        expected = f"the file {tmp_path / where}"
+    for make in (Llama3Tokenizer, llama3_2_vision_transform, load_tiktoken):
+        with pytest.raises(InvalidArgument) as error:
+            make(str(tmp_path))
+        assert str(error.value) == f"tokenizer path {tmp_path} is a folder, expected {expected}"
+    with pytest.raises(InvalidArgument) as error:
+        llama3_2_vision_transform(Bytes(), special_tokens_path=tmp_path)
+    assert str(error.value) == f"special_tokens_path {tmp_path} is a folder, expected a tokenizer.json file"
 
 
 @pytest.mark.parametrize(

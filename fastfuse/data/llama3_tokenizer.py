@@ -47,6 +47,7 @@ class TextTokenizer(Protocol):
 
 def load_tiktoken(path: str | os.PathLike) -> TextTokenizer:
     """A tokenizer from a Llama 3 tokenizer.model: lines of a base64 token and its rank. Needs the package tiktoken."""
+    _no_folder("tokenizer path", path, ("tokenizer.model", "original/tokenizer.model"))
     try:
         import tiktoken
     except ImportError as error:
@@ -68,11 +69,19 @@ def load_tiktoken(path: str | os.PathLike) -> TextTokenizer:
 
 def load_special_tokens(path: str | os.PathLike) -> dict[str, int]:
     """The special tokens {text: id} that a Hugging Face tokenizer.json lists under "added_tokens"."""
+    _no_folder("special_tokens_path", path, ("tokenizer.json",))
     with open(path, encoding="utf-8") as file:
         try:
             return {token["content"]: token["id"] for token in json.load(file)["added_tokens"]}
         except (ValueError, KeyError, TypeError):
             raise InvalidArgument(f"special_tokens_path {os.fspath(path)} is no tokenizer.json with a list of added_tokens") from None
+
+
+def _no_folder(argument: str, path: str | os.PathLike, names: Sequence[str]) -> None:
+    """A folder is refused, not searched: its files may be of two tokenizers, and open() says no more than "Is a directory"."""
+    if os.path.isdir(path):
+        found = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
+        raise InvalidArgument(f"{argument} {os.fspath(path)} is a folder, expected {'the file ' + found[0] if found else f'a {names[0]} file'}")
 
 
 class Llama3Tokenizer:
