@@ -24,6 +24,7 @@ from fastfuse.models.llama3_2_vision._convert_weights import (
     tune_plan,
 )
 from fastfuse.models.llama3_2_vision._layer_plan import LayerEntry, layer_plan
+from fastfuse.quant.torchao import to_nf4
 
 RATIOS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
 SIZES = {"num_heads": 4, "num_kv_heads": 2, "dim": 32, "vocab_size": 40, "encoder_dim": 16, "num_tiles": 4, "supported_aspect_ratios": RATIOS}
@@ -262,6 +263,24 @@ def test_one_tensor_under_two_names_is_refused():
         llama3_vision_hf_to_tune({"lm_head.weight": column(1), "language_model.lm_head.weight": column(2)})
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float64", "nf4"])
+def test_the_bias_of_dora_for_peft(kind):
+    """b m / ||W + s B A||, rounded once to the bias' dtype, W as the layer decodes it."""
+    dtype = getattr(torch, kind, torch.bfloat16)
+    a, b, magnitude, bias = (torch.randn(*size).to(dtype) for size in ((4, 64), (128, 4), (128,), (128,)))
+    w = torch.randn(128, 64).to(dtype)
+    w = to_nf4(w, block_size=32, scaler_block_size=32) if kind == "nf4" else w
+    module = "encoder.projection.output."
+    adapter = {module + "lora_a.weight": a, module + "lora_b.weight": b, module + "magnitude": magnitude}
+    converted = llama3_vision_tune_to_peft_adapter_weights(adapter, base={module + "weight": w, module + "bias": bias}, lora_alpha=6)
+    got = converted["base_model.model.model.multi_modal_projector.base_layer.bias"]
+    want = bias.double() * magnitude.double() / (w.to(dtype).double() + 1.5 * b.double() @ a.double()).norm(dim=1)
+    assert len(converted) == 4 and got.dtype == dtype
+    steps = 80 * 2.0 ** (-53 if kind == "float64" else -24)  # fp32 sums of 64 + 4 products, and what follows
+    assert ((got - want).abs() <= (steps + torch.finfo(dtype).eps / 2) * want.abs()).all()
+    assert (want - bias).abs().max() > 0.5
+
+
 @pytest.mark.parametrize("layers, cross", CROSS.values(), ids=CROSS)
 @pytest.mark.parametrize("given", [True, False], ids=["positions given", "positions from the keys"])
 def test_round_trip_hf(layers, cross, given):
@@ -347,7 +366,7 @@ def test_peft_adapter_names_and_rows():
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     modules = ["q_proj", "k_proj", "o_proj", "down_proj", "fc1"]
-    model = get_peft_model(MllamaForConditionalGeneration(hf_config()), LoraConfig(r=2, target_modules=modules, use_dora=True))
+    model = get_peft_model(MllamaForConditionalGeneration(hf_config()), LoraConfig(r=2, target_modules=modules, use_dora=True, bias="lora_only"))
     saved = get_peft_model_state_dict(model)
     shapes = llama3_vision_hf_to_tune(hf_state_dict(), **SIZES, tile_tables="ratios")
     tails = ("q_proj.weight", "k_proj.weight", "output_proj.weight")
@@ -357,7 +376,8 @@ def test_peft_adapter_names_and_rows():
         rows, columns = shapes[name].shape
         module = name.removesuffix("weight")
         tune |= {module + "lora_a.weight": torch.randn(2, columns), module + "lora_b.weight": torch.randn(rows, 2), module + "magnitude": torch.randn(rows)}
-    got = llama3_vision_tune_to_peft_adapter_weights(tune, 4, 2, 32, cross_attention_layers=[1, 4], num_hidden_layers=6)
+    weights = {name: torch.randn(t.shape) for name, t in shapes.items()}
+    got = llama3_vision_tune_to_peft_adapter_weights(tune, 4, 2, 32, cross_attention_layers=[1, 4], num_hidden_layers=6, base=weights, lora_alpha=8)
     assert {name: t.shape for name, t in got.items()} == {name: t.shape for name, t in saved.items()}
     base = {n: tune[n.removesuffix("weight") + "lora_b.weight"] @ tune[n.removesuffix("weight") + "lora_a.weight"] for n in adapted}
     for name, delta in llama3_vision_tune_to_hf(base, 4, 2, 32, cross_attention_layers=[1, 4], num_hidden_layers=6).items():

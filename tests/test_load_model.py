@@ -8,12 +8,14 @@ from functools import partial
 import mllama
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from fastfuse.checkpoints import load_model, open_checkpoint, save_checkpoint
 from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora, llama3_vision_hf_to_tune
 from fastfuse.models.llama3_2_vision._config import HF_DEFAULTS
+from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_to_peft_adapter_weights
 from fastfuse.modules.peft import LoRALinear
 
 SAMPLES = [["coffee"], ["astronaut", "chelsea"], []]
@@ -82,6 +84,52 @@ def test_a_lora_model_starts_as_its_base(saved):
     with torch.no_grad():
         got, expected = ours(**mllama.as_fastfuse(batch, theirs.config)), theirs(**batch).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def dora_and_base(folder):
+    """A DoRA model over all that has adapters, every adapter random; its adapters and base under torchtune's names."""
+    modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    make = partial(build_lora, lora_attn_modules=modules, decoder_lora=True, apply_lora_to_mlp=True, apply_lora_to_output=True, lora_rank=2, lora_alpha=3)
+    ours = load_model(folder, profile="transformers", build=partial(make, use_dora=True))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if "lora_" in name or "magnitude" in name:
+                p += 0.2 * torch.randn(p.shape, generator=generator)
+    state = ours.state_dict()
+    adapters = {name: t for name, t in state.items() if "lora_" in name or "magnitude" in name}
+    return ours, adapters, {name: t for name, t in state.items() if name not in adapters}
+
+
+def test_a_dora_adapter_is_the_same_model_in_peft(saved, tmp_path):
+    """torchtune's DoRA scales the biases of the vision encoder's MLPs and of the projection, PEFT's does not: the file brings them scaled."""
+    theirs, folder = saved
+    ours, adapters, base = dora_and_base(folder)
+    converted = llama3_vision_tune_to_peft_adapter_weights(adapters, 8, 2, 64, None, [1, 3], 4, base=base, lora_alpha=3)
+    assert sum(name.endswith("base_layer.bias") for name in converted) == (4 + 2) * 2 + 1  # layers of the encoder and the head, the projection
+    targets = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in converted if name.endswith("lora_A.weight")})
+    LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True).save_pretrained(tmp_path)
+    save_file({name: t.contiguous() for name, t in converted.items()}, tmp_path / "adapter_model.safetensors")
+    tuned = PeftModel.from_pretrained(MllamaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager"), tmp_path).eval()
+    batch = mllama.batch(SAMPLES)
+    with torch.no_grad():
+        got, expected = tuned(**batch).logits, ours(**mllama.as_fastfuse(batch, theirs.config))
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_dora_over_a_bias_needs_the_base_to_go_to_peft(saved):
+    _, adapters, base = dora_and_base(saved[1])
+    sizes, module = (8, 2, 64, None, [1, 3], 4), "encoder.projection.output"
+    own = {name: t for name, t in adapters.items() if name.startswith(module)}
+    for given in ({}, {"base": base}, {"lora_alpha": 3}):
+        with pytest.raises(ValueError, match=rf"{module}\.magnitude: torchtune's DoRA scales the layer's bias and PEFT's does not: base and lora_alpha"):
+            llama3_vision_tune_to_peft_adapter_weights(own, *sizes, **given)
+    with pytest.raises(ValueError, match=rf"{module}\.magnitude: base lacks {module}\.bias"):
+        llama3_vision_tune_to_peft_adapter_weights(own, *sizes, base={f"{module}.weight": base[f"{module}.weight"]}, lora_alpha=3)
+    with pytest.raises(ValueError, match=rf"{module}\.magnitude: the adapter lacks {module}\.lora_b\.weight"):
+        llama3_vision_tune_to_peft_adapter_weights({k: t for k, t in own.items() if "lora_b" not in k}, *sizes, base=base, lora_alpha=3)
+    without_bias = {name: t for name, t in adapters.items() if ".attn." in name}
+    assert not any("bias" in name for name in llama3_vision_tune_to_peft_adapter_weights(without_bias, *sizes))
 
 
 def test_dtype_is_of_every_parameter_and_rotary_tables_stay_fp32(saved):

@@ -14,6 +14,8 @@ import torch
 
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision._layer_plan import LayerEntry, layer_plan
+from fastfuse.ops import lora_row_norms, nf4_dequantize
+from fastfuse.quant.nf4 import is_torchao
 
 # How the values of a row differ between the layouts. SAME: not at all. Q, K: transformers rotates halves of a head, Meta
 # and torchtune adjacent pairs. TEXT, SPECIAL: the first and last rows of transformers' one embedding. CONV: flat in Meta's.
@@ -546,10 +548,16 @@ def llama3_vision_tune_to_peft_adapter_weights(
     head_dim: int | None = None,
     cross_attention_layers: Iterable[int] = (),
     num_hidden_layers: int = 40,
+    *,
+    base: Mapping[str, torch.Tensor] | None = None,
+    lora_alpha: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """torchtune's adapter tensors (lora_a [r, in], lora_b [out, r], magnitude [out]) under the names PEFT gives transformers' Mllama.
 
-    The rows of q and k adapters are reordered as their weights are. Raises InvalidArgument for a key that is no adapter's.
+    The rows of q and k adapters are reordered as their weights are.  base, lora_alpha: the model's state dict with torchtune's names,
+    and its adapters' alpha; needed for DoRA over layers with a bias (the vision encoder's MLPs, the projection), whose bias torchtune
+    scales and PEFT does not: the scaled one is written as `base_layer.bias`. PEFT loads it in place of the base model's.
+    Raises InvalidArgument for a key that is no adapter's, and for DoRA over a bias where base or lora_alpha is missing.
     """
     layout = Layout(layer_plan(num_hidden_layers, cross_attention_layers), num_heads, num_kv_heads, head_dim or dim // num_heads)
     converted = {}
@@ -565,4 +573,21 @@ def llama3_vision_tune_to_peft_adapter_weights(
                 target = memory.removesuffix(".") + target[len(disk) - 1 :]
                 break
         converted[f"base_model.model.{target}.{_PEFT[kind]}"] = value if kind == "lora_a.weight" else steps[0].convert(value)[0]
+        if kind == "magnitude" and not steps_from_tune("hf", [module + ".bias"], layout)[1]:
+            converted[f"base_model.model.{target}.base_layer.bias"] = _scaled_bias(module, state_dict, base, lora_alpha)
     return converted
+
+
+def _scaled_bias(module: str, adapters: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor] | None, alpha: float | None) -> torch.Tensor:
+    """bias * magnitude / ||W + s B A||: what torchtune's DoRA adds to the product."""
+    if base is None or alpha is None:
+        raise InvalidArgument(f"{module}.magnitude: torchtune's DoRA scales the layer's bias and PEFT's does not: base and lora_alpha are needed to write it")
+    needed = ((base, f"base lacks {module}.", ("weight", "bias")), (adapters, f"the adapter lacks {module}.", _PEFT))
+    if missing := [what + name for tensors, what, names in needed for name in names if f"{module}.{name}" not in tensors]:
+        raise InvalidArgument(f"{module}.magnitude: {missing[0]}, which the bias of the layer follows from")
+    weight, bias = base[module + ".weight"], base[module + ".bias"]
+    a, b, magnitude = (adapters[f"{module}.{kind}"] for kind in _PEFT)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight = nf4_dequantize(weight, weight.dtype) if is_torchao(weight) else weight
+    norms = lora_row_norms(weight.to(dtype), a.to(dtype), b.to(dtype), alpha / a.shape[0])
+    return (bias * (magnitude.to(dtype) / norms)).to(bias.dtype)
