@@ -1,9 +1,12 @@
 """Images to tiles: by hand, against Pillow's own resampling, transformers' image processor, and values torchtune 0.6.1 gives."""
 
 import importlib
+import io
 import math
 import random
+import struct
 import sys
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +14,10 @@ import pytest
 import skimage.data
 import torch
 from numerics import assert_rounding_apart
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers.models.mllama import image_processing_pil_mllama as mllama
 
-from fastfuse.data.images import find_supported_resolutions, get_canvas_best_fit, get_inscribed_size, pad_dim_to_size, resize_with_pad, tile_crop
+from fastfuse.data.images import _resize, find_supported_resolutions, get_canvas_best_fit, get_inscribed_size, pad_dim_to_size, resize_with_pad, tile_crop
 from fastfuse.data.transforms import CLIPImageTransform, VisionCrossAttentionMask, image_to_tensor
 from fastfuse.errors import InvalidArgument
 
@@ -204,6 +207,44 @@ def test_resize_against_pillow(size, mode, pillow):
     assert got[0, h:].eq(0).all() and got[0, :, w:].eq(0).all()
 
 
+def filter_weights(old, new, mode):
+    """[new, old] in float64: the antialiasing filter as Pillow states it, a triangle or Keys' cubic, widened where it reduces."""
+    step = max(old / new, 1)
+    t = (torch.arange(old, dtype=torch.float64) + 0.5 - (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * (old / new)).abs() / step
+    if mode == "bilinear":
+        weights = (1 - t).clamp(min=0)
+    else:
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, torch.where(t < 2, ((-0.5 * t + 2.5) * t - 4) * t + 2, 0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+NARROW = [((400, 1), (300, 1)), ((400, 1), (1, 1)), ((400, 3), (300, 1)), ((5000, 2), (2240, 1)), ((1, 1), (30, 1)), ((1, 1), (3, 5)), ((2, 1), (560, 1)), ((1, 400), (1, 300)), ((2, 1), (1, 2))]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size, new", NARROW)
+def test_a_side_of_one_pixel(size, new, mode):
+    """PyTorch 2.13's own antialiasing makes every row of a one pixel wide result from the first row's pixels."""
+    bytes_ = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).permute(2, 0, 1)
+    rows, columns = (filter_weights(old, to, mode) for old, to in zip(size, new, strict=True))
+    exact = rows @ bytes_.double() @ columns.T / 255
+    for image in (bytes_, bytes_.contiguous()):
+        for dtype in (torch.float64, torch.float32):
+            # a pixel's place is rounded to the dtype, and neighbours are up to 1 apart
+            allowed = 4 * max(size) * torch.finfo(dtype).eps
+            assert (_resize(image.to(dtype) / 255, new, mode).double() - exact).abs().max() <= allowed
+        assert (_resize(image, new, mode).double() - (exact * 255).clamp(0, 255)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 400), (1, 1), (2, 1), (5000, 1), (1, 5000), (5000, 3), (3, 5000), (30000, 2), (2, 30000), (2000, 4)])
+def test_long_and_thin_photos_against_transformers(size):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8))
+    theirs = mllama.MllamaImageProcessorPil(size={"height": 56, "width": 56}, max_image_tiles=4, do_normalize=False)
+    want = theirs(photo, return_tensors="pt")["pixel_values"][0, 0]
+    ours = CLIPImageTransform(tile_size=56, max_num_tiles=4, dtype=torch.float32)({"image": photo})["image"]
+    assert (ours - want[: len(ours)]).abs().max() <= 1 / 255 and not want[len(ours) :].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_resize_of_16_bits_is_computed_in_float32(dtype):
     image = torch.from_numpy(skimage.data.coffee()[:100, :150]).permute(2, 0, 1).to(dtype) / 255
@@ -303,11 +344,134 @@ def test_normalization_reaches_the_padding():
     assert sample["image"][0, :, :2].eq(1).all() and sample["image"][0, :, 2:].eq(-1).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
+def eight_bits(tensor):
+    """[3, H, W] in 0..1 as the bytes [H, W, 3] it came from."""
+    return (tensor * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def by_transformers(picture):
+    return mllama.MllamaImageProcessorPil().process_image(picture, do_convert_rgb=True).transpose(1, 2, 0)
+
+
+def png(depth, kind, row, transparent):
+    """A PNG file of one row of pixels, kind 0 grey or 2 RGB, with one transparent colour."""
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))  # noqa: E731
+    width = len(row) * 8 // depth // (3 if kind == 2 else 1)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
 def test_pictures_of_other_modes_are_converted_as_pillow_does(mode):
-    picture = Image.fromarray(pattern(20, 30)).convert("RGBA").convert("L" if mode == "1" else "RGBA").convert(mode)
-    want = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 255
-    torch.testing.assert_close(image_to_tensor(picture, torch.float32), want, rtol=EPS, atol=0)  # times 1 / 255 rounds twice
+    picture = Image.fromarray(pattern(20, 30)).convert(mode)
+    assert np.array_equal(eight_bits(image_to_tensor(picture, torch.float32)), np.array(picture.convert("RGB")))
+    assert np.array_equal(eight_bits(image_to_tensor(picture, torch.float32)), by_transformers(picture))
+
+
+GREYS = np.array([[0, 40, 80, 255]], np.uint8)
+COLOURS = np.stack([GREYS, 255 - GREYS, GREYS // 2], -1)
+ALPHA = np.array([[0, 255, 128, 51]], np.uint8)
+
+
+def with_alpha(mode):
+    picture = Image.fromarray(GREYS if mode in ("LA", "La") else COLOURS)
+    picture.putalpha(Image.fromarray(ALPHA))
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
+def test_an_alpha_channel_is_laid_over_white(mode):
+    """(a c + (255 - a) 255) / 255 by hand; Pillow rounds once where alpha is stored beside the colour, twice where it is multiplied into it."""
+    a = ALPHA[..., None].astype(float)
+    colours = np.repeat(GREYS[..., None], 3, -1) if mode in ("LA", "La") else COLOURS
+    got = eight_bits(image_to_tensor(with_alpha(mode), torch.float32)).astype(int)
+    assert got[0, 0].tolist() == [255] * 3
+    assert np.abs(got - (a * colours + (255 - a) * 255) / 255).max() <= (2 if mode in ("RGBa", "La") else 1)
+    if mode not in ("RGBa", "La"):  # of these transformers 5.24 shows what is hidden, or raises
+        assert np.array_equal(got, by_transformers(with_alpha(mode)))
+
+
+def palette_with(transparency):
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([9, 9, 9, 100, 0, 50, 0, 0, 255])
+    picture.info["transparency"] = transparency
+    return picture
+
+
+def palette_of_rgba():
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([9, 9, 9, 0, 100, 0, 50, 255, 0, 0, 255, 255], "RGBA")
+    return picture
+
+
+def gif():
+    saved = io.BytesIO()
+    palette_with(0).save(saved, "GIF", transparency=0)
+    return Image.open(saved)
+
+
+WHITE = [255, 255, 255]
+TRANSPARENT_COLOURS = {
+    "palette, one entry": (lambda: palette_with(0), [WHITE, [100, 0, 50], [0, 0, 255]]),
+    "palette, an alpha for each": (lambda: palette_with(bytes([0, 255])), [WHITE, [100, 0, 50], [0, 0, 255]]),
+    "palette of RGBA": (palette_of_rgba, [WHITE, [100, 0, 50], [0, 0, 255]]),
+    "GIF": (gif, [WHITE, [100, 0, 50], [0, 0, 255]]),
+    "RGB": (lambda: png(8, 2, bytes([1, 2, 3, 1, 2, 4]), struct.pack(">3H", 1, 2, 3)), [WHITE, [1, 2, 4]]),
+    "grey": (lambda: png(8, 0, bytes([0, 5, 6]), struct.pack(">H", 5)), [[0] * 3, WHITE, [6] * 3]),
+    "one bit": (lambda: png(1, 0, bytes([0b01010101]), struct.pack(">H", 0)), [WHITE] * 8),
+    "16-bit grey": (lambda: png(16, 0, struct.pack(">4H", 514, 513, 515, 65535), struct.pack(">H", 514)), [WHITE, [2] * 3, [2] * 3, WHITE]),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT_COLOURS)
+def test_a_transparent_colour_is_white(kind):
+    make, want = TRANSPARENT_COLOURS[kind]
+    assert eight_bits(image_to_tensor(make(), torch.float32)).tolist() == [want]
+    if kind not in ("palette of RGBA", "16-bit grey"):  # transformers 5.24 overlooks the first, and all 16-bit grey is white there
+        assert by_transformers(make()).tolist() == [want]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+def test_sixteen_bits_keep_their_range(mode):
+    """Pillow and transformers clip them at 255: a photo would be all white."""
+    values = np.array([[0, 128, 129, 257, 32896, 65535]])
+    stored = values.astype(">u2" if mode == "I;16B" or (mode == "I;16N" and sys.byteorder == "big") else "<u2")
+    picture = Image.frombytes(mode, (6, 1), stored.tobytes())
+    want = np.round(values / 257)
+    assert eight_bits(image_to_tensor(picture, torch.float32))[..., 0].tolist() == want.tolist()
+
+
+def test_modes_without_a_range():
+    floats = np.array([[0.0, 100.0, 255.0]], np.float32)
+    for picture in (Image.fromarray(floats), Image.fromarray(floats.astype(np.int32))):
+        assert eight_bits(image_to_tensor(picture, torch.float32))[..., 0].tolist() == [[0, 100, 255]]
+    for array, mode, span in (
+        (floats * 2, "F", "0 to 510"),
+        (floats / 255, "F", "0 to 1"),
+        (floats - 255, "F", "-255 to 0"),
+        ((floats * 257).astype(np.int32), "I", "0 to 65535"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^Input image has mode {mode} and values from {span}: scale them to 0..255$"):
+            image_to_tensor(Image.fromarray(array), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_the_alpha_of_a_tensor_is_laid_over_white(dtype):
+    image = torch.from_numpy(np.dstack([COLOURS, ALPHA])).permute(2, 0, 1)
+    a, colours = ALPHA[..., None] / 255, COLOURS / 255
+    got = image_to_tensor(image if dtype == torch.uint8 else image / 255, torch.float32).permute(1, 2, 0)
+    torch.testing.assert_close(got, torch.from_numpy(a * colours + 1 - a).float(), rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_a_pil_image_is_taken_as_stored():
+    """As transformers does: who opens the file turns it upright."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    saved = io.BytesIO()
+    Image.fromarray(pattern(20, 30)).save(saved, "PNG", exif=exif)
+    opened = Image.open(saved)
+    assert opened.getexif()[ExifTags.Base.Orientation] == 6
+    assert np.array_equal(eight_bits(image_to_tensor(opened, torch.float32)), pattern(20, 30))
 
 
 def test_kinds_of_tensors():
@@ -325,10 +489,10 @@ def test_kinds_of_tensors():
         (np.zeros((4, 4, 3)), "Input image must be a PIL image or a torch.Tensor. Got ndarray."),
         (None, "Input image must be a PIL image or a torch.Tensor. Got NoneType."),
         (Image.new("RGB", (0, 5)), "Input image is 0 x 5 pixels."),
-        (torch.zeros(8, 9, 3), "Input image has shape (8, 9, 3), not (3, H, W), (1, H, W) or (H, W) with pixels: move the channels first"),
-        (torch.zeros(4, 8, 9), "Input image has shape (4, 8, 9), not (3, H, W), (1, H, W) or (H, W) with pixels"),
-        (torch.zeros(3, 0, 9), "Input image has shape (3, 0, 9), not (3, H, W), (1, H, W) or (H, W) with pixels"),
-        (torch.zeros(2, 3, 4, 4), "Input image has shape (2, 3, 4, 4), not (3, H, W), (1, H, W) or (H, W) with pixels"),
+        (torch.zeros(8, 9, 3), "Input image has shape (8, 9, 3), not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels: move the channels first"),
+        (torch.zeros(2, 8, 9), "Input image has shape (2, 8, 9), not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels"),
+        (torch.zeros(3, 0, 9), "Input image has shape (3, 0, 9), not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels"),
+        (torch.zeros(2, 3, 4, 4), "Input image has shape (2, 3, 4, 4), not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels"),
         (torch.full((3, 4, 4), 255.0), "Input image is torch.float32 with values up to 255, not in 0..1: divide by 255 or pass uint8"),
         (torch.full((3, 4, 4), torch.nan), "Input image is torch.float32 with values up to nan, not in 0..1: divide by 255 or pass uint8"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "Input image is torch.int64, neither uint8 nor floating point"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from skimage import data
 
 import fastfuse
@@ -125,9 +125,20 @@ def test_transparent_is_white(tmp_path):
     assert np.asarray(load_image(save(tmp_path, "clear.png", clear))[0]).min() == 255
 
 
+def test_a_photo_is_turned_upright(tmp_path):
+    from fastfuse.demo import load_image
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # its first row is the right side
+    rows = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    image, _ = load_image(save(tmp_path, "turned.png", rows, exif=exif))
+    assert np.asarray(image)[..., 0].tolist() == np.rot90(rows, -1).tolist() == [[3, 0], [4, 1], [5, 2]]
+
+
 def wrong_images(folder: Path) -> dict[str, str]:
     (folder / "text.png").write_text("not an image")
     (folder / "empty.png").touch()
+    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(folder / "floats.tiff")
     whole = Path(save(folder, "whole.jpg", data.coffee())).read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     return {
@@ -135,6 +146,7 @@ def wrong_images(folder: Path) -> dict[str, str]:
         str(folder / "text.png"): "not an image that Pillow can read",
         str(folder / "empty.png"): "not an image that Pillow can read",
         str(folder / "cut.jpg"): "cannot be read: image file is truncated",
+        str(folder / "floats.tiff"): "Input image has mode F and values from 0 to 1: scale them to 0..255",
         str(folder): "cannot be read: Is a directory",
     }
 

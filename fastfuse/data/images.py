@@ -113,11 +113,18 @@ def resample_mode(resample: object) -> str:
 
 
 def _resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """torchvision's resize to the bit: 16-bit floats and integers are computed in float32, but uint8 on a CPU as it is."""
+    """torchvision's resize to the bit: 16-bit floats and integers are computed in float32, but uint8 on a CPU as it is.
+
+    But not where a side is one pixel: there PyTorch 2.13 mixes the channels of uint8, and where the result is one pixel
+    wide, makes every row from the first one's pixels. In floats, and lying on its side, such an image comes out right.
+    """
     if tuple(image.shape[-2:]) == size:
         return image
     smooth = mode in ("bilinear", "bicubic")
-    as_it_is = image.dtype in (torch.float32, torch.float64) or (image.dtype == torch.uint8 and image.device.type == "cpu")
+    if smooth and size[1] == 1 and size[0] > 1:
+        return _resize(image.mT, (1, size[0]), mode).mT
+    in_bytes = image.dtype == torch.uint8 and image.device.type == "cpu" and 1 not in (*image.shape[-2:], *size)
+    as_it_is = image.dtype in (torch.float32, torch.float64) or in_bytes
     x = (image if as_it_is else image.float())[None]
     x = F.interpolate(x, size, mode=mode, align_corners=False, antialias=True) if smooth else F.interpolate(x, size, mode=mode)
     if not as_it_is and not image.dtype.is_floating_point:

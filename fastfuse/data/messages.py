@@ -15,6 +15,7 @@ class Message:
 
     role: system, user, assistant, ipython or tool (what a tool returned).
     content: a text, or a list of {"type": "text" | "image", "content": text | PIL image | tensor}.
+        Images are taken as `fastfuse.data.transforms.image_to_tensor` says.
     masked: not trained on.  ipython: a call of a tool by the assistant.  eot: the turn ends here; else the same side goes on.
     """
 

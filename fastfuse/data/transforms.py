@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.data.images import find_supported_resolutions, get_canvas_best_fit, resample_mode, resize_with_pad, tile_crop
+from fastfuse.data.photos import rgb_on_white
 from fastfuse.errors import InvalidArgument
 
 
@@ -64,7 +65,7 @@ class CLIPImageTransform:
     def __call__(self, sample: MutableMapping[str, Any], inference: bool = False) -> MutableMapping[str, Any]:
         """Replace sample["image"] by its tiles and add "aspect_ratio", int64 [2]: rows and columns of tiles.
 
-        The image is a PIL image or a tensor [3, H, W], [1, H, W] or [H, W]: uint8, or float in 0..1.
+        The image is a PIL image or a tensor, see `image_to_tensor`.
         """
         image = image_to_tensor(sample["image"], self.dtype)
         canvas = get_canvas_best_fit(image, self.possible_resolutions, self.resize_to_max_canvas)
@@ -113,9 +114,14 @@ class VisionCrossAttentionMask:
 
 
 def image_to_tensor(image: object, dtype: torch.dtype) -> Tensor:
-    """A PIL image or a tensor as [3, H, W] in 0..1 of a float dtype. Raises InvalidArgument for what is no image."""
+    """A PIL image or a tensor as [3, H, W] in 0..1 of a float dtype. Raises InvalidArgument for what is no image.
+
+    A tensor is [3, H, W], [1, H, W] or [H, W] (grey) or [4, H, W] (RGB and alpha): uint8, or float in 0..1.
+    Transparency is laid over white, as transformers does, so what is hidden under it never shows.
+    A PIL image is taken as it is stored. Turn a camera's photo upright first, with PIL.ImageOps.exif_transpose.
+    """
     if _is_pil(image):
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = rgb_on_white(image)
         width, height = rgb.size
         if not width or not height:
             raise InvalidArgument(f"Input image is {width} x {height} pixels.")
@@ -124,9 +130,9 @@ def image_to_tensor(image: object, dtype: torch.dtype) -> Tensor:
         raise InvalidArgument(f"Input image must be a PIL image or a torch.Tensor. Got {type(image).__name__}.")
     if image.ndim == 2:
         image = image[None]
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        hint = ": move the channels first" if image.ndim == 3 and image.shape[2] in (1, 3) else ""
-        raise InvalidArgument(f"Input image has shape {tuple(image.shape)}, not (3, H, W), (1, H, W) or (H, W) with pixels{hint}")
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or 0 in image.shape:
+        hint = ": move the channels first" if image.ndim == 3 and image.shape[2] in (1, 3, 4) else ""
+        raise InvalidArgument(f"Input image has shape {tuple(image.shape)}, not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels{hint}")
     if image.dtype == torch.uint8:
         image = image.to(dtype) * (1 / 255)
     elif image.dtype.is_floating_point:
@@ -136,6 +142,9 @@ def image_to_tensor(image: object, dtype: torch.dtype) -> Tensor:
         image = image.to(dtype)
     else:
         raise InvalidArgument(f"Input image is {image.dtype}, neither uint8 nor floating point")
+    if image.shape[0] == 4:
+        colour, alpha = image[:3], image[3:]
+        image = colour * alpha + (1 - alpha)
     return image.expand(3, -1, -1)
 
 

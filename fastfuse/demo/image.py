@@ -5,6 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastfuse.data.photos import rgb_on_white
+
 MAX_SIDE = 8192  # a longer image is reduced first: the model sees four tiles at most
 
 
@@ -13,7 +15,7 @@ class DemoError(Exception):
 
 
 def load_image(path: str | None) -> tuple[Image.Image, str]:
-    """An RGB image and its name. Transparency is laid over white, EXIF rotation is applied."""
+    """An RGB image and its name, turned upright by its EXIF orientation. Transparency is laid over white."""
     if path is None:
         from skimage import data
 
@@ -34,18 +36,10 @@ def load_image(path: str | None) -> tuple[Image.Image, str]:
         raise DemoError(f"--image {path}: more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS}") from None
     except (OSError, SyntaxError, ValueError) as e:
         raise DemoError(f"--image {path}: cannot be read: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
-    if image.mode.startswith(("I;16", "I", "F")) and image.mode != "RGB":
-        image = _to_eight_bits(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    try:
+        image = rgb_on_white(image)
+    except ValueError as e:
+        raise DemoError(f"--image {path}: {e}") from None
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image, path
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float greyscale, which Pillow would clip: stretched from its own darkest to its own brightest."""
-    values = image.convert("F")
-    low, high = values.getextrema()
-    return values.point(lambda v: v * (255 / max(high - low, 1e-6)) - low * (255 / max(high - low, 1e-6))).convert("L")

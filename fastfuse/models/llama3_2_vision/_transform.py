@@ -18,6 +18,8 @@ PromptTemplate = Mapping[str, tuple[str, str]] | Callable[..., Sequence[Any]]
 class Llama3VisionTransform:
     """Tokenize a conversation, cut its images into tiles, and mask which text sees which image.
 
+    Images are PIL images as they are stored (a camera's EXIF orientation is for the caller to apply) or tensors;
+    transparency is laid over white. See `fastfuse.data.transforms.image_to_tensor`.
     path: of a Llama 3 tokenizer.model (needs tiktoken), or an object with encode and decode, see `TextTokenizer`.
     tile_size, patch_size: pixels.  max_num_tiles: tiles of an image at most.  max_seq_len: tokens, cut beyond.
     special_tokens_path: a Hugging Face tokenizer.json to take the ids of special tokens from.
