@@ -1,6 +1,7 @@
 """FrozenNF4Linear and the hooks that save NF4 weights as numbers."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -29,6 +30,36 @@ def test_torchtunes_values(bias, after, y):
     m = FrozenNF4Linear(64, 256, bias=bias)
     assert torch.rand(1).item() == pytest.approx(after, abs=1e-6)
     torch.testing.assert_close(m(torch.linspace(-1, 1, 128).view(2, 64))[1, ::100], torch.tensor(y), atol=2e-6, rtol=0)
+
+
+# (N, K), sizes: blocks of block_size, and the largest scaler_block_size up to 256 that divides them
+UNFIT = {
+    "64 x 64": ((64, 64), {}, "has 64 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=64 would do"),
+    "SigLIP's MLP": ((4304, 1152), {}, "has 77472 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=144 would do"),
+    "asked": ((64, 256), {"scaler_block_size": 200}, "has 256 scale blocks of 64, which scaler_block_size 200 does not divide: scaler_block_size=256 would do"),
+    "zero": ((64, 256), {"scaler_block_size": 0}, "has 256 scale blocks of 64, which scaler_block_size 0 does not divide: scaler_block_size=256 would do"),
+    "blocks": (
+        (100, 100),
+        {},
+        "block_size 64 does not divide the 10000 elements of a weight of shape (100, 100): no size that the kernels cover (32, 64, 128, ...) does",
+    ),
+    "half": ((36, 8), {"scaler_block_size": 3}, "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 would do"),
+    "no block": ((64, 256), {"block_size": 0}, "block_size 0 does not divide the 16384 elements of a weight of shape (64, 256): block_size=64 would do"),
+    "odd": ((3, 5), {"block_size": 5}, "a weight of shape (3, 5) has 15 elements, an odd number: NF4 keeps two in a byte"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_that_do_not_divide_the_weight(case, device):
+    (N, K), sizes, message = UNFIT[case]
+    with torch.device(device), pytest.raises(ValueError) as error:
+        FrozenNF4Linear(K, N, **sizes)
+    assert message in str(error.value) and str((N, K)) in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value, AssertionError)  # what torchao raises
+    if fits := re.search(r"(scaler_block_size|block_size)=(\d+) would do", message):
+        m = FrozenNF4Linear(K, N, **sizes | {fits[1]: int(fits[2])})
+        check(m, torch.randn(2, K))
 
 
 def check(m, x):
@@ -125,10 +156,6 @@ def test_meta_device():
 def test_none_is_the_default_block_size_and_refusals():
     m = FrozenNF4Linear(64, 256, block_size=None, scaler_block_size=None)
     assert (m.weight.block_size, m.weight.scaler_block_size) == (64, 256)
-    with pytest.raises(AssertionError, match="Number of scalers must be divisible by scaler block size, got 64 scaler_block_size 256"):
-        FrozenNF4Linear(64, 64)
-    with pytest.raises(AssertionError, match="Input tensor must be divisible by block size, got 10000 and 64"):
-        FrozenNF4Linear(100, 100)
     with pytest.raises(TypeError, match="foo"):
         FrozenNF4Linear(64, 256, foo=1)
     with pytest.raises(Unsupported, match=r"x is torch\.float64"):

@@ -1,5 +1,9 @@
 """torchao's NF4 weights, from wherever the installed torchao keeps them. Not imported by `import fastfuse`: torchao takes seconds."""
 
+import math
+
+from fastfuse.errors import InvalidArgument
+
 try:
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor as NF4Tensor
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4 as linear_nf4
@@ -13,6 +17,25 @@ except ModuleNotFoundError:  # torchao 0.17 and before
 def to_nf4(weight, **sizes) -> NF4Tensor:
     """weight [N, K] in NF4. sizes: block_size and scaler_block_size as torchao's to_nf4 takes them, its defaults (64, 256) where None.
 
-    Raises torchao's AssertionError where the sizes do not divide the weight, TypeError for another keyword.
+    Raises InvalidArgument (a ValueError and an AssertionError) where the sizes do not divide the weight, TypeError for another keyword.
     """
-    return _to_nf4(weight, **{name: size for name, size in sizes.items() if size is not None})
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    _check_sizes(tuple(weight.shape), sizes.get("block_size", 64), sizes.get("scaler_block_size", 256))
+    return _to_nf4(weight, **sizes)
+
+
+def _check_sizes(shape: tuple[int, ...], block_size: int, scaler_block_size: int) -> None:
+    """torchao keeps a scale for every block_size elements and a factor for every scaler_block_size scales, with nothing left over."""
+    n = math.prod(shape)
+    if n % 2:
+        raise InvalidArgument(f"to_nf4: a weight of shape {shape} has {n} elements, an odd number: NF4 keeps two in a byte")
+    if block_size < 1 or n % block_size:
+        fits = next((f"block_size={size} would do" for size in (64, 32) if n % size == 0), "no size that the kernels cover (32, 64, 128, ...) does")
+        raise InvalidArgument(f"to_nf4: block_size {block_size} does not divide the {n} elements of a weight of shape {shape}: {fits}")
+    blocks = n // block_size
+    if scaler_block_size < 1 or blocks % scaler_block_size:
+        fits = max(size for size in range(1, 257) if blocks % size == 0)
+        raise InvalidArgument(
+            f"to_nf4: a weight of shape {shape} has {blocks} scale blocks of {block_size}, which scaler_block_size {scaler_block_size} does not divide: "
+            f"scaler_block_size={fits} would do"
+        )

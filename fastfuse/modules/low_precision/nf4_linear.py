@@ -29,7 +29,7 @@ class FrozenNF4Linear(KeepsNF4, nn.Linear):
 
     in_dim, out_dim: K, N. bias: False by default, unlike nn.Linear's. device, dtype: of the weight before it is quantized, and of
     the bias. quantization_kwargs: block_size (64) and scaler_block_size (256) in elements and blocks, the default where None.
-    Raises torchao's AssertionError where the block sizes do not divide the weight, TypeError for another keyword.
+    Raises InvalidArgument (a ValueError) where the block sizes do not divide the weight, TypeError for another keyword.
     """
 
     def __init__(

@@ -84,8 +84,8 @@ class LoRALinear(LowRankLinear):
     into A, in training. use_bias: of the base. quantize_base: keep W in NF4 (QLoRA): forward, backward and dropout then are fused, with
     one rounding of the result. quantization_kwargs: block_size (64) and scaler_block_size (256), the default where None.
     No parameter is frozen: see set_trainable_params. An NF4 weight gets no gradient in any case.
-    Raises ValueError where quantization arguments come without quantize_base or rank is below 1, and torchao's AssertionError
-    where the block sizes do not divide the weight.
+    Raises ValueError where quantization arguments come without quantize_base, rank is below 1, or the block sizes do not divide
+    the weight.
     """
 
     def __init__(
