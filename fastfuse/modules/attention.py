@@ -12,6 +12,14 @@ from fastfuse.ops import EncoderMask
 log = logging.getLogger(__name__)
 
 
+def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError where num_kv_heads does not divide num_heads, or num_heads does not divide embed_dim."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
+    if embed_dim < 1 or embed_dim % num_heads:
+        raise ValueError(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+
+
 class MultiHeadAttention(nn.Module):
     """Attention of x over itself, over y, or over a cache, with num_kv_heads <= num_heads (https://arxiv.org/abs/2305.13245).
 
@@ -41,10 +49,7 @@ class MultiHeadAttention(nn.Module):
         attn_dropout: float = 0.0,
     ):
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+        check_heads(embed_dim, num_heads, num_kv_heads)
         if not 0.0 <= attn_dropout <= 1.0:
             raise ValueError(f"attn_dropout ({attn_dropout}) must be between 0.0 and 1.0")
         if (q_norm is None) != (k_norm is None):

@@ -115,6 +115,15 @@ class Llama3ScaledRoPE(RotaryPositionalEmbeddings):
         return super().forward(x, input_pos=input_pos)
 
 
+def patch_grid(tile_size: int, patch_size: int) -> int:
+    """Patches along a tile's side. Raises ValueError for sizes that are not positive."""
+    if tile_size <= 0:
+        raise ValueError(f"tile_size must be > 0. Got tile_size={tile_size}")
+    if patch_size <= 0:
+        raise ValueError(f"patch_size must be > 0. Got patch_size={patch_size}")
+    return tile_size // patch_size
+
+
 class VisionRotaryPositionalEmbeddings(_Rotary):
     """Axial rotation for the patches of a tile: half of each head by column + 1, half by row + 1, the CLS token not at all.
 
@@ -123,7 +132,7 @@ class VisionRotaryPositionalEmbeddings(_Rotary):
 
     def __init__(self, patch_size: int, tile_size: int, dim: int, base: int = 10_000, append_cls_token: bool = True):
         super().__init__()
-        self.patch_grid_size = tile_size // patch_size
+        self.patch_grid_size = patch_grid(tile_size, patch_size)
         self.dim = dim
         self.base = base
         self.append_cls_token = append_cls_token

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
+from fastfuse.modules.position_embeddings import patch_grid
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 
 
@@ -20,7 +21,7 @@ class TokenPositionalEmbedding(nn.Module):
 
     def __init__(self, embed_dim: int, tile_size: int, patch_size: int):
         super().__init__()
-        self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn((tile_size // patch_size) ** 2 + 1, embed_dim))
+        self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn(patch_grid(tile_size, patch_size) ** 2 + 1, embed_dim))
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         """x: (..., n_tokens, embed_dim); further arguments are ignored."""
@@ -167,7 +168,7 @@ class TiledTokenPositionalEmbedding(_TileTable):
 
     def __init__(self, max_num_tiles: int, embed_dim: int, tile_size: int, patch_size: int, *, aspect_ratios: Sequence[Sequence[int]] | None = None):
         super().__init__(max_num_tiles, aspect_ratios)
-        self.patch_grid_size = tile_size // patch_size
+        self.patch_grid_size = patch_grid(tile_size, patch_size)
         self.n_tokens_per_tile = self.patch_grid_size**2 + 1
         scale = embed_dim**-0.5
         self.local_token_positional_embedding = nn.Parameter(scale * torch.randn(self.n_tokens_per_tile, embed_dim))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastfuse.modules._hooks import is_hooked
 from fastfuse.modules.layer_norm import Fp32LayerNorm
+from fastfuse.modules.position_embeddings import patch_grid
 from fastfuse.modules.tile_position_embeddings import TiledTokenPositionalEmbedding, TilePositionalEmbedding, TokenPositionalEmbedding
 from fastfuse.ops import patch_embed
 from fastfuse.ops._device_checks import values_are_at_hand
@@ -83,17 +84,13 @@ class VisionTransformer(nn.Module):
         states_after_layer: bool = False,
     ):
         super().__init__()
-        if tile_size <= 0:
-            raise ValueError(f"tile_size must be > 0. Got tile_size={tile_size}")
-        if patch_size <= 0:
-            raise ValueError(f"patch_size must be > 0. Got patch_size={patch_size}")
+        self.patches_per_tile = patch_grid(tile_size, patch_size) ** 2
         if out_indices and len(out_indices) > num_layers:
             raise ValueError(f"len(out_indices) must be <= num_layers. Got out_indices={out_indices} and num_layers={num_layers}")
         if pad_tokens_to < 1:
             raise ValueError(f"pad_tokens_to must be >= 1. Got pad_tokens_to={pad_tokens_to}")
         self.tile_size = tile_size
         self.in_channels = in_channels
-        self.patches_per_tile = (tile_size // patch_size) ** 2
         self.out_indices = out_indices or []
         self.pad_tokens_to = pad_tokens_to
         self.states_after_layer = states_after_layer

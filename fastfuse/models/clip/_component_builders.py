@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastfuse.errors import InvalidArgument
-from fastfuse.models._linear import Adapters, attention, dense
+from fastfuse.models._linear import Adapters, attention, dense, head_dim_of
 from fastfuse.modules import (
     CLSProjection,
     FeedForward,
@@ -59,9 +58,7 @@ def clip_vision_encoder(
     TilePositionalEmbedding.
     Raises ValueError where num_heads does not divide embed_dim.
     """
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
-    head_dim = embed_dim // num_heads
+    head_dim = head_dim_of(embed_dim, num_heads)
     cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
     rope = None
     if use_rope:
@@ -109,13 +106,12 @@ def lora_clip_vision_encoder(
     place of NF4. quantization_kwargs: block_size, scaler_block_size.
     Raises ValueError where num_heads does not divide embed_dim, or lora_modules is empty.
     """
-    if embed_dim % num_heads:
-        raise InvalidArgument(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
+    head_dim = head_dim_of(embed_dim, num_heads)
     hidden_dim = hidden_dim or 4 * embed_dim
     cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
     adapters = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_dora": use_dora, "quantize_base": quantize_base}
     attn = lora_clip_attention(
-        lora_modules, embed_dim=embed_dim, head_dim=embed_dim // num_heads, num_heads=num_heads, num_kv_heads=num_heads,
+        lora_modules, embed_dim=embed_dim, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_heads,
         attn_bias=attn_bias, is_causal=causal_attention, **adapters, **quantization_kwargs,
     )  # fmt: skip
     if apply_lora_to_mlp:
@@ -163,7 +159,7 @@ def _vision_transformer(
 
 def clip_attention(*, embed_dim: int, num_heads: int, attn_bias: bool = False, pos_embeddings: nn.Module | None = None) -> MultiHeadAttention:
     """Bidirectional attention."""
-    heads = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": embed_dim // num_heads}
+    heads = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": head_dim_of(embed_dim, num_heads)}
     return attention(dense, embed_dim=embed_dim, **heads, bias=attn_bias, pos_embeddings=pos_embeddings, is_causal=False)
 
 

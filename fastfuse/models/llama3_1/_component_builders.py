@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention
+from fastfuse.models._linear import Adapters, attention, head_dim_of
 from fastfuse.modules import FeedForward, MultiHeadAttention
 from fastfuse.modules.low_precision import FrozenNF4Linear
 
@@ -48,7 +48,7 @@ def lora_llama3_attention(
     k_norm: nn.Module | None = None,
 ) -> MultiHeadAttention:
     """Attention without biases, an adapter on the projections that lora_modules names."""
-    head_dim = embed_dim // num_heads
+    head_dim = head_dim_of(embed_dim, num_heads)
     make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base).chosen(lora_modules)
     return attention(
         make, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, pos_embeddings=pos_embeddings,

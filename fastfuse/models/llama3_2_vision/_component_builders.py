@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention, dense
+from fastfuse.models._linear import Adapters, attention, dense, head_dim_of
 from fastfuse.models.clip._component_builders import clip_attention, clip_mlp, clip_vision_encoder, lora_clip_attention, lora_clip_mlp, lora_clip_vision_encoder
 from fastfuse.models.llama3_1._component_builders import llama3_mlp, lora_llama3_attention, lora_llama3_mlp, scale_hidden_dim_for_mlp
 from fastfuse.models.llama3_2_vision._encoder import Llama3VisionEncoder, Llama3VisionProjectionHead
@@ -191,7 +191,7 @@ def lora_llama3_2_vision_projection_head(
     layers = []
     for _ in range(num_layers):
         attn = lora_clip_attention(
-            lora_modules, embed_dim=clip_embed_dim, head_dim=clip_embed_dim // num_heads, num_heads=num_heads, num_kv_heads=num_heads,
+            lora_modules, embed_dim=clip_embed_dim, head_dim=head_dim_of(clip_embed_dim, num_heads), num_heads=num_heads, num_kv_heads=num_heads,
             is_causal=causal_attention, **adapters, **quantized,
         )  # fmt: skip
         if apply_lora_to_mlp:
@@ -281,7 +281,7 @@ def lora_llama3_2_vision_decoder(
     """
     profile = profile_of(profile)
     num_kv_heads = num_kv_heads or num_heads
-    head_dim = embed_dim // num_heads
+    head_dim = head_dim_of(embed_dim, num_heads)
     hidden_dim = intermediate_dim or scale_hidden_dim_for_mlp(embed_dim)
     cross_eps = profile.cross_norm_eps or norm_eps
     adapters = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_dora": use_dora, "quantize_base": quantize_base}
@@ -327,6 +327,8 @@ def lora_llama3_2_vision_decoder(
         return self_layer() if kind == "self" else cross_layer()
 
     if cross_attention_layers is None:
+        if fusion_interval < 1:
+            raise ValueError(f"fusion_interval is {fusion_interval}, expected at least 1")
         kinds = ["fusion" if (i + 1) % fusion_interval == 0 else "self" for i in range(num_layers)]
     else:
         kinds = [entry.kind for entry in layer_plan(num_layers + len(cross_attention_layers), cross_attention_layers)]
