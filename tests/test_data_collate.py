@@ -148,7 +148,7 @@ def with_parts(**parts):
     [
         ([], {}, "batch is empty"),
         ([sample(2)], {"pad_direction": "up"}, "pad_direction is 'up', neither 'left' nor 'right'"),
-        ([sample(2)], {"pad_direction": "left", "pad_to_multiple_of": 8}, "pad_to_multiple_of is 8, only 1 goes with pad_direction 'left'"),
+        ([sample(2)], {"pad_direction": "left", "pad_to_multiple_of": 8}, "pad_to_multiple_of=8 is not supported for pad_direction='left', only 1 is"),
         ([sample(2)], {"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0, not at least 1"),
         ([sample(2, [1]), sample(2, [3])], {"pad_max_tiles": 2}, "pad_max_tiles is 2, there are 3 tiles in an image"),
         ([sample(2, [1]), sample(2, [1, 1])], {"pad_max_images": 1}, "pad_max_images is 1, there are 2 images in a sample"),
@@ -184,6 +184,8 @@ def test_sft():
     assert {key: value.tolist() for key, value in batch.items()} == {"tokens": [[1, 2, 3, 0], [1, 0, 0, 0]], "labels": [[4, 5, 6, -100], [4, 3, 2, 1]]}
     batch = padded_collate_sft([{"tokens": [1, 2, 3], "labels": [4, 5, 6]}], padding_idx=8, ignore_idx=-8, pad_to_multiple_of=2)
     assert {key: value.tolist() for key, value in batch.items()} == {"tokens": [[1, 2, 3, 8]], "labels": [[4, 5, 6, -8]]}
+    batch = padded_collate_sft([sample(2, [1]), sample(1)])  # images are not its business, whether they are there or not
+    assert {key: value.tolist() for key, value in batch.items()} == {"tokens": [[1, 2], [1, 0]], "labels": [[10, 20], [10, -100]]}
     with pytest.raises(InvalidArgument, match="padded_collate_sft: batch is empty"):
         padded_collate_sft([])
 
@@ -200,7 +202,22 @@ def test_contradictions_between_an_image_and_what_is_said_of_it_are_refused():
     cut["encoder_input"]["images"][0] = cut["encoder_input"]["images"][0][:1]
     with pytest.raises(InvalidArgument, match=r"sample 1: an image has 1 tiles and aspect_ratio \(4, 1\)"):
         padded_collate_tiled_images_and_mask([sample(3), cut])
-    floats = sample(3, [1])
-    floats["encoder_mask"][0] = floats["encoder_mask"][0].float()
-    with pytest.raises(InvalidArgument, match=r"sample 0: encoder_mask is torch\.float32, expected torch\.bool"):
-        padded_collate_tiled_images_and_mask([floats])
+
+
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_a_mask_of_numbers_says_what_is_visible(direction):
+    """As in torchtune's own tests, which make it of torch.ones."""
+    bools, numbers = sample(3, [1, 2]), sample(3, [1, 2])
+    numbers["encoder_mask"] = [mask.float() * weight for mask, weight in zip(numbers["encoder_mask"], (1.0, 0.25), strict=True)]
+    want, got = (padded_collate_tiled_images_and_mask([made, sample(4)], pad_direction=direction)["encoder_mask"] for made in (bools, numbers))
+    assert got.dtype == torch.bool and want.any() and not want.all() and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, -1e9, torch.nan])
+def test_a_mask_to_be_added_to_scores_is_refused(hidden):
+    """There 0 is visible: taken as numbers it would show what it hides, and hide what it shows."""
+    added = sample(3, [1])
+    added["encoder_mask"] = [torch.zeros(3, N).masked_fill(~added["encoder_mask"][0], hidden)]
+    added["encoder_mask"][0][0, 0] = hidden
+    with pytest.raises(InvalidArgument, match=r"sample 0: encoder_mask is torch\.float32 with negative values or NaN: it says what is visible"):
+        padded_collate_tiled_images_and_mask([added])

@@ -39,7 +39,8 @@ def padded_collate_tiled_images_and_mask(
     """Collate text with tiled images: what fastfuse's vision models take, `model(**batch)` without the labels.
 
     Each sample has "tokens", "labels" unless it is for inference, and where it has images "encoder_input":
-    {"images": [[t, c, h, w], ...], "aspect_ratio": [[2], ...]} and "encoder_mask": [[s, t * n], ...].
+    {"images": [[t, c, h, w], ...], "aspect_ratio": [[2], ...]} and "encoder_mask": [[s, t * n], ...],
+    bool, or numbers of which those that are not zero are visible.
 
     tokens, labels: int64 [b, s], padded with padding_idx and ignore_idx, s rounded up to pad_to_multiple_of.
     encoder_input: images [b, I, t, c, h, w], padded with zeros; aspect_ratio int64 [b, I, 2], with pad_aspect_ratio.
@@ -55,7 +56,7 @@ def padded_collate_tiled_images_and_mask(
         raise InvalidArgument(f"{where}: pad_direction is {pad_direction!r}, neither 'left' nor 'right'")
     left = pad_direction == "left"
     if left and pad_to_multiple_of != 1:
-        raise InvalidArgument(f"{where}: pad_to_multiple_of is {pad_to_multiple_of}, only 1 goes with pad_direction 'left'")
+        raise InvalidArgument(f"{where}: pad_to_multiple_of={pad_to_multiple_of} is not supported for pad_direction='left', only 1 is")
 
     tokens = _text(where, batch, "tokens")
     have_labels = [sample.get("labels") is not None for sample in batch]
@@ -103,8 +104,10 @@ def _collate_images(
             h, w = torch.as_tensor(ratio).tolist()
             if h * w != image.shape[0]:
                 raise InvalidArgument(f"{where}: sample {index}: an image has {image.shape[0]} tiles and aspect_ratio {(h, w)}")
-            if m.dtype != torch.bool:
-                raise InvalidArgument(f"{where}: sample {index}: encoder_mask is {m.dtype}, expected torch.bool")
+            if m.dtype != torch.bool and not (m >= 0).all():
+                raise InvalidArgument(
+                    f"{where}: sample {index}: encoder_mask is {m.dtype} with negative values or NaN: it says what is visible, bool or nonzero"
+                )
 
     b = len(batch)
     images = every[0].new_zeros(b, most if left else slots, tiles, *every[0].shape[1:])
