@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torchao.quantization import to_nf4
-from weights import STORAGES, quantize, random_weight
+from weights import STORAGES, quantize, random_weight, requantized
 
 from fastfuse import Unsupported
 from fastfuse.kernels.nf4 import BITSANDBYTES, codebook_values
@@ -137,22 +137,6 @@ def test_every_part_of_another_dtype_or_shape_is_named(storage):
             with pytest.raises(ValueError) as e:
                 dataclasses.replace(view, packed=given["packed"], code=given["code"], scales=scales)
             assert str(e.value).startswith(f"NF4View: {name} is {wrong.dtype} {tuple(wrong.shape)}, a weight of shape (64, 256) needs {part.dtype}")
-
-
-def requantized(dtype: torch.dtype, offset_dtype: torch.dtype, N: int = 256, K: int = 320):
-    """A nested weight whose scales bitsandbytes has quantized a second time, from dtype.
-
-    It does so when it unpacks what it had packed for its product on CPUs with AVX512-BF16 (state_dict() after any call without gradients). Loaded
-    from a file the offset is fp32 again.
-    """
-    weight = quantize(random_weight(N, K, dtype), "nested")
-    state = weight.quant_state
-    absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).bfloat16().to(dtype)
-    offset = absmax.mean()
-    state.absmax, state.state2 = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
-    state.offset = offset.to(offset_dtype)
-    assert state.state2.dtype == dtype
-    return weight
 
 
 @pytest.mark.parametrize("offset_dtype", ["fp32", "as quantized"])

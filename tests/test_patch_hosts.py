@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from qlora import HOSTS, gradients, lora, quantized
 from reference import assert_results_no_worse
 from torch import nn
-from weights import quantize
+from weights import quantize, requantized
 
 import fastfuse
 
@@ -700,3 +700,96 @@ def test_dropout_in_place_is_peft_s():
     fastfuse.patch(model)
     with pytest.warns(UserWarning, match="DROPOUT"), torch.no_grad():
         model.base_model.model.up(x)
+
+
+def with_own_state(model: nn.Module) -> nn.Module:
+    """Each Linear4bit keeps its weight's quant_state, as bitsandbytes has it after quantizing or loading a model."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.quant_state = module.weight.quant_state
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wrap", ["bare", "PEFT's dense layer", "PEFT's 4-bit layer"])
+def test_a_linear4bit_around_a_plain_weight(wrap, dtype):
+    """What a list of modules to skip leaves of a checkpoint: bitsandbytes' own class, and no codes in it."""
+    model = quantized("bitsandbytes", dtype)
+    plain = nn.Parameter(torch.randn(256, 128, dtype=dtype), requires_grad=False)
+    if wrap != "PEFT's 4-bit layer":  # PEFT chooses that one by what it finds
+        model.up.weight = plain
+    if wrap != "bare":
+        model.is_loaded_in_4bit = wrap == "PEFT's 4-bit layer"
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=["up"], init_lora_weights=False)).base_model.model
+        model.up.base_layer.weight = plain
+    report = fastfuse.patch(model)
+    found = {e.name: (e.status, e.code, e.reason) for e in report.entries}
+    words = f"its weight is a plain {str(dtype).removeprefix('torch.')} Parameter"
+    assert found.pop("down") == ("patched", "", "")
+    assert found and set(found.values()) == {("skipped", "NOT_NF4", words)}
+    assert set(found) == ({"up"} if wrap == "bare" else {"up", "up.base_layer"})
+
+
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_a_weight_made_plain_after_the_patch(wrap):
+    """Dequantized by hand: the layer's quant_state is still there, and belongs to no codes."""
+    model = with_own_state(quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes"))
+    layer, x = model.up if wrap == "bare" else model.base_model.model.up, torch.randn(3, 128)
+    base = layer if wrap == "bare" else layer.base_layer
+    fastfuse.patch(model)
+    base.weight = nn.Parameter(torch.randn(256, 128), requires_grad=False)
+    entry = next(e for e in fastfuse.status(model).entries if e.name.endswith("up"))
+    assert (entry.code, entry.reason) == ("NOT_NF4", "runs its own forward for now: its weight is a plain float32 Parameter")
+    with pytest.warns(UserWarning, match="NOT_NF4: its weight is a plain float32 Parameter"), pytest.raises(AssertionError):  # bitsandbytes' own
+        layer(x)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_codes_that_have_lost_their_quant_state(wrap):
+    """functional_call with plain codes: the layer's own quant_state serves, as in bitsandbytes' own forward. Other codes, other results."""
+    model, x = with_own_state(quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes")), torch.randn(3, 128, requires_grad=True)
+    name = "up.weight" if wrap == "bare" else "base_model.model.up.base_layer.weight"
+    codes = torch.randint(256, model.get_parameter(name).shape, dtype=torch.uint8)
+    twin = copy.deepcopy(model)
+    twin.get_parameter(name).data.copy_(codes)
+    want = twin(x)
+    want_grad = torch.autograd.grad(want.sum(), x)[0]
+    fastfuse.patch(model, on_unsupported="raise")
+    got = torch.func.functional_call(model, {name: codes}, (x,))
+    assert fastfuse.status(model).fallbacks == {}
+    assert_rounding_apart(got, want, K=256, products=2)
+    assert_rounding_apart(torch.autograd.grad(got.sum(), x)[0], want_grad, K=256, products=4)
+    assert not torch.allclose(got, model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_scales_quantized_from_16_bits_as_the_layers_own_product_takes_them(wrap, dtype):
+    """In fp32, unrounded: only dequantize_4bit rounds them. fp32 activations over weights that were 16-bit show the difference."""
+    model = quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes")
+    layer, x = model.up if wrap == "bare" else model.base_model.model.up, torch.randn(6, 128)
+    base = layer if wrap == "bare" else layer.base_layer
+    base.weight = requantized(dtype, dtype, 256, 128)
+    state = base.weight.quant_state
+    each = state.state2.absmax.double().repeat_interleave(256)[: state.absmax.numel()]
+    scales = state.state2.code.double()[state.absmax.long()] * each + state.offset.double()
+    codes = torch.stack([base.weight.data.view(-1) >> 4, base.weight.data.view(-1) & 15], 1).view(-1, 64).long()
+    w = (state.code.double()[codes] * scales[:, None]).view(256, 128)
+    exact = x.double() @ w.T + base.bias.double()
+    if wrap == "lora":
+        a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        exact = exact + layer.scaling["default"] * x.double() @ a.T @ b.T
+    report = fastfuse.patch(model)
+    assert {e.layout for e in report.patched} == {"bitsandbytes nested, blocks of 64"} and not report.skipped
+    with torch.no_grad():
+        assert_rounding_apart(layer(x), exact.float(), K=128, products=2)
+    assert fastfuse.status(model).fallbacks == {}
+
+
+def test_flat_scales_that_were_packed_and_unpacked_are_not_patched():
+    model = quantized("bitsandbytes", storage="flat")
+    state = model.up.weight.quant_state
+    state.absmax = state.absmax.view(256, 2).T.bfloat16().contiguous()
+    report = fastfuse.patch(model)
+    assert [(e.name, e.status, e.code) for e in report.entries] == [("up", "skipped", "CPU_UNPACKED_BNB"), ("down", "patched", "")]
+    assert "its absmax is torch.bfloat16 (2, 256)" in report.entries[0].reason

@@ -28,6 +28,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 from weights import quantize
 
 import fastfuse
+from fastfuse.modules.peft import LoRALinear
 
 LINEARS = 14  # of the two layers below, q, k, v, o, gate, up and down each
 
@@ -287,6 +288,66 @@ def test_a_vision_model_whose_class_becomes_another(how, order, mesh):
     assert fastfuse.status(model).fallbacks == {}
     fastfuse.unpatch(model)
     assert torch.equal(model(**given).logits, eager(**given).logits)
+
+
+@pytest.mark.parametrize("order", ["patch, shard", "shard, patch"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_fsdp2_shards_bitsandbytes_codes(wrap, storage, order, mesh):
+    """The weight becomes plain codes, and the layer's own quant_state serves. status() knows that shards are whole in a call."""
+    model, x = quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes"), torch.randn(3, 128, requires_grad=True)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.quant_state, module.quant_storage = module.weight.quant_state, storage
+            module.weight.data = module.weight.data.view(-1).view(storage)[:, None]
+    want = model(x)
+    (want_grad,) = torch.autograd.grad(want.square().sum(), x)
+
+    for act in order.split(", "):
+        if act == "patch":
+            fastfuse.patch(model, on_unsupported="raise")
+        else:
+            fully_shard(model, mesh=mesh)
+    before = fastfuse.status(model)
+    got = model(x)
+    got.square().sum().backward()
+    model.reshard()
+    assert type(next(p for n, p in model.named_parameters() if n.endswith("up.weight") or n.endswith("up.base_layer.weight"))).__name__ == "DTensor"
+    for report in (before, fastfuse.status(model)):
+        assert [(e.status, e.code, e.reason, dict(e.fallbacks)) for e in report.entries] == [("patched", "", "", {})] * (2 if wrap == "bare" else 4)
+    assert_rounding_apart(got, want, K=256, products=2)
+    assert_rounding_apart(x.grad, want_grad, K=256, products=4)
+
+
+def fsdp2_over_torchao(rank: int, folder: str) -> None:
+    """One of two processes: torchao gathers its weights over two at least."""
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
+    torch.manual_seed(0)
+    models = [quantized("torchao"), nn.Sequential(LoRALinear(128, 256, 8, 16.0, quantize_base=True), LoRALinear(256, 128, 8, 16.0, quantize_base=True))]
+    for model, status in zip(models, ("patched", "already"), strict=True):
+        for p in model.parameters():
+            p.requires_grad_(False)
+        x = torch.randn(3, 128, requires_grad=True)
+        want = model(x)
+        (want_grad,) = torch.autograd.grad(want.square().sum(), x)
+        fastfuse.patch(model)
+        for unit in [*model.children(), model]:
+            fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+        before = fastfuse.status(model)
+        got = model(x)
+        got.square().sum().backward()
+        assert all(type(p).__name__ == "DTensor" for p in next(model.children()).parameters())
+        for report in (before, fastfuse.status(model)):
+            assert [(e.status, e.code, e.reason, dict(e.fallbacks)) for e in report.entries] == [(status, "", "", {})] * 2
+        assert_rounding_apart(got, want, K=256, products=2)
+        assert_rounding_apart(x.grad, want_grad, K=256, products=4)
+        fastfuse.unpatch(model)
+        assert fastfuse.patch(model).counts == {status: 2}  # of shards too
+    dist.destroy_process_group()
+
+
+def test_fsdp2_over_torchao_in_two_processes(tmp_path):
+    torch.multiprocessing.spawn(fsdp2_over_torchao, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "base bias", "lora_B bias", "magnitude"])

@@ -26,6 +26,22 @@ def quantize(weight: torch.Tensor, storage: str, block_size: int = 64):
     )
 
 
+def requantized(dtype: torch.dtype, offset_dtype: torch.dtype, N: int = 256, K: int = 320):
+    """A nested weight whose scales bitsandbytes has quantized a second time, from dtype.
+
+    It does so when it unpacks what it had packed for its product on CPUs with AVX512-BF16 (state_dict() after any call without gradients). Loaded
+    from a file the offset is fp32 again.
+    """
+    weight = quantize(random_weight(N, K, dtype), "nested")
+    state = weight.quant_state
+    absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).bfloat16().to(dtype)
+    offset = absmax.mean()
+    state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
+    state.offset = offset.to(offset_dtype)
+    assert state.state2.dtype == dtype
+    return weight
+
+
 def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     """What the host library itself makes of the weight in `dtype`.
 

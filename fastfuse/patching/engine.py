@@ -254,7 +254,7 @@ def _check_interpreter(host: Host, module: nn.Module, options: Options) -> None:
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
     drift = host.drift(module)
-    found = drift or host.refuses(module, options) or host.obstacle(module, options)
+    found = drift or host.in_the_way(module, options)
     if drift is None:
         entry = replace(entry, layout=host.layout(module), backend=runs_on(host.device(module), options))
     if found is None:

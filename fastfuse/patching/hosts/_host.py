@@ -154,6 +154,11 @@ class Host:
         changed = module.__dict__.get("_fastfuse") is not None
         return Reason("CHANGED", "it is not what it was when it was patched") if changed else Reason("STRUCTURE", "it is not built as fastfuse knows it")
 
+    def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
+        """Why the next call of a module without drift would run its own forward."""
+        found = self.refuses(module, options) or self.obstacle(module, options)
+        return None if found is not None and found.code == "DTENSOR" and whole_in_calls(module) else found
+
 
 class Names(NamedTuple):
     """How a module's own forward names its arguments, and how its host does: looked up once, when it is patched."""
@@ -405,6 +410,15 @@ def plain_tensors(*tensors: Tensor | None) -> Reason | None:
         if t is not None and type(t) not in (nn.Parameter, Tensor, FakeTensor):
             return Reason("TENSOR_TYPE", f"a weight is a {type(t).__name__}")
     return None
+
+
+def whole_in_calls(module: nn.Module) -> bool:
+    """Whether what is sharded of the module is so between calls alone: FSDP2 puts whole parameters in place before it runs.
+
+    PyTorch has no question for it. FSDP2 leaves a hook of its own on each module whose parameter it shards.
+    """
+    sharded = (m for m in module.modules() if any(hasattr(p, "device_mesh") for p in m._parameters.values()))
+    return all(any(getattr(hook, "__qualname__", "").startswith("FSDPParam.") for hook in m._load_state_dict_post_hooks.values()) for m in sharded)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -7,20 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import Unsupported
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
 def nf4_host(
     *,
-    weight: Callable[[nn.Module], object],
+    weight: Callable[[nn.Module], Tensor],
+    view: Callable[[nn.Module], NF4View] | None = None,
     obstacle: Callable[[nn.Module, Tensor | None], Reason | None],
     fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor],
     probe_dtype: Callable[[nn.Module], torch.dtype],
     x: str = "x",
     **how: Any,
 ) -> Host:
-    """A Host of a module that maps its one argument, named x, by the NF4 weight that `weight` finds, which is read anew at every call."""
+    """A Host of a module that maps its one argument, named x, by the NF4 weight that `weight` finds, which is read anew at every call.
+
+    view: reads it, NF4View.of(weight(module)) where None.
+    """
+    view = view or (lambda module: NF4View.of(weight(module)))
 
     def run(module: nn.Module, given: dict[str, Any], options: Options) -> Tensor | Reason:
         tensor = given.get(x)
@@ -28,45 +33,47 @@ def nf4_host(
             return Reason("ARGUMENTS", "called with something else than one tensor")
         if found := obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh"))):
             return found
-        view = read(module)
-        if type(view) is Reason:
-            return view
-        if tensor.shape[-1:] != view.shape[1:]:
+        found = read(module)
+        if type(found) is Reason:
+            return found
+        if tensor.shape[-1:] != found.shape[1:]:
             return Reason("SHAPE", "the input's last dim is not the weight's K")
-        return fused(module, tensor, view, options.named())
+        return fused(module, tensor, found, options.named())
 
     def read(module: nn.Module) -> NF4View | Reason:
         try:
-            return NF4View.of(weight(module))
+            return view(module)
         except Unsupported as e:
             return Reason(e.code, str(e).removeprefix("NF4View: "))
         except (AttributeError, TypeError, ValueError) as e:
             return Reason("NOT_NF4", str(e).removeprefix("NF4View: "))
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
-        view = read(module)
-        return view if type(view) is Reason else on_device("nf4_linear", view.device, options)
+        found = read(module)
+        if type(found) is not Reason:
+            return on_device("nf4_linear", found.device, options)
+        return on_device("nf4_linear", device(module), options) if found.code == "DTENSOR" and whole_in_calls(module) else found
 
     def device(module: nn.Module) -> torch.device | None:
-        view = read(module)
-        return None if type(view) is Reason else view.device
+        held = weight(module)
+        return held.device if isinstance(held, Tensor) else None
 
     def layout(module: nn.Module) -> str:
-        view = read(module)
-        return "" if type(view) is Reason else view.layout
+        found = read(module)
+        return "" if type(found) is Reason else found.layout
 
     def probe(module: nn.Module) -> Probe:
-        view, dtype = NF4View.of(weight(module)), probe_dtype(module)
-        K = view.shape[1]
+        found, dtype = view(module), probe_dtype(module)
+        K = found.shape[1]
         # On a CPU bitsandbytes repacks its weight for good when the input needs no gradient.
-        made = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(view.device, dtype).requires_grad_()
+        made = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(found.device, dtype).requires_grad_()
         return Probe({x: made}, dtype, K)
 
     def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-        view = read(module)
-        if type(view) is Reason:
-            return view
-        made = torch.zeros(sizes.batch, sizes.tokens, view.shape[1], dtype=probe_dtype(module), device=view.device, requires_grad=torch.is_grad_enabled())
+        found = read(module)
+        if type(found) is Reason:
+            return found
+        made = torch.zeros(sizes.batch, sizes.tokens, found.shape[1], dtype=probe_dtype(module), device=found.device, requires_grad=torch.is_grad_enabled())
         out = run(module, {x: made}, options)
         return out if type(out) is Reason else (out, [made])
 

@@ -10,12 +10,12 @@ from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.patching.hosts._host import Host, Options, Reason, Rehearsed, Sizes, device_of, parameter, rehearse_attention
 from fastfuse.patching.hosts.torchtune import image_of, zero_images
-from fastfuse.quant.nf4 import is_torchao
+from fastfuse.quant.nf4 import holds_torchao
 
 
 def _host(op: str, *classes: type[nn.Module], over_nf4: bool = False, **how: Callable) -> Host:
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, classes) and (not over_nf4 or is_torchao(parameter(module, "weight")))
+        return isinstance(module, classes) and (not over_nf4 or holds_torchao(parameter(module, "weight")))
 
     return Host(
         name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, device=device_of, native=True,

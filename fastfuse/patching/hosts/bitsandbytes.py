@@ -10,11 +10,24 @@ from torch.nn import functional as F
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
-from fastfuse.quant.nf4 import NF4View
+from fastfuse.quant.nf4 import NF4View, of_bitsandbytes
+
+_PARTS = ("compute_dtype", "compute_type_is_set", "set_compute_type", "bias")
 
 
 def matches(module: nn.Module) -> bool:
-    return hasattr(parameter(module, "weight"), "quant_state") and hasattr(module, "compute_dtype") and hasattr(module, "set_compute_type")
+    return parameter(module, "weight") is not None and all(hasattr(module, part) for part in _PARTS)
+
+
+def view(module: nn.Module) -> NF4View:
+    """The weight as the layer's own product reads it: where something has taken its quant_state (FSDP2, export, functional_call), the layer's own serves."""
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None and tuple(weight.shape[1:]) == (1,):  # codes are a column
+        state = getattr(module, "quant_state", None)
+    if state is None and not hasattr(weight, "quant_state") and not hasattr(weight, "device_mesh"):
+        raise TypeError(f"NF4View: its weight is a plain {str(weight.dtype).removeprefix('torch.')} Parameter")
+    return of_bitsandbytes(weight, state, as_linear=True)
 
 
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
@@ -40,7 +53,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
 
 
 def probe_dtype(module: nn.Module) -> torch.dtype:
-    return module.compute_dtype or module.weight.quant_state.dtype
+    return module.compute_dtype or view(module).dtype
 
 
 def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
@@ -52,7 +65,8 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     x = given["x"].to(compute_dtype(self, given["x"]))
-    weight, state = self.weight, copy.copy(self.weight.quant_state)
+    weight = self.weight
+    state = copy.copy(getattr(weight, "quant_state", None) or self.quant_state)
     state.dtype = x.dtype
     rows = dequantize_4bit(weight.detach(), state)
     state.shape = torch.Size((1, rows.numel()))
@@ -62,7 +76,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 HOST = nf4_host(
     name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
-    parts=("weight.quant_state", "compute_dtype", "compute_type_is_set", "set_compute_type", "bias"), weight=lambda module: module.weight,
+    parts=("weight", *_PARTS), weight=lambda module: module.weight, view=view,
     obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, modules="`nn.Linear4bit`",
-    covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512, FP4",
+    covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512 or flat ones unpacked again, FP4",
 )  # fmt: skip

@@ -23,6 +23,11 @@ def _base(module: nn.Module):
     return next((host for host in (bitsandbytes, torchao) if host.matches(module.base_layer)), None)
 
 
+def _view(module: nn.Module) -> NF4View:
+    host = _base(module)
+    return NF4View.of(module.base_layer.weight) if host is None else host.view(module.base_layer)
+
+
 def _active(self: nn.Module) -> list[str]:
     """The active adapters that touch this layer."""
     return [name for name in self.active_adapters if name in self.lora_A]
@@ -50,9 +55,8 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if found := plain_tensors(base.bias):
         return found
     host = _base(self)
-    if host is None:  # a sharded weight has lost what makes it NF4
-        sharded = hasattr(getattr(base, "weight", None), "device_mesh")
-        return plain_tensors(base.weight) if sharded else Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
+    if host is None:
+        return Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
     if (author := foreign_forward(host.HOST, base)) is not None:
         return Reason("FOREIGN_FORWARD", f"the base layer's forward comes from {author}")
     if found := host.obstacle(base, x):
@@ -140,7 +144,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 HOST = nf4_host(
     name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
-    weight=lambda module: module.base_layer.weight,
+    weight=lambda module: module.base_layer.weight, view=_view,
     obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",

@@ -6,11 +6,15 @@ from torch import Tensor, nn
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
-from fastfuse.quant.nf4 import NF4View, is_torchao
+from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 
 def matches(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and is_torchao(parameter(module, "weight"))
+    return isinstance(module, nn.Linear) and holds_torchao(parameter(module, "weight"))
+
+
+def view(module: nn.Module) -> NF4View:
+    return NF4View.of(module.weight)
 
 
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
@@ -32,7 +36,7 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 
 HOST = nf4_host(
-    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight, view=view,
     obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip

@@ -33,7 +33,7 @@ from fastfuse.patching.hosts._host import (
     rehearse_attention,
 )
 from fastfuse.patching.hosts._nf4 import nf4_host
-from fastfuse.quant.nf4 import NF4View, is_torchao
+from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _FROM = "torchtune."
 
@@ -49,7 +49,7 @@ def _over_nf4(known: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]
 
     def matches(module: nn.Module) -> bool:
         held = module.__dict__.get("_parameters")
-        return isinstance(held, dict) and any(is_torchao(getattr(p, "_local_tensor", p)) for p in held.values()) and known(module)
+        return isinstance(held, dict) and any(holds_torchao(p) for p in held.values()) and known(module)
 
     return matches
 
