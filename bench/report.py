@@ -313,7 +313,7 @@ def _cell(case: Case, provider: str) -> str:
     if row.get("error"):
         return "failed"
     if row["parity"] is False:
-        return "wrong"
+        return "wrong" if row.get("error_over_limit") is None else f"off, {_times(row['error_over_limit'])} x the limit"
     return _times(case.times(provider)) if row["us"] else row.get("note", "no time")
 
 

@@ -87,7 +87,7 @@ def test_a_table_of_peers(tree) -> None:
     head, _, line = tree.lines()
     cells = dict(zip(head, line, strict=True))
     assert cells["fastfuse, ms"] == "0.200" and cells["% of floor"] == "25" and cells["fastfuse is"] == "1.50x as fast as peer"
-    assert [cells[name] for name in ("eager", "peer", "wrong one", "broken", "absent")] == ["2.50", "1.50", "wrong", "failed", "not installed"]
+    assert [cells[name] for name in ("eager", "peer", "wrong one", "broken", "absent")] == ["2.50", "1.50", "off, 7.00 x the limit", "failed", "not installed"]
     assert cells["not counted"] == "fp32 LoRA 0.50" and "fp32 LoRA: decoded beforehand." in tree.section("cpu")
     assert "fastfuse in place" not in cells and "commit cccccccccc, 2026-01-02, torch 2.13" in tree.section("cpu")
     page = (tree.results / "a_chip_2_threads.md").read_text()
@@ -220,7 +220,7 @@ def test_whole_models(tree) -> None:
         ["unpatched", "4.00", "16000", "3.00", "1", "1.00"],
         ["patched", "1.00", "64000", "1.00", "5", "4.00"],
         ["patched + torch.compile", "0.500", "128000", "2.00", "10", "8.00"],
-        ["other", "wrong", "", "", "", ""],
+        ["other", "off, 2.00 x the limit", "", "", "", ""],
     ]
     assert [line[3:] for line in tree.lines("gpu")[2:]] == expected
     assert "4.00x as fast as unpatched, bar 5x" in tree.section("gpu") and tree.section("cpu") == "not measured on a CPU yet"
