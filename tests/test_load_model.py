@@ -55,6 +55,11 @@ def test_and_back_it_is_the_same_file_to_the_bit(saved, tmp_path):
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
 
 
+def test_a_list_of_files_is_a_folder_of_them(saved):
+    ours, again = load_model(saved[1], profile="transformers"), load_model(list(saved[1].glob("*.safetensors"))[::-1], profile="transformers")
+    assert again.config == ours.config and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+
+
 def test_rows_that_fit_no_grid_are_refused_with_the_profile_that_holds_them(saved):
     with pytest.raises(ValueError, match="the `transformers` profile"):
         load_model(saved[1])
