@@ -146,7 +146,7 @@ def _open_files(files: list[Path]) -> Checkpoint:
     if absent := [file for file in files if not file.is_file()]:
         raise ValueError(f"{absent[0]}: no such file, it is one of {len(files)} given")
     folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    complete_shards(folder, [file.name for file in files])
+    _complete_shards(folder, [file.name for file in files])
     return Checkpoint(folder, _readers(dict.fromkeys(sorted(files)), "the list"), _config_in({file.parent for file in files}))
 
 
@@ -175,7 +175,7 @@ def _weights_in(folder: Path) -> list[Path]:
     found = sorted(folder.glob("consolidated.*pth"))
     if len(found) > 1:
         raise ValueError(f"{folder}: {len(found)} model-parallel files {found[0].name}, ...: join them first, or use the safetensors of the same model")
-    if found := found or [folder / name for name in complete_shards(folder, os.listdir(folder))]:
+    if found := found or [folder / name for name in _complete_shards(folder, os.listdir(folder))]:
         return found
     raise ValueError(
         f"{folder}: no model.safetensors, pytorch_model.bin, index of either, shards or consolidated.*pth; it has {first(os.listdir(folder)) or 'no files'}"
@@ -188,7 +188,7 @@ _SHARDS = [  # torchtune's until 0.4, with the number of the epoch last, and eve
 ]
 
 
-def complete_shards(folder: Path, names: Iterable[str]) -> list[str]:
+def _complete_shards(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of `names` that are the shards of one checkpoint, by number. Raises ValueError where there are several checkpoints or gaps."""
     sets = {}
     for name, match in ((name, match) for name in sorted(names) for pattern in _SHARDS if (match := pattern.fullmatch(name))):
