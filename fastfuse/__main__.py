@@ -1,14 +1,13 @@
 """Command line: `python -m fastfuse demo`, `info` and `hosts`."""
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 
 import torch
 
 import fastfuse
+from fastfuse._quiet import quiet_imports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         # Triton reads the switch when kernels are imported, which importing fastfuse has just done.
         os.environ["TRITON_INTERPRET"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "fastfuse", *(sys.argv[1:] if argv is None else argv)])
-    _quiet_imports()
     try:
-        from fastfuse.demo import DemoError, demo
+        with quiet_imports():
+            from fastfuse.demo import DemoError, demo
     except ImportError as e:
         return _failed(f"needs {e.name}: pip install 'fastfuse[demo]'")
     try:
@@ -62,13 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 def _failed(message: str) -> int:
     print(f"fastfuse demo: {message}", file=sys.stderr)
     return 1
-
-
-def _quiet_imports() -> None:
-    """What other libraries say about themselves while loading is nothing a demo's reader can act on."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def _positive(text: str) -> int:

@@ -1,7 +1,9 @@
 """The examples run, and do what they say."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,3 +21,10 @@ def test_finetune_qlora_learns(tmp_path, monkeypatch, capsys):
     assert losses[-1] < 0.5 * losses[0]
     assert out.count(" -> '") == 3
     assert all("lora" in name for name in open_checkpoint(adapter)) and len(open_checkpoint(adapter)) > 50
+
+
+def test_a_fresh_screen_shows_nothing_but_the_example():
+    command = [sys.executable, str(EXAMPLES / "finetune_qlora.py"), "--steps", "1"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.fullmatch(r"step   0  loss [\d.]+\n(.* -> .*\n){3}", done.stdout)

@@ -4,6 +4,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastfuse._quiet import quiet_imports
 from fastfuse.demo.image import DemoError as DemoError
 from fastfuse.demo.image import load_image
 from fastfuse.demo.show import CPU_SIZE, GPU_SIZE
@@ -16,14 +17,17 @@ def demo(image_path: str | None, tokens: int, interpret: bool, arch: str = "mlla
 
     Raises DemoError for an image that cannot be used.
     """
-    if arch == "mllama":
-        from fastfuse.demo import mllama as chosen
-    else:
-        from fastfuse.demo import deep_fusion as chosen
+    image, name = load_image(image_path)
+    with quiet_imports():
+        import fastfuse.quant.torchao  # noqa: F401, models of both kinds would import it later
+
+        if arch == "mllama":
+            from fastfuse.demo import mllama as chosen
+        else:
+            from fastfuse.demo import deep_fusion as chosen
     console = Console(width=160 if not Console().is_terminal else None, highlight=False, soft_wrap=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
-    image, name = load_image(image_path)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         chosen.run(console, progress, image, name, tokens, interpret, size, device)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 
 import bitsandbytes as bnb
 import torch
@@ -86,7 +87,9 @@ def build(size: Size, device: torch.device, progress: Progress) -> nn.Module:
         setattr(parent, key, _quantized(linear, size.dtype))
     model.is_loaded_in_4bit = True  # what transformers sets when it loads in 4 bit; PEFT looks for it
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS, init_lora_weights=False)
-    return get_peft_model(model, lora).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers by the old name
+        return get_peft_model(model, lora).eval()
 
 
 def _quantized(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
