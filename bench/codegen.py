@@ -5,6 +5,7 @@
     python -m bench.codegen --json FILE      the reports as JSON, for the tests
     python -m bench.codegen --diff           exits 1 where a figure is worse than the stored one by more than 5%
     python -m bench.codegen --store          rewrites the stored figures, bench/results/codegen_<target>.txt
+    python -m bench.codegen --versions       of another Triton: its differences from them, into bench/results/codegen_versions.md
 
 A kernel is specimen x tune row x target. Every one must have stack 0 (nothing spilled) and fit the chip's shared memory.
 """
@@ -651,11 +652,12 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--diff", action="store_true", help="against the stored figures instead of the table; exits 1 where one got worse by more than 5%%")
     p.add_argument("--store", action="store_true", help="rewrite the stored figures")
+    p.add_argument("--versions", action="store_true", help="write what differs with this Triton into bench/results/codegen_versions.md")
     a = p.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.codegen: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    if a.store and a.only:
-        sys.exit("bench.codegen: --store rewrites all figures, without --only")
+    if (a.store or a.versions) and a.only:
+        sys.exit("bench.codegen: --store and --versions write of all kernels, without --only")
     reports = all_reports(a.only, a.workers)
     found = [asdict(r) for r in reports]
     worse = []
@@ -666,7 +668,9 @@ def main() -> None:
         print("\n".join(said + worse))
     if a.store:
         store.save(found, triton.__version__)
-    if not (a.json or a.diff or a.store):
+    if a.versions:
+        store.save_section(store.section(found, triton.__version__))
+    if not (a.json or a.diff or a.store or a.versions):
         print(table(reports))
     if worse or any(r.problems() for r in reports):
         sys.exit(1)

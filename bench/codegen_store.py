@@ -95,3 +95,41 @@ def worse(old: Mapping[str, float], new: Mapping[str, float]) -> Iterator[str]:
             more, fewer = fewer, False
         if more or (fewer and ("MMA" in name or "mfma" in name)):
             yield f"{name} {before:g} -> {after:g}"
+
+
+def changes(reports: Iterable[Mapping], folder: Path = FOLDER) -> Iterator[tuple[str, str, float, float]]:
+    """(target, kernel and loop, stored, now) of each loop's instructions a unit of work; AMD's, of which no loops are read, of the whole kernel."""
+    stored = load(folder)[1]
+    for r in reports:
+        kernel, new = parse(line(r))
+        old = stored.get(f"{r['arch']} {kernel}", {})
+        for name in [n for n in new if n.endswith(" total")] or ["code"]:
+            if name in old:
+                yield r["arch"], f"{kernel}: {name.removesuffix(' total')}", old[name], new[name]
+
+
+def section(reports: Iterable[Mapping], triton: str, folder: Path = FOLDER) -> str:
+    """What another Triton makes of the kernels, in Markdown: what spills, how many loops grew and shrank, and the ten that grew most."""
+    reports = list(reports)
+    moved = [(new / old, arch, name, old, new) for arch, name, old, new in changes(reports, folder)]
+    text = [f"## Triton {triton}", "", "| target | kernels | spill | loops longer by more than 5% | shorter |", "|---|---|---|---|---|"]
+    for arch in sorted({r["arch"] for r in reports}):
+        mine, ratios = [r for r in reports if r["arch"] == arch], [ratio for ratio, a, *_ in moved if a == arch]
+        longer, shorter = sum(r > 1 + TOLERANCE for r in ratios), sum(r < 1 - TOLERANCE for r in ratios)
+        text.append(f"| {arch} | {len(mine)} | {sum(r['stack'] > 0 for r in mine)} | {longer} | {shorter} |")
+    spilled = [f"| {r['arch']} | {r['op']} {r['name']} | {r['stack']} |" for r in reports if r["stack"]]
+    if spilled:
+        text += ["", "| target | kernel | bytes of stack a thread |", "|---|---|---|", *spilled]
+    worst = [m for m in sorted(moved, reverse=True)[:10] if m[0] > 1 + TOLERANCE]
+    if worst:
+        text += ["", "| target | loop, worst first | instructions, stored | now |", "|---|---|---|---|"]
+        text += [f"| {arch} | {name} | {_short(old)} | {_short(new)} |" for _, arch, name, old, new in worst]
+    return "\n".join(text) + "\n"
+
+
+def save_section(text: str, path: Path = FOLDER / "codegen_versions.md") -> None:
+    """Put a Triton's section into the table of all, in place of its last one."""
+    head = "# Other Tritons against the stored figures\n\nWritten by `python -m bench.codegen --versions`, run with each.\n"
+    old = path.read_text().split("\n## ")[1:] if path.exists() else []
+    kept = {s.splitlines()[0]: s.rstrip("\n") + "\n" for s in (*old, text.removeprefix("## "))}
+    path.write_text(head + "".join(f"\n## {kept[name]}" for name in sorted(kept, key=lambda n: [int(v) for v in n.split()[1].split(".")])))

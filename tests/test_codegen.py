@@ -239,6 +239,19 @@ def test_the_diff_names_what_got_worse(tmp_path, changed, found):
     assert worse == [] and said == ["nothing compared: this is Triton 3.8.0, the stored figures are of 3.7.1"]
 
 
+def test_the_table_of_other_tritons_names_spills_and_longer_loops(tmp_path):
+    store.save([a_report(), a_report(name="lengths"), a_report(arch="gfx942")], "3.7.1", tmp_path)
+    path = tmp_path / "codegen_versions.md"
+    other = [a_report(total=29.12, stack=64), a_report(name="lengths", total=10.0), a_report(arch="gfx942")]
+    for triton, reports in (("3.10.0", other), ("3.9.0", [a_report()]), ("3.9.0", other[:1])):
+        store.save_section(store.section(reports, triton, tmp_path), path)
+    nine, ten = path.read_text().split("## Triton ")[1:]
+    assert nine.startswith("3.9.0\n") and "| sm_90 | 1 | 1 | 1 | 0 |" in nine  # its newest, before 3.10
+    assert "| sm_90 | 2 | 1 | 1 | 1 |" in ten and "| gfx942 | 1 | 0 | 0 | 0 |" in ten
+    assert "| sm_90 | cross_attention bits | 64 |" in ten and "| sm_90 | cross_attention bits: masked | 14.56 | 29.12 |" in ten
+    assert "lengths" not in ten
+
+
 def test_planted_regressions_turn_the_diff_red():
     """Real kernels with registers withheld, with a mask read for each head, and with their products off the matrix unit."""
     done = compiled("-m", "tests.planted")
