@@ -243,19 +243,28 @@ def test_every_kind_of_adapter_is_no_worse_than_pefts(host, case, dtype, adapter
     assert_no_worse_than_peft(*with_adapters(host, dtype, case, None if adapters_in == "fp32" else dtype), torch.randn(6, 128).to(dtype))
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("adapters_in", ["fp32", "the base's dtype"])
 @pytest.mark.parametrize("case", ["one", "bias on B", "two, other rank and scaling", "DoRA"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_autocast_is_no_worse_than_pefts(host, case, adapters_in):
-    if host == "torchao" and case == "DoRA":
-        pytest.skip("PEFT's DoRA cannot read an NF4Tensor")
+def test_autocast_is_no_worse_than_pefts(host, case, adapters_in, x_dtype, on_a_gpu, monkeypatch):
+    """Over bitsandbytes also an fp32 stream, as prepare_model_for_kbit_training leaves it: values and gradients, DoRA's magnitude among them."""
+    if host == "torchao" and (case == "DoRA" or x_dtype == torch.float32):
+        pytest.skip("PEFT's DoRA cannot read an NF4Tensor; an fp32 input under autocast runs the module's own forward")
+    if on_a_gpu:  # PEFT asks for a GPU's autocast alone, and casts x to the adapter's dtype where there is none
+        own = torch.is_autocast_enabled
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: own(*device or ("cpu",)))
     model, layer, names = with_adapters(host, torch.bfloat16, case, None if adapters_in == "fp32" else torch.bfloat16)
 
     def call(x):
         with torch.autocast("cpu", torch.bfloat16):
-            return layer(x)
+            y = layer(x)
+        widest = on_a_gpu and case == "DoRA" and adapters_in == "fp32"
+        assert y.dtype == (torch.float32 if widest else x_dtype)
+        return y
 
-    assert_no_worse_than_peft(model, layer, names, torch.randn(6, 128).bfloat16(), call)
+    assert_no_worse_than_peft(model, layer, names, torch.randn(6, 128).bfloat16().to(x_dtype), call)
 
 
 @pytest.mark.parametrize("case", ["one", "bias on B", "two, other rank and scaling"])

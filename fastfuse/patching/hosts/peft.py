@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, forward_slot, hooked, own_forward, plain, plain_tensors, rebound
@@ -67,8 +68,9 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
         return Reason("SHAPE", "PEFT's DoRA gives a vector another dimension")
     adapters = {self.lora_A[name].weight.dtype for name in names}
     if (autocast := autocast_dtype(x)) is not None:
-        # bitsandbytes' layer gives back the dtype it was given, and the adapter's product is added to that.
-        widened = host is bitsandbytes and x.dtype == torch.float32 and names[0] not in self.lora_variant
+        # bitsandbytes' layer gives back the dtype it was given, and the adapter's product is added to that, DoRA's scaled with it: of an fp32 x the
+        # result is fp32 that holds what was computed in autocast's dtype.
+        widened = host is bitsandbytes and x.dtype == torch.float32
         if x.dtype != autocast and not widened:
             return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
     elif adapters != {x.dtype} and not getattr(self, "cast_input_dtype_enabled", True):
@@ -122,10 +124,22 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
         if (own := self.lora_B[name].bias) is not None:
             own = own * self.scaling[name]
             bias = own if bias is None else bias + own
+    computed, dtype = autocast_dtype(x), x.dtype
+    if magnitude is not None and computed is not None and torch.is_autocast_enabled():  # a GPU's: PEFT then leaves DoRA's sum in the widest dtype
+        dtype = torch.promote_types(dtype, magnitude.dtype)
+    if magnitude is not None and computed not in (None, dtype):
+        return _widened_dora(x, weight, a, b, scaling, bias, magnitude, backend).to(dtype)
     y = nf4_lora_linear(
         x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=_dropout(self, first), training=self.lora_dropout[first].training, backend=backend
     )
     return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
+
+
+def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None, magnitude: Tensor, backend: str | None) -> Tensor:
+    """DoRA under autocast with a result in fp32: scaled in fp32, as there. The op would round once more, to autocast's dtype."""
+    z = nf4_lora_linear(x, weight, a, b, scaling, backend=backend)
+    y = z * (magnitude / lora_row_norms(weight, a, b, scaling, z.dtype, backend=backend))
+    return y if bias is None else y + bias
 
 
 def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
