@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from fastfuse.modules._hooks import is_hooked
@@ -219,7 +220,7 @@ class VisionTransformer(nn.Module):
         if any({"forward", "_conv_forward"} & m.__dict__.keys() or is_hooked(m) for m in parts):
             return False
         weights = [p for m in parts for p in m.parameters(recurse=False)]
-        if any(type(p) not in (Tensor, nn.Parameter) or (p.is_cuda and p.dtype == torch.float64) for p in weights):
+        if any(type(p) not in (Tensor, nn.Parameter, FakeTensor) or (p.is_cuda and p.dtype == torch.float64) for p in weights):
             return False
         return not forward_mode() and not transformed()
 

@@ -1,0 +1,179 @@
+"""torch.export of patched models and of the ops, strict and not: saved and loaded, a program answers as the model does."""
+
+import io
+
+import bitsandbytes as bnb
+import pytest
+import reference
+import torch
+import torchtune_modules as tt
+from numerics import assert_rounding_apart
+from qlora import lora, quantized
+from test_patch_vision import MODELS, PatchEmbed, photos
+from torch import nn
+from weights import quantize, random_weight
+
+import fastfuse
+from fastfuse import ops
+from fastfuse.models.clip import clip_vision_encoder
+from fastfuse.modules.low_precision import FrozenNF4Linear
+from fastfuse.modules.peft import DoRALinear, LoRALinear
+from fastfuse.quant import NF4View
+
+
+def linear(model: nn.Module) -> tuple[nn.Module, tuple]:
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):  # as bitsandbytes has it after quantizing or loading a model
+            module.quant_state = module.weight.quant_state
+    return model, (torch.randn(3, 128),)
+
+
+def own_dora() -> tuple[nn.Module, tuple]:
+    made = DoRALinear(128, 256, 8, 16.0, quantize_base=True)
+    made.initialize_dora_magnitude()
+    return linear(made)
+
+
+def own_vision() -> tuple[nn.Module, tuple]:
+    made = clip_vision_encoder(tile_size=12, patch_size=4, embed_dim=16, num_layers=1, num_heads=2, max_num_tiles=4, out_indices=None)
+    return reference.shaken(made), (torch.randn(1, 1, 4, 3, 12, 12), torch.tensor([[[2, 2]]]))
+
+
+def torchtune_vision() -> tuple[nn.Module, tuple]:
+    return tt.shaken(tt.vision(layers=1)), (torch.randn(1, 1, 4, 3, 12, 12), torch.tensor([[[1, 3]]]))
+
+
+def cross(made: nn.Module, dim: int) -> tuple[nn.Module, tuple]:
+    mask = torch.rand(2, 5, 7) < 0.6
+    mask[0, 1] = False
+    return made, (torch.randn(2, 5, dim),), {"encoder_input": torch.randn(2, 7, dim), "encoder_mask": mask}
+
+
+def front(kind: str) -> tuple[nn.Module, tuple]:
+    if kind == "timm":
+        return nn.Sequential(PatchEmbed(img_size=32, patch_size=8, embed_dim=32)), (photos(dtype=torch.float32),)
+    return MODELS[kind](), (photos(dtype=torch.float32),)
+
+
+HOSTS = {
+    "bitsandbytes nested": lambda: linear(quantized("bitsandbytes")),
+    "bitsandbytes flat": lambda: linear(quantized("bitsandbytes", storage="flat")),
+    "torchao": lambda: linear(quantized("torchao")),
+    "PEFT over bitsandbytes": lambda: linear(lora("bitsandbytes")),
+    "PEFT over bitsandbytes, DoRA": lambda: linear(lora("bitsandbytes", use_dora=True)),
+    "PEFT over torchao": lambda: linear(lora("torchao")),
+    "torchtune LoRA": lambda: linear(tt.adapted("lora", use_bias=True)),
+    "torchtune DoRA": lambda: linear(tt.adapted("dora", use_bias=True)),
+    "torchtune frozen": lambda: linear(tt.adapted("frozen")),
+    "fastfuse LoRA": lambda: linear(LoRALinear(128, 256, 8, 16.0, quantize_base=True)),
+    "fastfuse DoRA": own_dora,
+    "fastfuse frozen": lambda: linear(FrozenNF4Linear(128, 256)),
+    "fastfuse vision": own_vision,
+    "torchtune vision": torchtune_vision,
+    "fastfuse cross-attention": lambda: cross(reference.shaken(reference.make_cross_layer()), reference.D),
+    "torchtune cross-attention": lambda: cross(tt.shaken(tt.cross_layer()), 32),
+    **{f"{kind} front": lambda kind=kind: front(kind) for kind in (*MODELS, "timm")},
+}
+
+
+class Calls(nn.Module):
+    """A call of an op as a module; tensors among its arguments are buffers, quantized weights are views (a Params4bit would lose its quant_state)."""
+
+    def __init__(self, call, weights=(), **tensors):
+        super().__init__()
+        self.call, self.weights = call, [NF4View.of(weight) for weight in weights]
+        for name, t in tensors.items():
+            self.register_buffer(name, t)
+
+    def forward(self, *args):
+        return self.call(self, *args)
+
+
+def adapter(N: int = 128, K: int = 128) -> dict[str, torch.Tensor]:
+    return {"a": torch.randn(4, K) / K**0.5, "b": torch.randn(N, 4)}
+
+
+def op(call, *storages: str, args=None, **tensors) -> tuple[nn.Module, tuple]:
+    weights = [quantize(random_weight(128, 128), storage) for storage in storages]
+    return Calls(call, weights, **tensors), (torch.randn(3, 128),) if args is None else args
+
+
+def attention() -> tuple[torch.Tensor, ...]:
+    return torch.randn(2, 4, 5, 16), torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16), torch.rand(2, 5, 12) < 0.6
+
+
+OPS = {
+    **{f"nf4_dequantize, {s}": lambda s=s: op(lambda m, x: x @ ops.nf4_dequantize(m.weights[0]).T, s) for s in ("flat", "nested", "torchao")},
+    **{f"nf4_linear, {s}": lambda s=s: op(lambda m, x: ops.nf4_linear(x, m.weights[0]), s) for s in ("flat", "nested", "torchao")},
+    "nf4_lora_linear": lambda: op(lambda m, x: ops.nf4_lora_linear(x, m.weights[0], m.a, m.b, 0.5), "nested", **adapter()),
+    "nf4_lora_linears": lambda: op(
+        lambda m, x: torch.cat(ops.nf4_lora_linears(x, [(m.weights[0], m.a, m.b, 0.5), (m.weights[1],)]), -1), "nested", "nested", **adapter()
+    ),
+    "lora_row_norms": lambda: op(lambda m, x: ops.lora_row_norms(m.weights[0], m.a, m.b, 0.5) * x[0, 0], "nested", **adapter()),
+    "lora_linear": lambda: op(lambda m, x: ops.lora_linear(x, m.w, m.a, m.b, 0.5), w=torch.randn(128, 128), **adapter()),
+    "nf4_swiglu_mlp": lambda: (
+        Calls(
+            lambda m, x: ops.nf4_swiglu_mlp(x, (m.weights[0], m.a, m.b, 0.5), (m.weights[1],), (m.weights[2],)),
+            [quantize(random_weight(N, K), "nested") for N, K in ((128, 128), (128, 128), (128, 128))],
+            **adapter(),
+        ),
+        (torch.randn(3, 128),),
+    ),
+    "cross_attention": lambda: op(lambda m, q, k, v, mask: ops.cross_attention(q, k, v, mask), args=attention()),
+    "cross_attention without a mask": lambda: op(lambda m, q, k, v: ops.cross_attention(q, k, v), args=attention()[:3]),
+    "cross_attention over tiles": lambda: op(
+        lambda m, q, k, v, tiles: ops.cross_attention(q, k, v, ops.EncoderMask.from_tiles(tiles, 3)),
+        args=(*attention()[:3], torch.rand(2, 5, 1, 4) < 0.6),
+    ),
+    "patch_embed": lambda: op(
+        lambda m, images: ops.patch_embed(images, m.w, m.cls, None, m.pos),
+        args=(torch.randn(2, 1, 3, 12, 12),), w=torch.randn(16, 3, 4, 4), cls=torch.randn(16), pos=torch.randn(10, 16),
+    ),
+}  # fmt: skip
+
+
+def loaded(program: torch.export.ExportedProgram) -> nn.Module:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+def tensors(out) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def assert_exports(module: nn.Module, args: tuple, kwargs: dict, strict: bool) -> torch.export.ExportedProgram:
+    """Three programs, of which only the last has no tensor of this process: live, and saved and loaded. Gives the live one."""
+    want = tensors(module(*args, **kwargs))
+    program = torch.export.export(module, args, kwargs, strict=strict)
+    for run in (program.module(), loaded(program)):
+        got = tensors(run(*args, **kwargs))
+        assert len(got) == len(want) and any(t.any() for t in want)
+        for g, w in zip(got, want, strict=True):
+            assert_rounding_apart(g, w, K=256, products=4)
+    return program
+
+
+def fused_ops(program: torch.export.ExportedProgram) -> set[str]:
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return {node.target._opname for graph in graphs for node in graph.nodes if getattr(node.target, "namespace", "") == "fastfuse"}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("case", HOSTS)
+def test_hosts(case, strict):
+    module, args, kwargs = (*HOSTS[case](), {})[:3]
+    module.eval().requires_grad_(False)
+    report = fastfuse.patch(module, on_unsupported="raise")
+    assert report.patched and not any(e.code for e in report.entries)
+    program = assert_exports(module, args, kwargs, strict)
+    assert fastfuse.status(module).fallbacks == {} and fused_ops(program) & {"nf4_linear", "patch_embed", "cross_attention"}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("case", OPS)
+def test_ops(case, strict):
+    module, args = OPS[case]()
+    program = assert_exports(module, args, {}, strict)
+    assert fused_ops(program) or case == "lora_linear"
