@@ -4,10 +4,12 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
+import gc
 import io
 import pickle
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -15,6 +17,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from numerics import assert_rounding_apart
 from peft import LoraConfig, get_peft_model
 from qlora import HOSTS, Block, Doubling, lora, quantized
 from torch import nn
@@ -208,6 +211,7 @@ def test_what_is_not_covered_is_skipped_with_its_reason(kind):
     report = fastfuse.patch(model)
     assert [(e.name, e.code) for e in report.skipped] == [("up", code)] and len(report.patched) == 1 and code in str(report)
     assert model.up.__dict__ == own
+    assert fastfuse.status(model) == report and code in str(fastfuse.status(model))
     fastfuse.unpatch(model)
     with pytest.warns(UserWarning, match=code):
         fastfuse.patch(model, on_unsupported="warn")
@@ -215,6 +219,73 @@ def test_what_is_not_covered_is_skipped_with_its_reason(kind):
     with pytest.raises(fastfuse.Unsupported, match=code):
         fastfuse.patch(model, on_unsupported="raise")
     assert fastfuse.status(model).patched == ()
+
+
+def test_status_says_what_patch_said(monkeypatch):
+    """Of what was left out by request or by verify too, also when a later call of patch leaves out more; nothing of it is in a copy or a file."""
+    from fastfuse.patching import hosts
+
+    wrong = dataclasses.replace(hosts.peft.HOST, fused=lambda *args: hosts.peft.HOST.fused(*args) * 1.02)
+    monkeypatch.setattr(hosts, "BUILT_IN", tuple(wrong if h is hosts.peft.HOST else h for h in hosts.BUILT_IN))
+    model = lora("bitsandbytes")
+    report = fastfuse.patch(model, verify=True, exclude="*up.base_layer")
+    codes = {e.name.removeprefix("base_model.model."): (e.code, e.reason) for e in report.entries}
+    assert [code for code, _ in codes.values()] == ["MISMATCH", "EXCLUDED", "MISMATCH", ""]
+
+    def said(model):
+        return {e.name.removeprefix("base_model.model."): (e.code, e.reason) for e in fastfuse.status(model).entries}
+
+    assert said(model) == codes and fastfuse.status(model).counts == {"skipped": 2, "unpatched": 1, "patched": 1}
+    touched = [name for name, m in model.named_modules() if {"forward", "_fastfuse"} & set(m.__dict__)]
+    assert touched == ["base_model.model.down.base_layer"]
+    with fastfuse.patched(model, ops="nf4_linear"):
+        assert said(model)["up.base_layer"] == ("", "") and said(model)["up"] == ("EXCLUDED", "not asked for")
+    assert said(model)["up.base_layer"] == codes["up.base_layer"]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {code for code, _ in said(other).values()} == {""}
+    kept = weakref.ref(model.base_model.model.up.base_layer)
+    model.base_model.model.up = nn.Linear(128, 256)
+    gc.collect()
+    assert kept() is None
+
+
+def test_status_where_nothing_is_patched(monkeypatch):
+    model = uncovered("FOREIGN_FORWARD")
+    fastfuse.patch(model, exclude="down")
+    assert [(e.name, e.status, e.code) for e in fastfuse.status(model).entries] == [("up", "skipped", "FOREIGN_FORWARD"), ("down", "unpatched", "")]
+    monkeypatch.setenv("FASTFUSE_DISABLE", "1")
+    assert fastfuse.status(model) == fastfuse.patch(model)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("how", ["a new model", "injected", "another adapter"])
+def test_status_says_what_has_come_since(how, host):
+    """An adapter over patched layers: their own product is fused, the adapter's is PEFT's until patch is called again."""
+    x, config = torch.randn(3, 128), LoraConfig(r=8, target_modules=["up", "down"], init_lora_weights=False)
+    if how == "another adapter":
+        model = quantized(host)
+        model.is_loaded_in_4bit = host == "bitsandbytes"
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=["up"], init_lora_weights=False))
+        fastfuse.patch(model)
+        model.add_adapter("later", config)
+        model.base_model.set_adapter(["default", "later"])
+        new = ["down"]
+    else:
+        model = quantized(host)
+        model.is_loaded_in_4bit = host == "bitsandbytes"
+        fastfuse.patch(model)
+        model = get_peft_model(model, config) if how == "a new model" else peft.inject_adapter_in_model(config, model)
+        new = ["up", "down"]
+    report = fastfuse.status(model)
+    found = {e.name.removeprefix("base_model.model."): (e.status, e.code) for e in report.entries}
+    assert {name for name, state in found.items() if state == ("unpatched", "UNSEEN")} == set(new)
+    assert all(found[f"{name}.base_layer"] == ("patched", "") for name in ("up", "down")) and "it has come since patch was called" in str(report)
+    fastfuse.unpatch(model)
+    want = model(x)
+    fastfuse.patch(model)
+    assert fastfuse.status(model).counts == {"patched": 4} and {e.code for e in fastfuse.status(model).entries} == {""}
+    assert_rounding_apart(model(x), want, K=256, products=4)
+    assert fastfuse.status(model).fallbacks == {}
 
 
 def test_all_or_nothing(monkeypatch):

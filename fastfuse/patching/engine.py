@@ -10,9 +10,10 @@ import fnmatch
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from types import MethodType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fastfuse.patching.report import Entry, PatchReport
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
 MASKED_ROWS = ("host", "zero", "uniform")
+_UNSEEN = Reason("UNSEEN", "it has come since patch was called, or lies outside of what it was called on: call patch again")
 
 
 def patch(
@@ -84,6 +86,7 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
                 raise Unsupported(f"patch: {message}", "MISMATCH")
             if on_unsupported == "warn":
                 warnings.warn(f"fastfuse.patch: {len(bad)} modules are not covered, the first: {message}", stacklevel=3)
+        _remember(model, {p.module: Reason(p.entry.code, p.entry.reason) for p in plan if p.entry.code in ("EXCLUDED", "MISMATCH")})
     report = PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
     return report, [p.module for p in plan if p.entry.status == "patched"]
 
@@ -91,14 +94,15 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
     check_model("unpatch", model)
-    records, wanted, entries = list(_records(model)), _matcher(include, True), []
+    records, wanted, entries, restored = list(_records(model)), _matcher(include, True), [], {}
     ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in records})
     for names, module, record in records:
         name = names[0]
         if (ops is None or record.op in ops) and any(wanted(n, module) for n in names):
-            found = _uninstall(module)
+            found, restored[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
+    _remember(model, restored)
     for module in model.modules():
         if "_fastfuse" not in module.__dict__:
             _uninstall(module)  # a forward of ours that a wrapper put back after an earlier unpatch
@@ -127,19 +131,31 @@ def patched(
 
 
 def status(model: nn.Module) -> PatchReport:
-    """What is patched now, and how often each patched module ran its own forward instead, by reason."""
+    """What is patched now, how often each patched module ran its own forward instead, by reason, and why the others are not patched.
+
+    A skip has the code and reason that patch gave. Most are found anew, so they are those of the module as it is; what a module does not tell is kept with
+    those that are patched, by weak references, and a deepcopy or a saved model does not have it: EXCLUDED, MISMATCH, and RESTORED by unpatch. UNSEEN are
+    modules that have come since, as the layers of an adapter over layers that were patched: patch again.
+    """
     check_model("status", model)
-    entries = []
+    records, entries = [record for *_, record in _records(model)], []
+    options, known = records[0].options if records else Options(), _known(records)
     for name, module in model.named_modules():
         host, record = host_of_module(module), module.__dict__.get("_fastfuse")
         if record is not None:
             entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
             entry = entry if host is None else _described(host, module, entry, record.options)
-        elif host is not None:
-            entry = Entry(name, type(module).__name__, host.name, host.op, "already" if host.native else "unpatched", layout=_layout(host, module))
-            entry = replace(entry, backend=runs_on(host.device(module), Options())) if host.native else entry
-        else:
+        elif host is None:
             continue
+        elif host.native:
+            entry = Entry(
+                name, type(module).__name__, host.name, host.op, "already", layout=_layout(host, module), backend=runs_on(host.device(module), Options())
+            )
+        else:
+            entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched", layout=_layout(host, module))
+            kept = next((each[module] for each in known if module in each), None)
+            if found := kept or _refused(host, module, options) or (_UNSEEN if known else None):
+                entry = replace(_skipped(entry, found), status="unpatched" if found.code in ("EXCLUDED", "RESTORED", "UNSEEN") else "skipped")
         entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
 
@@ -212,7 +228,7 @@ def host_of_module(module: nn.Module) -> Host | None:
 
 def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, options: Options) -> list[_Planned]:
     aliases = _names(model)
-    disabled, plan = os.environ.get("FASTFUSE_DISABLE") == "1", []
+    plan = []
     for name, module in model.named_modules():
         host = host_of_module(module)
         if host is None:
@@ -224,19 +240,35 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
             entry = _described(host, module, replace(entry, status="already"), record.options)
         elif host.native:
             entry = replace(entry, status="already", backend=runs_on(host.device(module), Options()))
-        elif disabled:
-            entry = _skipped(entry, Reason("DISABLED", "FASTFUSE_DISABLE is set"))
-        elif not asked:
-            entry = _skipped(entry, Reason("EXCLUDED", "not asked for"))
-        elif (author := foreign_forward(host, module)) is not None:
-            entry = _skipped(entry, Reason("FOREIGN_FORWARD", f"its forward comes from {author}"))
-        elif found := host.drift(module) or host.refuses(module, options):
+        elif found := _refused(host, module, options, asked):
             entry = _skipped(entry, found)
         else:
             _check_interpreter(host, module, options)
             entry = _described(host, module, entry, options)
         plan.append(_Planned(module, host, entry))
     return plan
+
+
+def _refused(host: Host, module: nn.Module, options: Options, asked: bool = True) -> Reason | None:
+    """Why patch leaves the module alone."""
+    if os.environ.get("FASTFUSE_DISABLE") == "1":
+        return Reason("DISABLED", "FASTFUSE_DISABLE is set")
+    if not asked:
+        return Reason("EXCLUDED", "not asked for")
+    if (author := foreign_forward(host, module)) is not None:
+        return Reason("FOREIGN_FORWARD", f"its forward comes from {author}")
+    return host.drift(module) or host.refuses(module, options)
+
+
+def _remember(model: nn.Module, left_out: dict[nn.Module, Reason]) -> None:
+    """Tell all that is patched what is not."""
+    for each in _known([record for *_, record in _records(model)]):
+        each.update(left_out)
+
+
+def _known(records: list[Record]) -> list[MutableMapping[nn.Module, Reason]]:
+    """What each call of patch has left out: all that it has patched share it."""
+    return list({id(record.left_out): record.left_out for record in records if record.left_out is not None}.values())
 
 
 def _skipped(entry: Entry, reason: Reason) -> Entry:
@@ -268,13 +300,14 @@ def _layout(host: Host, module: nn.Module) -> str:
 
 
 def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
+    left_out = WeakKeyDictionary()
     try:
         for p in todo:
             slot = forward_slot(p.module)
             before = p.module.__dict__.get(slot)
             if host_of(before) is not None:
                 before = None  # ours, put back by a wrapper that outlived an unpatch
-            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed))
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), left_out)
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
         for p in todo:

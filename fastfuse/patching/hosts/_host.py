@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -204,6 +204,7 @@ class Record:
     slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
     original: Callable | None  # what the instance had there; None where it used its class's forward
     names: Names
+    left_out: MutableMapping[nn.Module, Reason] | None = None  # what a patch has left out for reasons it would not find again; a copy does not know
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
