@@ -857,17 +857,35 @@ def test_timm_norms_under_autocast_are_called(autocast, monkeypatch):
     assert calls == [module.norm] * autocast
 
 
-@pytest.mark.parametrize(
-    "options, size, code",
-    [
-        ({"flatten": False}, (32, 32), "LAYOUT"),
-        ({"output_fmt": "NHWC"}, (32, 32), "LAYOUT"),
-        ({"strict_img_size": False, "dynamic_img_pad": True}, (35, 37), "SIZE"),
-    ],
-)
-def test_timm_in_another_way(options, size, code):
-    module = shaken(PatchEmbed(SIZE, PATCH, embed_dim=D, **options))
-    same(module, photos(*size, torch.float32), codes={code: 1}, match=code)
+DYNAMIC = {"strict_img_size": False, "output_fmt": "NHWC"}  # how timm builds it for a model with dynamic_img_size
+
+
+@pytest.mark.parametrize("options", [{"flatten": False}, {"output_fmt": "NHWC"}, DYNAMIC], ids=str)
+def test_timm_layouts_that_no_call_could_be_fused_in_are_skipped(options):
+    module, pixels = shaken(PatchEmbed(SIZE, PATCH, embed_dim=D, **options)), photos(dtype=torch.float32)
+    want, before = module(pixels), dict(module.__dict__)
+    report = fastfuse.patch(module)
+    assert [(e.status, e.code) for e in report.entries] == [("skipped", "LAYOUT")] and "its patches stay N" in report.entries[0].reason
+    assert not report and fastfuse.status(module) == report and module.__dict__ == before
+    assert torch.equal(module(pixels), want)
+    with pytest.raises(fastfuse.Unsupported, match="LAYOUT"):
+        fastfuse.patch(module, on_unsupported="raise")
+
+
+def test_timm_images_that_are_padded_run_its_own_forward():
+    """And those that need no padding are fused."""
+    module = shaken(PatchEmbed(SIZE, PATCH, embed_dim=D, strict_img_size=False, dynamic_img_pad=True))
+    same(module, photos(35, 37, torch.float32), codes={"SIZE": 1}, match="SIZE")
+    same(module, photos(40, 48, torch.float32), codes={})
+
+
+def test_timm_layout_that_changes_after_the_patch():
+    module, pixels = shaken(PatchEmbed(SIZE, PATCH, embed_dim=D)), photos(dtype=torch.float32)
+    fastfuse.patch(module)
+    module.flatten = False
+    with pytest.warns(UserWarning, match="LAYOUT"):
+        assert module(pixels).shape == (3, D, 4, 4)
+    assert [(e.status, e.code) for e in fastfuse.status(module).entries] == [("patched", "LAYOUT")]
 
 
 @pytest.mark.parametrize("img_size, given", [(36, (36, 36)), (None, (37, 45))])

@@ -181,10 +181,15 @@ def _vit_probe(self: nn.Module) -> Probe | None:
     return _probe(child.projection, "pixel_values", _pair(child.image_size), None if positions is None else positions.shape[1] - 1)
 
 
+def _timm_layout(self: nn.Module) -> Reason | None:
+    if self.flatten or self.output_fmt == "NLC":
+        return None
+    layout = getattr(self.output_fmt, "value", self.output_fmt)
+    return Reason("LAYOUT", f"its patches stay {layout}, as with flatten=False or dynamic_img_size: the op gives (images, patches, channels)")
+
+
 def _timm_obstacle(self: nn.Module, options: Options) -> Reason | None:
-    if not self.flatten and self.output_fmt != "NLC":
-        return Reason("LAYOUT", "its patches are not flattened to (images, patches, channels)")
-    return _convolution(self.proj)
+    return _timm_layout(self) or _convolution(self.proj)
 
 
 def _timm(self: nn.Module, given: dict[str, Any], options: Options) -> Tensor | Reason:
@@ -237,9 +242,12 @@ def _made_of(children: set[str], parameters: set[str], optional: tuple[str, ...]
     return matches
 
 
-def _front(kinds: dict[str, _Kind], conv: Callable[[nn.Module], nn.Conv2d], **how) -> Host:
+def _front(kinds: dict[str, _Kind], conv: Callable[[nn.Module], nn.Conv2d], unfit: Callable[[nn.Module], Reason | None] = lambda module: None, **how) -> Host:
+    """unfit: why no call of the module would be fused."""
+
     def refuses(module: nn.Module, options: Options) -> Reason | None:
-        return _UNKNOWN if _forward_of(type(module)) not in kinds else on_device("patch_embed", device_of(conv(module)), options)
+        found = _UNKNOWN if _forward_of(type(module)) not in kinds else unfit(module)
+        return found or on_device("patch_embed", device_of(conv(module)), options)
 
     def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason | None:
         probe = how["probe"](module)
@@ -283,7 +291,8 @@ HOSTS = (
     ),
     _front(
         _TIMM, name="timm", written_by="timm.", parts=_TIMM_PARTS, takes=("x",), conv=lambda module: module.proj,
-        matches=_made_of({"proj", "norm"}, set(), attributes=_TIMM_PARTS[2:]), fused=_timm, obstacle=_timm_obstacle, probe=_timm_probe,
+        matches=_made_of({"proj", "norm"}, set(), attributes=_TIMM_PARTS[2:]), unfit=_timm_layout, fused=_timm, obstacle=_timm_obstacle,
+        probe=_timm_probe,
         modules="`PatchEmbed`", covers="patches as rows, with its norm; not padded ones",
     ),
 )  # fmt: skip
