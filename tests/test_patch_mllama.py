@@ -693,7 +693,7 @@ def test_a_changed_signature_is_skipped_with_its_argument(model):
     with_forward(made.model.language_model.layers[3].cross_attn, forward)
     report = fastfuse.patch(made)
     assert [(e.name, e.code) for e in report.skipped] == [("model.language_model.layers.3.cross_attn", "SIGNATURE")]
-    assert "takes no cross_attention_states" in report.skipped[0].reason and fastfuse.status(made).skipped == report.skipped
+    assert "takes no cross_attention_states" in report.skipped[0].reason and report.skipped[0].reason in str(fastfuse.status(made))
 
 
 def test_an_argument_that_nobody_knows_runs_the_own_forward(model):

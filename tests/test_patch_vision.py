@@ -866,7 +866,7 @@ def test_timm_layouts_that_no_call_could_be_fused_in_are_skipped(options):
     want, before = module(pixels), dict(module.__dict__)
     report = fastfuse.patch(module)
     assert [(e.status, e.code) for e in report.entries] == [("skipped", "LAYOUT")] and "its patches stay N" in report.entries[0].reason
-    assert not report and fastfuse.status(module) == report and module.__dict__ == before
+    assert not report and report.entries[0].reason in str(fastfuse.status(module)) and module.__dict__ == before
     assert torch.equal(module(pixels), want)
     with pytest.raises(fastfuse.Unsupported, match="LAYOUT"):
         fastfuse.patch(module, on_unsupported="raise")

@@ -155,7 +155,7 @@ def status(model: nn.Module) -> PatchReport:
             entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched", layout=_layout(host, module))
             kept = next((each[module] for each in known if module in each), None)
             if found := kept or _refused(host, module, options) or (_UNSEEN if known else None):
-                entry = replace(_skipped(entry, found), status="unpatched" if found.code in ("EXCLUDED", "RESTORED", "UNSEEN") else "skipped")
+                entry = replace(entry, code=found.code, reason=found.words)
         entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
 

@@ -10,7 +10,7 @@ class Entry:
     """One module that a fused op could serve.
 
     status: "patched", "already" (by an earlier call, or fused as it is), "planned" (dry run), "skipped" (no fused op covers it, or
-    nobody asked), "unpatched" (nobody asked, says status) or "restored".
+    nobody asked), "unpatched" (how status has these) or "restored".
     code, reason: why it was skipped, why a patched module would run its own forward now, or what verify found; both "" where there is nothing to say.
     fallbacks: how often its own forward ran instead since it was patched, by reason code.
     """
