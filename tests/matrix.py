@@ -85,20 +85,27 @@ ROWS = (
     Row("triton-3.9", "what torch 2.15 asks for", {"triton": "3.9.0"}, _TRITON),
     Row("torch-2.14", "a newer torch, with its own Triton", {"torch": "2.14.1", "triton": "3.8.0"}, ("reference", "launches")),
     Row("newest", "the newest of everything", {"torch": "2.15.0", "triton": "3.9.0"}, ("hosts", "reference", "launches", "quick codegen")),
-    Row("python-3.10", "the tested set", {}, _HOSTS, "3.10"),
+    Row("python-3.10", "the tested set, with the last releases for this Python", {}, _HOSTS, "3.10"),
     Row("python-3.12", "the tested set", {}, _HOSTS, "3.12"),
     Row("python-3.13", "the tested set", {}, _HOSTS, "3.13"),
 )
+
+# The last releases of packages that have left a Python.
+LAST = {
+    "3.10": {
+        "transformers": "5.20.2", "numpy": "2.2.6", "scipy": "1.15.3", "scikit-image": "0.25.2", "pillow": "12.3.0", "matplotlib": "3.10.9", "hypothesis": "6.168.5",
+    },
+}  # fmt: skip
 
 
 class NotRun(Exception):
     """Why nothing of a row ran, in one line."""
 
 
-def tested_set() -> dict[str, str]:
-    """package -> version, as constraints.txt pins them."""
+def tested_set(python: str = "") -> dict[str, str]:
+    """package -> version, as constraints.txt pins them; older where a package has left this Python."""
     lines = (re.match(r"([\w-]+)==([\w.]+)", line) for line in (ROOT / "constraints.txt").read_text().splitlines())
-    return {m[1]: m[2] for m in lines if m}
+    return {m[1]: m[2] for m in lines if m} | LAST.get(python, {})
 
 
 # Environments
@@ -106,7 +113,7 @@ def tested_set() -> dict[str, str]:
 
 def base_requirements(row: Row) -> list[str]:
     """What the rows of one torch share. Another torch than the tested one brings its own Triton."""
-    tested = tested_set()
+    tested = tested_set(row.python)
     wanted = tested | {"torch": row.pins.get("torch", tested["torch"])}
     if wanted["torch"] != tested["torch"]:
         del wanted["triton"]
@@ -115,7 +122,7 @@ def base_requirements(row: Row) -> list[str]:
 
 def environment(row: Row, folder: Path) -> Path:
     """The row's Python, its environment made first where `folder` has none that fits."""
-    torch = row.pins.get("torch", tested_set()["torch"])
+    torch = (tested_set() | row.pins)["torch"]
     base = _made(folder / f"base-torch-{torch}-py{row.python}", row.python, base_requirements(row))
     pins = {package: version for package, version in row.pins.items() if package != "torch"}
     layer = _made(folder / f"{row.name}-py{row.python}", row.python, sorted(f"{p}=={v}" for p, v in pins.items()), base)
@@ -151,36 +158,31 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"{command[0]} failed"]
-        raise NotRun(f"its environment could not be made: {errors[-1].removeprefix('ERROR: ')}")
+        raise NotRun(f"its environment could not be made: {errors[0].removeprefix('ERROR: ').rstrip('.')}")
 
 
-_VERSIONS = """
+_VERSIONS = f"""
 import importlib, json, platform
-found = {"python": platform.python_version()}
-for name in NAMES:
-    module = importlib.import_module(name)
-    found[name] = getattr(module, "__version__", None) or importlib.metadata.version(name)
-print(json.dumps(found))
+found = {{name: importlib.import_module(name).__version__ for name in {SHOWN}}}
+print(json.dumps({{"python": platform.python_version()}} | found))
 """
 
 
 def imported_versions(python: Path, row: Row) -> dict[str, str]:
     """What the row's Python really imports; a row that imports something else than it names is no row."""
-    code = _VERSIONS.replace("NAMES", repr(SHOWN)).replace("import importlib,", "import importlib, importlib.metadata,")
-    done = subprocess.run([str(python), "-c", code], cwd=ROOT, env=_environ(), capture_output=True, text=True)
+    done = subprocess.run([str(python), "-c", _VERSIONS], cwd=ROOT, env=_environ(), capture_output=True, text=True)
     if done.returncode:
         raise NotRun(f"its packages do not import: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    tested = tested_set()
-    wanted = {package: row.pins.get(package, tested[package]) for package in SHOWN}
-    for package, version in wanted.items():
-        if found[package].split("+")[0] != version:
-            raise NotRun(f"it imports {package} {found[package]}, {version} was asked for")
+    wanted = tested_set(row.python) | row.pins
+    for package in SHOWN:
+        if found[package].split("+")[0] != wanted[package]:
+            raise NotRun(f"it imports {package} {found[package]}, {wanted[package]} was asked for")
     return found
 
 
 def _environ() -> dict[str, str]:
-    """Nothing of the caller's own Python, and single threads, as the tests' tolerance for time asks."""
+    """Nothing of the caller's own Python, and one thread each, as in CI."""
     left = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "TRITON", "VIRTUAL_ENV"))}
     return left | {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -57,6 +57,8 @@ def test_a_base_is_shared_by_the_rows_of_one_torch_and_another_torch_brings_its_
     tested, newer = (matrix.base_requirements(replace(ROW, pins=pins)) for pins in ({"triton": "3.9.0"}, {"torch": "2.14.1", "triton": "3.8.0"}))
     assert tested == sorted(f"{package}=={version}" for package, version in matrix.tested_set().items())
     assert "torch==2.14.1" in newer and not any(r.startswith("triton==") for r in newer)
+    old = matrix.base_requirements(replace(ROW, pins={}, python="3.10"))  # transformers has left this Python
+    assert "transformers==5.20.2" in old and len(old) == len(tested)
 
 
 def test_counts_are_those_of_pytest():
