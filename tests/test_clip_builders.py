@@ -10,7 +10,7 @@ from dense_vision import Dense, leaves, parameters, randomize
 from numerics import assert_no_worse
 from torch import nn
 from torch.nn import functional as F
-from torchao.quantization import NF4Tensor
+from weights import NF4Tensor
 
 from fastfuse.models.clip import clip_mlp, clip_vision_encoder, lora_clip_attention, lora_clip_mlp, lora_clip_vision_encoder
 from fastfuse.models.llama3_1 import llama3_mlp, lora_llama3_attention, lora_llama3_mlp, scale_hidden_dim_for_mlp

@@ -12,7 +12,7 @@ import torch
 from dense_vision import Dense, leaves, parameters, randomize, rope_frequencies
 from numerics import assert_no_worse
 from torch import nn
-from torchao.quantization import NF4Tensor
+from weights import NF4Tensor
 
 from fastfuse.models.llama3_2_vision import (
     CONFIGS,

@@ -8,7 +8,7 @@ import torch
 from numerics import assert_no_worse, assert_rounding_apart
 from torch import nn
 from torch.nn import functional as F
-from torchao.quantization import NF4Tensor, to_nf4
+from weights import NF4Tensor, to_nf4
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules.low_precision import (

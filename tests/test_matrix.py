@@ -3,10 +3,9 @@
 import json
 from dataclasses import replace
 
+import matrix
 import pytest
-
-from tests import matrix
-from tests.matrix import ROOT, ROWS, TIERS, Row, cell, page, read_codegen, read_junit
+from matrix import ROOT, ROWS, TIERS, Row, cell, page, read_codegen, read_junit
 
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_patch" name="test_a[one]"/>

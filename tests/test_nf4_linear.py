@@ -5,8 +5,7 @@ import torch
 from numerics import assert_no_worse, assert_rounding_apart, in_several_orders
 from torch import nn
 from torch.nn import functional as F
-from torchao.quantization import to_nf4
-from weights import STORAGES, host_dequantize, quantize, random_weight
+from weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
 
 import fastfuse
 from fastfuse import tune

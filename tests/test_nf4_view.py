@@ -6,8 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import to_nf4
-from weights import STORAGES, quantize, random_weight, requantized
+from weights import STORAGES, quantize, random_weight, requantized, to_nf4
 
 from fastfuse import Unsupported
 from fastfuse.kernels.nf4 import BITSANDBYTES, codebook_values

@@ -487,7 +487,7 @@ def test_state_dict_round_trip(base):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("into", DTYPES, ids=str)
 def test_loading_dense_weights_quantizes_with_the_destinations_block_sizes(into, dtype):
-    from torchao.quantization import to_nf4
+    from weights import to_nf4
 
     m = layer("nf4 by 200", into)
     w = torch.randn(200, 128).to(dtype)

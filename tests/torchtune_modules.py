@@ -7,8 +7,7 @@ import types
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchao.quantization import to_nf4
-from weights import quantize
+from weights import quantize, to_nf4
 
 
 def _of(path: str):

@@ -3,7 +3,11 @@
 import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional as bnb_functional
-from torchao.quantization import to_nf4
+
+try:
+    from torchao.quantization import NF4Tensor, to_nf4
+except ImportError:  # torchao 0.17 and before
+    from torchao.dtypes import NF4Tensor, to_nf4  # noqa: F401  other tests take them from here
 
 STORAGES = ("flat", "nested", "torchao")
 
