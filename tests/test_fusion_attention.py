@@ -199,7 +199,7 @@ def widened(mask: Tensor | EncoderMask, width: int):
 def test_cached_steps_equal_the_whole(form, empty_rows, more, dtype, images):
     """In caches wider than what they hold the tail is nobody's, rows that see nothing included; a second run after a reset is the first."""
     model, mask, images = make_model(empty_rows).to(dtype), FORMS[form](), images.to(dtype)
-    eager = model_formula(model, TEXT, images, as_dense(mask))
+    eager = in_several_orders(model_formula, model, TEXT, images, as_dense(mask))
     exact = model_formula(copy.deepcopy(model).double(), TEXT, images.double(), as_dense(mask))
     model.setup_caches(2, dtype, encoder_max_seq_len=S_E + more, decoder_max_seq_len=12)
     rows, wide = torch.ones(1, 12, 12, dtype=torch.bool).tril(), widened(mask, S_E + more)

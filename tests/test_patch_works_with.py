@@ -275,14 +275,13 @@ def test_a_vision_model_whose_class_becomes_another(how, order, mesh):
     for act in order.split(", "):
         if act == "patch":
             report = fastfuse.patch(model)
-            assert report.counts == {"patched": 5} and {e.code for e in report.entries} <= {"", "DTENSOR"}
+            assert report.counts == {"patched": 5} and {e.code for e in report.entries} == {""}
         else:
             with_another_class(model.model.vision_model, how, mesh)
     for other in (exact, eager):
         with_another_class(other.model.vision_model, how, mesh)
     before = next(e for e in fastfuse.status(model).entries if e.op == "patch_embed")
-    assert (before.status, before.code) == ("patched", "DTENSOR" if how == "fully_shard" else "")
-    assert how != "fully_shard" or before.reason.startswith("fused where a call finds the weight gathered")
+    assert (before.status, before.code) == ("patched", "")  # FSDP2 gathers its shards before a call
     true = exact(**(given | {"pixel_values": given["pixel_values"].double()})).logits
     assert_no_worse(model(**given).logits, eager(**given).logits, true)
     assert fastfuse.status(model).fallbacks == {}
