@@ -80,7 +80,10 @@ def exactly(model: nn.Module) -> nn.Module:
 
 
 def in_several_orders(run: Callable[..., T], *args, **kwargs) -> list[T]:
-    """What run(*args) gives as PyTorch sums, with matrix products summed one term at a time, and four times with the terms of every sum shuffled."""
+    """What run(*args) gives as PyTorch sums, with matrix products summed one term at a time, and four times with the terms of every sum shuffled.
+
+    Left in their order: causal attention, matrix times vector, a GPU's attention kernels, and whatever a library calls that is none of the operators here.
+    """
     results = [run(*args, **kwargs)]
     for order in (_OneByOne(), *(_Shuffled(seed) for seed in range(4))):
         with order:
@@ -180,7 +183,7 @@ class _Shuffled(_Order):
         if groups == 1 and not transposed:
             order = self.order(w.shape[1], x)
             x, w = x[:, order], w[:, order]
-            if w.dim() == 4 and list(w.shape[2:]) == list(stride) and not any(padding):  # patches: the pixels of one in reverse as well
+            if w.dim() == 4 and list(w.shape[2:]) == list(stride) and not any(padding) and set(dilation) == {1}:  # patches: a patch's pixels in reverse too
                 x = x[..., : x.shape[2] // stride[0] * stride[0], : x.shape[3] // stride[1] * stride[1]]
                 return aten.convolution(x.flip(2, 3), w.flip(2, 3), bias, stride, padding, dilation, transposed, output_padding, groups).flip(2, 3)
         return aten.convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups)
@@ -195,7 +198,7 @@ class _Shuffled(_Order):
             whole = dims is None or len(dims) == 0
             for dim in range(x.dim()) if whole else dims:
                 x = x.index_select(dim, self.order(x.shape[dim], x))
-            return op(x, **kwargs) if dims is None else op(x, dims, *args, **kwargs)
+            return op(x, **kwargs) if dims is None and not args else op(x, dims, *args, **kwargs)
 
         return run
 
@@ -213,12 +216,16 @@ class _Shuffled(_Order):
         return aten._softmax_backward_data(dy.index_select(dim, order), y.index_select(dim, order), dim, *args).index_select(dim, order.argsort())
 
     def layer_norm(self, x, shape, w, b, eps):
+        if len(shape) > 1:
+            return aten.native_layer_norm(x, shape, w, b, eps)
         order = self.order(x.shape[-1], x)
         moved = (None if t is None else t[..., order] for t in (w, b))
         out, *rest = aten.native_layer_norm(x[..., order], shape, *moved, eps)
         return out[..., order.argsort()], *rest
 
     def layer_norm_backward(self, dy, x, shape, mean, rstd, w, b, mask):
+        if len(shape) > 1 or x.dim() < 2:
+            return aten.native_layer_norm_backward(dy, x, shape, mean, rstd, w, b, mask)
         order, rows = self.order(x.shape[-1], x), self.order(x.flatten(0, -2).shape[0], x)
 
         def moved(t):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import in_several_orders, worse_than_eager
+from reference import assert_gradients_no_worse
 from torch.nn import functional as F
 from weights import quantize, random_weight
 
@@ -72,3 +73,23 @@ def test_a_sum_in_16_bits_is_caught(drawn):
     x, weight = drawn
     w = nf4_dequantize(weight).to(x.dtype)
     assert any(judged(x, weight, summed_in_16_bits(x, w)) for x in (x, *torch.randn(3, *x.shape).to(x.dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_by_one_wrong_scale_is_caught(dtype):
+    """Beside gradients that are right, and have the larger relative errors that the rule for gradients allows."""
+    weight = quantize(random_weight(64, 192, torch.float32), "flat")
+    x, bias = (torch.randn(n, dtype=dtype) for n in ((9, 192), (64,)))
+    dys = [torch.randn(9, 64, dtype=torch.float64).to(dtype) for _ in range(4)]
+
+    def gradients(w, to):
+        leaves = {"x": x.to(to).requires_grad_(), "bias": bias.to(to).requires_grad_()}
+        y = F.linear(leaves["x"], w.to(dtype).to(to), leaves["bias"])
+        draws = [torch.autograd.grad(y, leaves.values(), dy.to(to), retain_graph=True) for dy in dys]
+        return dict(zip(leaves, zip(*draws, strict=True), strict=True))
+
+    right, wrong = nf4_dequantize(weight), one_wrong_scale(weight)
+    eager, exact = in_several_orders(gradients, right, dtype), gradients(right, torch.float64)
+    assert_gradients_no_worse(gradients(right, dtype), eager, exact)
+    with pytest.raises(AssertionError, match="'x'"):
+        assert_gradients_no_worse(gradients(wrong, dtype), eager, exact)

@@ -524,10 +524,15 @@ def test_verify_where_the_host_is_off(dtype, storage, monkeypatch):
     assert (entry.status, entry.code) == ("patched", "HOST_DECODE") and "off" in entry.reason
     assert (layer(x).double() - exact).norm() < 0.01 * exact.norm()
     fastfuse.unpatch(layer)
-    adapted = get_peft_model(layer, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
-    report = fastfuse.patch(adapted, ops="nf4_lora_linear", verify=True)
-    assert [(e.status, e.code) for e in report.entries if e.op == "nf4_lora_linear"] == [("patched", "HOST_DECODE")]
-    fastfuse.unpatch(adapted)
+    for dora in (False, True):  # PEFT decodes the weight a second time for DoRA's norms
+        adapted = get_peft_model(copy.deepcopy(layer), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, use_dora=dora))
+        before = {n: id(m) for n, m in adapted.named_modules()}
+        for ops in ("nf4_lora_linear", None):
+            report = fastfuse.patch(adapted, ops=ops, verify=True)
+            assert {(e.status, e.code) for e in report.entries if e.op == "nf4_lora_linear"} <= {("patched", "HOST_DECODE"), ("patched", "")}
+            assert not [e for e in report.entries if e.code == "MISMATCH"]
+            fastfuse.unpatch(adapted)
+        assert {n: id(m) for n, m in adapted.named_modules()} == before
     fastfuse_wrong = dataclasses.replace(hosts.bitsandbytes.HOST, fused=lambda *args: hosts.bitsandbytes.HOST.fused(*args) * 1.1)
     monkeypatch.setattr(hosts, "BUILT_IN", (fastfuse_wrong, *(h for h in hosts.BUILT_IN if h is not hosts.bitsandbytes.HOST)))
     assert [e.code for e in fastfuse.patch(layer, verify=True).entries if e.op == "nf4_linear"] == ["MISMATCH"]

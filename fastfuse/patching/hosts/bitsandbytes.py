@@ -56,21 +56,25 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or view(module).dtype
 
 
-def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
-    """The layer's own forward with its weight decoded as one flat row.
+def decodes(self: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight as bitsandbytes decodes it by rows, and as one flat row.
 
-    With AVX-512 bitsandbytes' CPU decode (0.50.2) begins a new block of scales in every row, which is wrong wherever K is a multiple of 16
-    but not of the block size. Its decode of one row of N K elements is right: what the two differ by is added.
+    The second is always right. With AVX-512 its CPU decode (0.50.2) begins a new block of scales in every row, which is wrong wherever K is a
+    multiple of 16 but not of the block size.
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    x = given["x"].to(compute_dtype(self, given["x"]))
-    weight = self.weight
-    state = copy.copy(getattr(weight, "quant_state", None) or self.quant_state)
-    state.dtype = x.dtype
-    rows = dequantize_4bit(weight.detach(), state)
+    state = copy.copy(getattr(self.weight, "quant_state", None) or self.quant_state)
+    state.dtype = dtype
+    rows = dequantize_4bit(self.weight.detach(), state)
     state.shape = torch.Size((1, rows.numel()))
-    flat = dequantize_4bit(weight.detach(), state).view(rows.shape)
+    return rows, dequantize_4bit(self.weight.detach(), state).view(rows.shape)
+
+
+def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+    """The layer's own forward, with what its decode by rows gets wrong put right."""
+    x = given["x"].to(compute_dtype(self, given["x"]))
+    rows, flat = decodes(self, x.dtype)
     return (own_forward(self)(given["x"]) + F.linear(x, flat - rows)).to(given["x"].dtype)
 
 

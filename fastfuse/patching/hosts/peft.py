@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, forward_slot, hooked, own_forward, plain, plain_tensors, rebound
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain, plain_tensors, rebound
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View
 
@@ -143,17 +143,17 @@ def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: flo
 
 
 def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
-    """PEFT's own forward over a base layer that is corrected."""
-    base, slot = self.base_layer, forward_slot(self.base_layer)
-    before = base.__dict__.get(slot)
-    base.__dict__[slot] = lambda x: bitsandbytes.corrected(base, {"x": x}) if _base(self) is bitsandbytes else own_forward(base)(x)
+    """PEFT's own forward over a dense base layer, where bitsandbytes decodes the weight wrongly: DoRA's norms take it from there as well."""
+    base = self.base_layer
+    if _base(self) is not bitsandbytes or torch.equal(*(decoded := bitsandbytes.decodes(base, bitsandbytes.compute_dtype(base, given["x"])))):
+        return own_forward(self)(**given)
+    dense = nn.Linear(1, 1)
+    dense.weight, dense.bias = nn.Parameter(decoded[1], requires_grad=False), base.bias
+    self.base_layer = dense
     try:
         return own_forward(self)(**given)
     finally:
-        if before is None:
-            del base.__dict__[slot]
-        else:
-            base.__dict__[slot] = before
+        self.base_layer = base
 
 
 HOST = nf4_host(
