@@ -1,5 +1,6 @@
 """torch.export of patched models and of the ops, strict and not: saved and loaded, a program answers as the model does."""
 
+import copy
 import io
 
 import bitsandbytes as bnb
@@ -185,9 +186,65 @@ def test_ops(case, strict):
     assert fused_ops(program) or case == "lora_linear"
 
 
-def test_mllama():
-    """Not strict: a strict program of an instance with a forward of its own names constants as torch cannot find them again, and says so on loading."""
+class Outer(nn.Module):
+    """Calls `inner` and changes what it gives in place, for which an export keeps a constant."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        y = self.inner(*args, **kwargs) * 2
+        y[..., :1] = 3
+        return y
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("case", ["bitsandbytes nested", "PEFT over bitsandbytes", "PEFT over torchao", "torchtune DoRA", "torchtune cross-attention"])
+def test_hosts_inside_of_a_model(case, strict):
+    inner, args, kwargs = (*HOSTS[case](), {})[:3]
+    model = Outer(Outer(inner)).eval().requires_grad_(False)
+    assert fastfuse.patch(model, on_unsupported="raise").patched
+    program = assert_exports(model, args, kwargs, strict)
+    assert fastfuse.status(model).fallbacks == {} and fused_ops(program)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["patched", "deep copy"])
+def test_a_constant_below_a_patched_module(copied):
+    """A strict export names it by the modules around it: the names must be some that torch.export finds again, and unflatten too."""
+
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = Outer(nn.Linear(8, 8))
+
+        def forward(self, x):
+            return self.child(x)
+
+    model, given = nn.Sequential(Middle()).requires_grad_(False), (torch.randn(2, 8),)
+    host = fastfuse.register_host("middle", "middle", lambda module: isinstance(module, Middle), lambda module, x: module.child(x) + 1)
+    try:
+        want = model(*given) + 1
+        fastfuse.patch(model, on_unsupported="raise")
+        if copied:
+            model = copy.deepcopy(model)
+            model[0].child.inner.weight.mul_(2)
+            want = model[0].child(*given) + 1
+        program = assert_exports(model, given, {}, strict=True)
+        assert any("lifted_tensor" in name for name in program.constants)
+        torch.testing.assert_close(torch.export.unflatten(program)(*given), want)
+    finally:
+        host.remove()
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("case", ["plain", "its own vision model", "QLoRA"])
+def test_mllama(case, strict):
     model, given = small_mllama()
-    fastfuse.patch(model, on_unsupported="raise")
-    program = assert_exports(model, (), given, strict=False)
-    assert fastfuse.status(model).fallbacks == {} and fused_ops(program) >= {"patch_embed", "cross_attention", "pack_tiles"}
+    if case == "QLoRA":
+        model = mllama.qlora(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,), intermediate_size=128)).eval().requires_grad_(False)
+        linear(model)
+    fastfuse.patch(model, ops="cross_attention" if case == "its own vision model" else None, on_unsupported="raise")
+    program = assert_exports(model, (), given, strict)
+    want = {"plain": {"patch_embed"}, "its own vision model": set(), "QLoRA": {"patch_embed", "nf4_linear"}}[case]
+    assert fastfuse.status(model).fallbacks == {} and fused_ops(program) >= want | {"cross_attention", "pack_tiles"}

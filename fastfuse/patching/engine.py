@@ -307,7 +307,7 @@ def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
             before = p.module.__dict__.get(slot)
             if host_of(before) is not None:
                 before = None  # ours, put back by a wrapper that outlived an unpatch
-            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), left_out)
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), p.module, left_out)
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
         for p in todo:

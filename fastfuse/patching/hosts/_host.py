@@ -204,11 +204,12 @@ class Record:
     slot: str  # the attribute the forward was bound to: "forward", or accelerate's "_old_forward"
     original: Callable | None  # what the instance had there; None where it used its class's forward
     names: Names
+    module: nn.Module  # the one that keeps this
     left_out: MutableMapping[nn.Module, Reason] | None = None  # what a patch has left out for reasons it would not find again; a copy does not know
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
-        return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names)
+        return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names, copy.deepcopy(self.module, memo))
 
     def __reduce__(self):
         return type(None), ()
@@ -234,6 +235,10 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     record = self.__dict__.get("_fastfuse")
     if record is None:  # unpatched while another wrapper still holds this forward
         return type(self).forward(self, *args, **kwargs)
+    if torch.compiler.is_exporting() and record.module is self:
+        # A strict export names the modules inside by its way to this one. By the bound method that is "forward.__self__", and torch.export
+        # can neither run a program with a constant made below it nor unflatten one; by the record it is a name like any other.
+        self = record.module
     read = record.names.read(args, kwargs)
     given = {"args": args, "kwargs": kwargs} if host.as_called else read
     out = read if type(read) is Reason else _uncovered(host, record, read)
