@@ -46,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         with quiet_imports():
             from fastfuse.demo import DemoError, demo
     except ImportError as e:
-        return _failed(f"needs {e.name}: pip install 'fastfuse[demo]'")
+        return _not_installed(e)
     try:
         demo(a.image, a.tokens, a.interpret, a.arch)
+    except ImportError as e:  # what one architecture needs is imported when it is chosen
+        return _not_installed(e)
     except (DemoError, fastfuse.Unsupported) as e:
         return _failed(str(e))
     except KeyboardInterrupt:
@@ -61,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
 def _failed(message: str) -> int:
     print(f"fastfuse demo: {message}", file=sys.stderr)
     return 1
+
+
+def _not_installed(e: ImportError) -> int:
+    what = f"needs {e.name}" if isinstance(e, ModuleNotFoundError) and e.name else " ".join(str(e).split())  # there, but too old or broken
+    return _failed(f"{what}: pip install 'fastfuse[demo]'")
 
 
 def _positive(text: str) -> int:

@@ -267,6 +267,23 @@ except fastfuse.Unsupported as e:
     assert done.stdout == "nf4_linear: backend 'triton' needs the triton package, which is not installed\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    "absent, arch",
+    [("bitsandbytes", "mllama"), ("peft", "mllama"), ("transformers", "mllama"), ("skimage", "mllama"), ("PIL", "mllama"), ("rich.console", "fastfuse")],
+)
+def test_an_extra_that_is_only_half_there(absent, arch):
+    code = f"import sys; sys.modules[{absent!r}] = None; from fastfuse.__main__ import main; sys.exit(main(['demo', '--tokens', '1', '--arch', {arch!r}]))"
+    done = run("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"fastfuse demo: needs {absent}: pip install 'fastfuse[demo]'\n")
+
+
+def test_a_library_that_is_too_old_for_the_demo():
+    code = "import sys, types; sys.modules['peft'] = types.ModuleType('peft'); from fastfuse.__main__ import main; sys.exit(main(['demo']))"
+    done = run("-c", code)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"fastfuse demo: cannot import name 'LoraConfig' from 'peft' .*: pip install 'fastfuse\[demo\]'\n", done.stderr), done.stderr
+
+
 def test_triton_on_a_cpu_needs_the_interpreter():
     code = """
 import sys
