@@ -318,6 +318,63 @@ def test_fsdp2_shards_bitsandbytes_codes(wrap, storage, order, mesh):
     assert_rounding_apart(x.grad, want_grad, K=256, products=4)
 
 
+@pytest.mark.parametrize("order", ["patch, shard", "shard, patch"])
+@pytest.mark.parametrize("changed", ["the hook's name", "where hooks are kept"])
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+def test_fsdp2_of_a_version_with_other_private_names(wrap, changed, order, mesh):
+    """What is known of the shards by private names is for the report alone: calls are right, and fused in whatever is patched."""
+    model, x = quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes"), torch.randn(3, 128, requires_grad=True)
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for module in linears:
+        module.quant_state, module.quant_storage = module.weight.quant_state, torch.uint8
+        module.weight.data = module.weight.data.view(-1)[:, None]
+    want = model(x)
+    (want_grad,) = torch.autograd.grad(want.square().sum(), x)
+    for act in order.split(", "):
+        if act == "patch":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # nothing to patch
+                report = fastfuse.patch(model)
+        else:
+            fully_shard(model, mesh=mesh)
+            for module in model.modules():
+                if changed == "the hook's name":
+                    for hook in module._load_state_dict_post_hooks.values():
+                        hook.__qualname__ = "ShardedParam.<lambda>"
+                else:
+                    del module.__dict__["_load_state_dict_post_hooks"]
+    if order == "shard, patch":
+        assert {(e.status, e.code) for e in report.entries} == {("skipped", "DTENSOR")}
+    else:
+        described = fastfuse.status(model).entries
+        assert {(e.status, e.code) for e in described} == {("patched", "DTENSOR")}
+        assert all(e.reason.startswith("fused where a call finds the weight gathered, as under FSDP2: ") for e in described)
+    got = model(x)
+    got.square().sum().backward()
+    assert fastfuse.status(model).fallbacks == {}
+    assert_rounding_apart(got, want, K=256, products=2)
+    assert_rounding_apart(x.grad, want_grad, K=256, products=4)
+
+
+def test_a_shard_that_no_call_finds_gathered(mesh):
+    """The hook of FSDP2 by name, over a weight that stays a DTensor: patched, and every call is left to the layer's own forward."""
+    model, x = quantized("bitsandbytes"), torch.randn(3, 128)
+    layer = model.up
+    layer.quant_state, layer.quant_storage = layer.weight.quant_state, torch.uint8
+
+    def hook(module, incompatible):
+        pass
+
+    hook.__qualname__ = "FSDPParam.hook"
+    layer.register_load_state_dict_post_hook(hook)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data.view(-1)[:, None], mesh, [Replicate()]), requires_grad=False)
+    assert fastfuse.patch(model).counts == {"patched": 2}
+    layer._fastfuse.original = lambda given: given @ torch.ones(128, 256)  # bitsandbytes' cannot multiply by one
+    with pytest.warns(UserWarning, match="DTENSOR"):
+        assert torch.equal(layer(x), x @ torch.ones(128, 256))
+    assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
+
+
 def fsdp2_over_torchao(rank: int, folder: str) -> None:
     """One of two processes: torchao gathers its weights over two at least."""
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))

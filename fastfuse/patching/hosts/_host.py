@@ -421,10 +421,12 @@ def plain_tensors(*tensors: Tensor | None) -> Reason | None:
 def whole_in_calls(module: nn.Module) -> bool:
     """Whether what is sharded of the module is so between calls alone: FSDP2 puts whole parameters in place before it runs.
 
-    PyTorch has no question for it. FSDP2 leaves a hook of its own on each module whose parameter it shards.
+    PyTorch has no question for it. FSDP2 leaves a hook of its own on each module whose parameter it shards. Both names are private: should they change,
+    the answer is no. For patch and the report alone: a call looks at what it finds.
     """
     sharded = (m for m in module.modules() if any(hasattr(p, "device_mesh") for p in m._parameters.values()))
-    return all(any(getattr(hook, "__qualname__", "").startswith("FSDPParam.") for hook in m._load_state_dict_post_hooks.values()) for m in sharded)
+    hooks = (getattr(m, "_load_state_dict_post_hooks", {}).values() for m in sharded)
+    return all(any(getattr(hook, "__qualname__", "").startswith("FSDPParam.") for hook in of_one) for of_one in hooks)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
