@@ -173,7 +173,8 @@ def tune_op(op: str, arch: str, calls: list[Series], setting: Setting, folder: P
     path = folder / f"{op}.json"
     rows = read(path)
     _check(op, rows)
-    own, family = _own_rows(op, arch, rows)
+    written, family = _own_rows(op, arch, rows)
+    own = [tune.served(row) for row in written]
     regimes = _regimes(own, family, calls)
     tried = {id(row): candidates(op, own, row, setting.quick) for row, _ in regimes}
     jobs = [job for row, points in regimes for tile in tried[id(row)] for job in _jobs(family, op, row, tile, points)]
@@ -202,7 +203,7 @@ def tune_op(op: str, arch: str, calls: list[Series], setting: Setting, folder: P
     if not measured:
         return False
     if family == arch:
-        fresh = iter(new)
+        fresh = iter(map(_written, written, own, new))
         rows = [next(fresh) if row["arch"] == arch else row for row in rows]
     else:
         after = 1 + max(i for i, row in enumerate(rows) if row["arch"] == family)
@@ -210,6 +211,17 @@ def tune_op(op: str, arch: str, calls: list[Series], setting: Setting, folder: P
     _check(op, rows)
     write(path, rows)
     return True
+
+
+def _written(row: dict, before: dict, after: dict) -> dict:
+    """How the row is written when it was served as `before` and now is to be as `after`; what other Tritons take of it stays."""
+    if after is before:
+        return row
+    release = tune.since(row)
+    own = {k: v for k, v in after.items() if k not in ("arch", "when", "since")}
+    if release:
+        return {**row, "when": after["when"], "since": row["since"] | {release: own}}
+    return after | ({"since": row["since"]} if "since" in row else {})
 
 
 def _check(op: str, rows: list[dict]) -> None:
@@ -492,7 +504,8 @@ def problems(op: str, rows: list[dict]) -> list[str]:
         own = [row for row in rows if row["arch"] == arch]
         if [i for i, row in enumerate(own) if not row["when"]] != [len(own) - 1]:
             found.append(f"{arch}: the last row, and no other, must be unconditional")
-        found += [f"{arch} {_when(row)}: {reason}" for row in own if (reason := illegal(op, row["when"], row["tile"]))]
+        tiles = [(row, each["tile"]) for row in own for each in (row, *row.get("since", {}).values())]
+        found += [f"{arch} {_when(row)}: {reason}" for row, tile in tiles if (reason := illegal(op, row["when"], tile))]
     return found
 
 
@@ -592,7 +605,7 @@ def _compile(job: Job) -> list[codegen.Report] | str:
 
 def dry_run(op: str, arch: str, compiled: Callable[[list[Job]], Compiled], quick: bool = False, folder: Path = FOLDER) -> None:
     """Print every row's cases, what is tried there, what is left out and why, and what the compiler made of the rest, best bound first."""
-    own, family = _own_rows(op, arch, read(folder / f"{op}.json"))
+    own, family = _own_rows(op, arch, [tune.served(row) for row in read(folder / f"{op}.json")])
     if family not in codegen.ARCHS:
         raise ValueError(f"{op}: the compiler has no target {family}, only {', '.join(codegen.ARCHS)}")
     regimes = _regimes(own, family, series(op, arch))

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from triton import __version__ as TRITON
+
 from fastfuse.kernels.cross_attention import cross_attention_fwd_kernel, cross_attention_merge_kernel
 from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_tiles_kernel
 from fastfuse.kernels.lora import lora_down_kernel
@@ -56,7 +58,7 @@ def _variants(arch: int, dtypes: list[str], small: bool) -> Iterator[Variant]:
 
 def _rows(op: str, arch: int, **fixed) -> Iterator[tuple[dict, dict, dict]]:
     """(conditions left for run time, constants, options) of an op's rows that agree with what is fixed; as fastfuse.tune.pick, null rows left out."""
-    table = json.loads((TUNE / f"{op}.json").read_text())
+    table = [_served(row) for row in json.loads((TUNE / f"{op}.json").read_text())]
     below = [int(r["arch"][3:]) for r in table if r["arch"].startswith("sm_") and int(r["arch"][3:]) <= arch]
     if not below:
         raise SystemExit(f"FASTFUSE_ARCHS: no rows of tune/{op}.json cover sm_{arch}")
@@ -73,6 +75,13 @@ def _rows(op: str, arch: int, **fixed) -> Iterator[tuple[dict, dict, dict]]:
             yield when, dict(tile["constants"]), {k: tile[k] for k in ("num_warps", "num_stages")}
             if not when:
                 return  # the others are for what is fixed otherwise
+
+
+def _served(row: dict, triton: str = TRITON) -> dict:
+    """As fastfuse.tune.served."""
+    release = lambda version: tuple(int(v) for v in version.split(".")[:2])  # noqa: E731
+    latest = max((r for r in row.get("since", ()) if release(r) <= release(triton)), key=release, default=None)
+    return row | row["since"][latest] if latest else row
 
 
 def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastfuse import tune
+
 ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
@@ -98,6 +100,13 @@ def test_every_kernel_says_whether_products_and_sums_become_fmas():
     done = drifted("print({(x.id, x.options.get('enable_fp_fusion')) for x in compile.variants(90, ['bf16'], False)}); sys.exit()")
     found = dict(ast.literal_eval(done.stdout))
     assert len(found) == 15 and found == {id: id != "NF4_DEQUANTIZE" for id in found}
+
+
+def test_rows_are_those_of_the_triton_that_compiles():
+    row = {"arch": "sm_90", "when": {}, "tile": {"num_warps": 4}, "since": {"3.10": {"tile": {"num_warps": 2}}, "3.9": {"tile": {"num_warps": 8}}}}
+    versions = ("3.7.1", "3.9.0", "3.10.0+git1")
+    done = drifted(f"import variants; print([variants._served({row}, v)['tile'] for v in {versions}]); sys.exit()")
+    assert ast.literal_eval(done.stdout) == [tune.served(row, v)["tile"] for v in versions] == [{"num_warps": w} for w in (4, 8, 2)]
 
 
 def test_parameters_come_from_the_cubin():

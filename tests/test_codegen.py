@@ -12,6 +12,7 @@ import pytest
 
 from bench import codegen_store as store
 from bench import sass
+from fastfuse import tune
 
 ROOT = Path(__file__).parents[1]
 PROMISED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -38,7 +39,7 @@ def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(repor
     mine = [r for r in reports if r["arch"] == arch]
     assert sum(r["op"] == "nf4_dequantize" for r in mine) == 13
     for op, kernels in (("nf4_linear", ("nf4_linear", "nf4_skinny")), ("nf4_linear_dx", ("nf4_linear_dx",)), ("lora_row_norms", ("lora_row_norms",))):
-        tiles = [r["tile"] for r in json.loads((ROOT / f"fastfuse/tune/{op}.json").read_text()) if r["arch"] == arch and r["tile"]]
+        tiles = [r["tile"] for r in tune.table(op) if r["arch"] == arch and r["tile"]]
         assert tiles
         for tile in tiles:
             size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in tile["constants"])

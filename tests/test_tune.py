@@ -59,6 +59,25 @@ def test_pin_is_undone():
     assert pick("nf4_linear", "sm_90", dtype="16-bit", decode="prmt", M=1, N=64, K=64) == before
 
 
+OLD, NEW, NEWER = ({"constants": {"BLOCK_M": 16}, "num_warps": 4, "num_stages": stages} for stages in (2, 3, 4))
+SINCE = {"arch": "sm_90", "when": {"M_max": 8}, "tile": OLD, "us": [1.0], "since": {"3.10": {"tile": NEWER}, "3.9": {"tile": NEW, "us": [2.0]}}}
+
+
+@pytest.mark.parametrize(
+    "triton, tile, us", [("3.8.1", OLD, [1.0]), ("3.9.0", NEW, [2.0]), ("3.10.0+git1", NEWER, None), ("4.0", NEWER, None), ("0.0", OLD, [1.0])]
+)
+def test_a_row_holds_another_tile_since_a_triton(triton, tile, us):
+    row = tune.served(SINCE, triton)
+    assert (row["arch"], row["when"], row["tile"], row.get("us")) == ("sm_90", {"M_max": 8}, tile, us)
+
+
+@pytest.mark.parametrize("release, tile", [("3.0", NEW), ("99.0", OLD)])
+def test_tables_are_as_the_installed_triton_takes_them(release, tile, tmp_path, monkeypatch):
+    (tmp_path / "lora_up.json").write_text(json.dumps([{"arch": "sm_90", "when": {}, "tile": OLD, "since": {release: {"tile": NEW}}}]))
+    monkeypatch.setattr(tune, "__file__", str(tmp_path / "__init__.py"))
+    assert [row["tile"] for row in tune.table.__wrapped__("lora_up")] == [tile]
+
+
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
 from bench import tune as sweep  # noqa: E402
@@ -369,6 +388,24 @@ def test_an_architecture_without_rows_gets_a_copy_of_its_familys(folder):
     mine = [row for row in rows if row["arch"] == "sm_103"]
     assert [(row["when"], row["tile"]) for row in mine] == [(TABLE[1]["when"], tile_of(16, 4, 4)), (TABLE[2]["when"], MANY), ({}, None)]
     assert ["us" in row for row in mine] == [True, True, False]  # nothing of the family's figures: another chip's
+
+
+@pytest.mark.parametrize("release, in_force", [("3.0", True), ("99.0", False)])
+def test_what_another_triton_takes_of_a_row_is_kept(folder, release, in_force):
+    """Measured, the row's own tile or that of the installed Triton changes, and its boundary for both."""
+    path = folder / "nf4_linear.json"
+    own, other = (tile_of(16, 8), tile_of(16, 2)) if not in_force else (tile_of(16, 2), tile_of(16, 8))
+    held = TABLE[1] | {"tile": own, "since": {release: {"tile": other}}}
+    path.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in (TABLE[0], held, *TABLE[2:])) + "\n]\n")
+    before = path.read_text().splitlines()
+    rows, _ = tuned(folder, crossing_at(8, 64), bounds=True, margin=10.0)
+    assert rows[1]["when"] == {"M_max": 8, "K_multiple": 64}
+    measured, kept = (rows[1]["since"][release], rows[1]) if in_force else (rows[1], rows[1]["since"][release])
+    assert measured["tile"] == tile_of(16, 8) and measured["us"] and kept["tile"] == tile_of(16, 2) and "us" not in kept
+    assert path.read_text().splitlines()[:2] == before[:2]
+    path.write_text("\n".join([*before, ""]).replace('"BLOCK_K": 64, "SPLIT_K": 2', '"BLOCK_K": 128, "SPLIT_K": 2'))
+    with pytest.raises(ValueError, match=r"sm_90 .*BLOCK_K is 128, K a multiple of 64"):
+        tuned(folder, times({}))
 
 
 def crossing_at(few, many):

@@ -4,6 +4,8 @@ A row is {"arch", "when", "tile"}. "when" holds conditions on the shape: "<name>
 an upper bound, "<name>_multiple" is divisibility. The first match wins and the last row of each architecture is unconditional. "tile": null says that
 no fused kernel pays there. An architecture without rows of its own uses the highest one below it in its family.
 bench.tune adds what it measured: "us" and "floor_us" for each of "shape", with "device", "commit", "date" and "triton". A row without "us" is a guess.
+"since": {"3.9": {"tile": ...}} replaces the tile, and what was measured of it, from that Triton on: where one tile spills with the later compiler and
+another with the earlier one.
 """
 
 import contextlib
@@ -17,6 +19,11 @@ from types import MappingProxyType
 import torch
 
 from fastfuse.errors import Unsupported
+
+try:
+    from triton import __version__ as TRITON
+except ImportError:
+    TRITON = "0.0"  # no rows but the reference's are used then
 
 # What every launch tells the compiler: a product and the sum it goes into may become one fma. Triton does so unasked up to 3.9 and not from 3.10 on,
 # which costs sm_90's loops up to 15%.
@@ -93,8 +100,23 @@ def _holds(key: str, want: int | str, have: Mapping) -> bool:
 
 @functools.cache
 def table(op: str) -> list[dict]:
-    """All rows of an op, as written."""
-    return json.loads((Path(__file__).parent / f"{op}.json").read_text())
+    """All rows of an op, as the installed Triton takes them."""
+    return [served(row) for row in json.loads((Path(__file__).parent / f"{op}.json").read_text())]
+
+
+def served(row: dict, triton: str = TRITON) -> dict:
+    """The row as this Triton takes it: what is written, or what replaces it since the latest release up to this one."""
+    release = since(row, triton)
+    return {"arch": row["arch"], "when": row["when"], **row["since"][release]} if release else row
+
+
+def since(row: dict, triton: str = TRITON) -> str | None:
+    """The release of `row["since"]` that this Triton goes by, None where it is the row itself."""
+    return max((r for r in row.get("since", ()) if _release(r) <= _release(triton)), key=_release, default=None)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in version.split(".")[:2])  # not as text: 3.10 is after 3.9
 
 
 @functools.cache
