@@ -59,7 +59,9 @@ from fastfuse.kernels.patch_embed import (
     tile_rows_kernel,
 )
 from fastfuse.kernels.swiglu import swiglu_bwd_kernel, swiglu_fwd_kernel
+from fastfuse.ops.cross_attention import merge_warps
 from fastfuse.ops.encoder_mask import _LIST_BLOCK, _PACK_ROWS, _PACK_WORDS, _STATE_BLOCKS, _STATE_ROWS, _TILES_ROWS, _TILES_WORDS
+from fastfuse.ops.nf4_dequantize import _BYTES
 from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TILES, norm_warps, triton_block
 from fastfuse.ops.static_kv_cache import _ELEMENTS
 
@@ -171,20 +173,22 @@ def _difference(one: Specimen, other: Specimen) -> str:
 
 
 def _rows(op: str, arch: str) -> list[dict]:
-    """The different tiles of an op's rows."""
+    """The different tiles of an op's rows; of adapters in fp32 and in 16 bits each, of which lora_grad's variants are compiled apart."""
     rows = [r for r in tune.table(op) if r["arch"] == arch and r["tile"]]
-    return [r for i, r in enumerate(rows) if r["tile"] not in [other["tile"] for other in rows[:i]]]
+    tiles = [(r["tile"], r["when"].get("low")) for r in rows]
+    return [r for i, r in enumerate(rows) if tiles[i] not in tiles[:i]]
 
 
 def _dequantize(arch: str) -> Iterator[Specimen]:
     for layout, types in LAYOUTS.items():
         for out in ("bf16", "fp16", "fp32"):
             signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(types, out), "out_ptr": f"*{out}", "n_elements": "i32"}
-            constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": 128, "DECODE": _branch(arch, layout, out)}
+            weights = _BYTES // SIZE[out]
+            constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": weights // 64, "DECODE": _branch(arch, layout, out)}
             options = {"num_warps": 4, "enable_fp_fusion": False}
             for cut in (False, True) if (layout, out) == ("nested", "bf16") else (False,):
                 name = f"{layout} {out}" + (" cut" if cut else "")
-                work = Work("weight", 128 * 64, bytes=128 * 64 * (PACKED[layout] + SIZE[out]), loops=())
+                work = Work("weight", weights, bytes=weights * (PACKED[layout] + SIZE[out]), loops=())
                 yield Specimen("nf4_dequantize", name, arch, nf4_dequantize_kernel, signature, constants | {"CUT": cut}, options, work)
 
 
@@ -486,7 +490,7 @@ def _attention_passes(arch: str) -> Iterator[Specimen]:
             cross_attention_merge_kernel,
             signature | _ATTENTION_SHAPE,
             heads | {"BLOCK_M": 16},
-            {"num_warps": 4},
+            {"num_warps": merge_warps(D)},
             Work("element", 16 * D, bytes=16 * D * 4),
         )
         signature = {"o_ptr": t, "do_ptr": t, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "o_stride": _STRIDES, "do_stride": _STRIDES}

@@ -80,6 +80,7 @@ def test_tables_are_as_the_installed_triton_takes_them(release, tile, tmp_path, 
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
+from bench import codegen  # noqa: E402
 from bench import tune as sweep  # noqa: E402
 from bench import tune_space as space  # noqa: E402
 from bench.codegen import ARCHS, Report  # noqa: E402
@@ -90,6 +91,12 @@ GPUS = [pytest.param(op, arch, id=f"{op}-{arch}") for op in space.OPS for arch i
 
 def test_every_tuned_op_is_swept():
     assert sorted(space.OPS) == OPS
+
+
+def test_one_tile_for_both_kinds_of_adapters_is_compiled_for_both(monkeypatch):
+    rows = [{"arch": "sm_90", "when": when, "tile": OLD} for when in ({"low": "fp32"}, {"low": "fp32", "R_max": 8}, {"R_max": 16}, {})]
+    monkeypatch.setattr(tune, "table", lambda op: rows)
+    assert [row["when"] for row in codegen._rows("lora_grad", "sm_90")] == [{"low": "fp32"}, {"R_max": 16}]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -12,6 +12,7 @@ from fastfuse.quant.nf4 import NF4View
 if HAS_TRITON:
     from fastfuse.kernels.nf4 import nf4_dequantize_kernel
 
+_BYTES = 16384  # of the result that a program writes: twice as much of fp32 spills with Triton 3.9
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,7 +91,7 @@ def _nf4_dequantize(
 def dequantize_into(out: Tensor, weight: NF4View, dtype: torch.dtype) -> None:
     """Launch. out: [N, K] in kernel_dtype(dtype): in the interpreter bf16 arithmetic is wrong, so fp32 is written and rounded later."""
     n = weight.shape[0] * weight.shape[1]
-    blocks = max(8192 // weight.block_size, 1)
+    blocks = max(_BYTES // dtype.itemsize // weight.block_size, 1)
     each = blocks * weight.block_size
     grid = (-(-n // each),)
     decode = decode_branch(weight, dtype) if n % 2 == 0 else "gather"
