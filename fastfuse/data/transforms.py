@@ -123,8 +123,6 @@ def image_to_tensor(image: object, dtype: torch.dtype) -> Tensor:
     if _is_pil(image):
         rgb = rgb_on_white(image)
         width, height = rgb.size
-        if not width or not height:
-            raise InvalidArgument(f"Input image is {width} x {height} pixels.")
         image = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise InvalidArgument(f"Input image must be a PIL image or a torch.Tensor. Got {type(image).__name__}.")
