@@ -95,9 +95,9 @@ def test_loads_what_transformers_saves(saved_by_transformers, tmp_path, kind):
     assert_same(model.state_dict(), want | {})
 
 
-def shards(folder, pattern, whole, count=3):
-    """The tensors of a checkpoint dealt out to `count` files without an index."""
-    disk, names = dict(open_checkpoint(whole)), [pattern.format(i) for i in range(1, count + 1)]
+def shards(folder, pattern, whole, count=3, start=1):
+    """The tensors of a checkpoint dealt out to `count` files without an index, numbered from `start`."""
+    disk, names = dict(open_checkpoint(whole)), [pattern.format(i, count) for i in range(start, start + count)]
     for i, name in enumerate(names):
         part = {key: disk[key].clone() for key in sorted(disk)[i::count]}
         save_file(part, folder / name) if name.endswith(".safetensors") else torch.save(part, folder / name)
@@ -141,10 +141,13 @@ def test_shards_that_are_no_whole_set(consistent, tmp_path):
     torchtune = shards(tmp_path, "hf_model_{:04}_0.pt", folder)
     torchtune[1].rename(tmp_path / "away.pt")
     gap = f"{tmp_path}: 1 of 3 shards are missing: number 2 beside hf_model_0001_0.pt"
-    for path in (tmp_path, [torchtune[2], torchtune[0]]):
-        with pytest.raises(ValueError) as e:
-            open_checkpoint(path)
-        assert str(e.value) == gap
+    with pytest.raises(ValueError) as e:
+        open_checkpoint(tmp_path)
+    assert str(e.value) == gap
+    given = [torchtune[2], torchtune[0], tmp_path / "away.pt"]  # a list is what its files hold, whatever their names
+    assert load_checkpoint(build(CONFIG), given).missing == ()
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {tmp_path} \(hf\) does not fit the model: \d+ missing"):
+        load_checkpoint(build(CONFIG), given[:2])
     with pytest.raises(ValueError, match=r"hf_model_0002_0\.pt: language_model\..*\.\.\. of it are in away\.pt too") as e:
         (tmp_path / "hf_model_0002_0.pt").write_bytes((tmp_path / "away.pt").read_bytes())
         open_checkpoint([*torchtune, tmp_path / "away.pt"])
@@ -166,6 +169,22 @@ def test_shards_that_are_no_whole_set(consistent, tmp_path):
         open_checkpoint([])
     with pytest.raises(ValueError, match=r"nowhere\.pt: no such file, it is one of 2 given"):
         open_checkpoint([tmp_path / "away.pt", tmp_path / "nowhere.pt"])
+    with pytest.raises(ValueError) as e:
+        open_checkpoint([tmp_path])
+    assert str(e.value) == f"{tmp_path}: a folder, give it alone: it is one of 1 given"
+
+
+@pytest.mark.parametrize("given", ["folder", "list"])
+@pytest.mark.parametrize("pattern", ["model-{:05}-of-{:05}.safetensors", "hf_model_{:04}_0.pt"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_counted_from_zero(consistent, tmp_path, pattern, count, given):
+    files = shards(tmp_path, pattern, consistent[1], count, start=0)
+    assert load_checkpoint(build(CONFIG), tmp_path if given == "folder" else files).missing == ()
+    if count == 3 and given == "folder":
+        files[1].unlink()
+        with pytest.raises(ValueError) as e:
+            open_checkpoint(tmp_path)
+        assert str(e.value) == f"{tmp_path}: 1 of 3 shards are missing: number 1 beside {files[0].name}"
 
 
 def test_rows_of_ratios_that_disagree_need_the_transformers_profile(saved_by_transformers):

@@ -126,8 +126,8 @@ def open_checkpoint(path: str | os.PathLike | Iterable[str | os.PathLike]) -> Ch
     """A lazy mapping from names to tensors over a directory as transformers, Meta or torchtune lays it out, an index, or files.
 
     path: a directory, an index, a file, or a list of the files of one checkpoint, in any order. Takes safetensors and torch's zip
-    files (.pt, .pth, .bin), sharded or whole; shards without an index are told by their names. Tensors are views of the mapped
-    files. No code in a file is run. Raises ValueError, naming the path, for what cannot be read or is incomplete, and for no
+    files (.pt, .pth, .bin), sharded or whole; a directory's shards without an index are told by their names, counted from 0 or 1.
+    Tensors are views of the mapped files. No code in a file is run. Raises ValueError, naming the path, for what cannot be read or is incomplete, and for no
     names of a known format.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -144,9 +144,9 @@ def _open_files(files: list[Path]) -> Checkpoint:
     if not files:
         raise ValueError("open_checkpoint: path is an empty list, expected files")
     if absent := [file for file in files if not file.is_file()]:
-        raise ValueError(f"{absent[0]}: no such file, it is one of {len(files)} given")
+        what = "a folder, give it alone:" if absent[0].is_dir() else "no such file,"
+        raise ValueError(f"{absent[0]}: {what} it is one of {len(files)} given")
     folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    _complete_shards(folder, [file.name for file in files])
     return Checkpoint(folder, _readers(dict.fromkeys(sorted(files)), "the list"), _config_in({file.parent for file in files}))
 
 
@@ -198,8 +198,9 @@ def _complete_shards(folder: Path, names: Iterable[str]) -> list[str]:
         kinds = ", ".join(next(iter(numbered.values())) for numbered in sets.values())
         raise ValueError(f"{folder}: holds the shards of {len(sets)} checkpoints ({kinds}): give the list of files of one")
     for (_, count, *_), numbered in sets.items():
-        total = int(count or max(numbered))
-        if missing := [number for number in range(1, total + 1) if number not in numbered]:
+        start = 0 if 0 in numbered else 1
+        total = int(count or max(numbered) + 1 - start)
+        if missing := [number for number in range(start, start + total) if number not in numbered]:
             shown = f"number {first(map(str, missing))} beside {next(iter(numbered.values()))}"
             raise ValueError(f"{folder}: {len(missing)} of {total} shards are missing: {shown}")
         return [numbered[number] for number in sorted(numbered)]
