@@ -43,8 +43,18 @@ UNFIT = {
         {},
         "block_size 64 does not divide the 10000 elements of a weight of shape (100, 100): no size that the kernels cover (32, 64, 128, ...) does",
     ),
-    "half": ((36, 8), {"scaler_block_size": 3}, "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 would do"),
+    "half": (
+        (36, 8),
+        {},
+        "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 with scaler_block_size=9 would do",
+    ),
+    "half, blocks that divide": (
+        (36, 8),
+        {"scaler_block_size": 3},
+        "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 would do",
+    ),
     "no block": ((64, 256), {"block_size": 0}, "block_size 0 does not divide the 16384 elements of a weight of shape (64, 256): block_size=64 would do"),
+    "neither": ((64, 256), {"block_size": 0, "scaler_block_size": 0}, "weight of shape (64, 256): block_size=64 with scaler_block_size=256 would do"),
     "odd": ((3, 5), {"block_size": 5}, "a weight of shape (3, 5) has 15 elements, an odd number: NF4 keeps two in a byte"),
 }
 
@@ -57,8 +67,8 @@ def test_sizes_that_do_not_divide_the_weight(case, device):
         FrozenNF4Linear(K, N, **sizes)
     assert message in str(error.value) and str((N, K)) in str(error.value) and "\n" not in str(error.value)
     assert isinstance(error.value, AssertionError)  # what torchao raises
-    if fits := re.search(r"(scaler_block_size|block_size)=(\d+) would do", message):
-        m = FrozenNF4Linear(K, N, **sizes | {fits[1]: int(fits[2])})
+    if fits := re.findall(r"(\w*block_size)=(\d+)", str(error.value)):
+        m = FrozenNF4Linear(K, N, **sizes | {name: int(size) for name, size in fits})
         check(m, torch.randn(2, K))
 
 

@@ -29,13 +29,27 @@ def _check_sizes(shape: tuple[int, ...], block_size: int, scaler_block_size: int
     n = math.prod(shape)
     if n % 2:
         raise InvalidArgument(f"to_nf4: a weight of shape {shape} has {n} elements, an odd number: NF4 keeps two in a byte")
-    if block_size < 1 or n % block_size:
-        fits = next((f"block_size={size} would do" for size in (64, 32) if n % size == 0), "no size that the kernels cover (32, 64, 128, ...) does")
+    if not _divides(block_size, n):
+        size = next((size for size in (64, 32) if n % size == 0), None)
+        if size is None:
+            fits = "no size that the kernels cover (32, 64, 128, ...) does"
+        elif _divides(scaler_block_size, n // size):
+            fits = f"block_size={size} would do"
+        else:
+            fits = f"block_size={size} with scaler_block_size={_largest(n // size)} would do"
         raise InvalidArgument(f"to_nf4: block_size {block_size} does not divide the {n} elements of a weight of shape {shape}: {fits}")
     blocks = n // block_size
-    if scaler_block_size < 1 or blocks % scaler_block_size:
-        fits = max(size for size in range(1, 257) if blocks % size == 0)
+    if not _divides(scaler_block_size, blocks):
         raise InvalidArgument(
             f"to_nf4: a weight of shape {shape} has {blocks} scale blocks of {block_size}, which scaler_block_size {scaler_block_size} does not divide: "
-            f"scaler_block_size={fits} would do"
+            f"scaler_block_size={_largest(blocks)} would do"
         )
+
+
+def _divides(size: int, n: int) -> bool:
+    return size >= 1 and n % size == 0
+
+
+def _largest(blocks: int) -> int:
+    """The largest scaler_block_size up to 256 that divides so many scale blocks."""
+    return max(size for size in range(1, 257) if blocks % size == 0)
