@@ -219,6 +219,11 @@ def test_a_config_survives_the_way_to_transformers_and_back(made):
         ({"vision_config": {"max_num_tiles": 2}}, "config: vision_config.max_num_tiles is 2, the default supported_aspect_ratios are for 4"),
         ({"text_config": {"hidden_size": None}}, "config: text_config.hidden_size is null, the default is 4096"),
         ({"vision_config": {"patch_size": None}}, "config: vision_config.patch_size is null, the default is 14"),
+        ({"text_config": {"num_attention_heads": 0}}, "config: text_config.num_attention_heads is 0, expected a whole number, at least 1"),
+        ({"text_config": {"hidden_size": "4096"}}, "config: text_config.hidden_size is '4096', expected a whole number, at least 1"),
+        ({"text_config": {"num_hidden_layers": -1}}, "config: text_config.num_hidden_layers is -1, expected a whole number, at least 0"),
+        ({"vision_config": {"patch_size": 0}}, "config: vision_config.patch_size is 0, expected a whole number, at least 1"),
+        ({"vision_config": {"image_size": ["a", "a"]}}, r"config: vision_config.image_size is \['a', 'a'\], expected a whole number, at least 1"),
         ({"text_config": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}}, "rope_type is 'llama3', low_freq_factor, high_freq_factor missing"),
     ],
 )
@@ -232,6 +237,31 @@ def test_a_config_the_architecture_has_no_place_for_is_refused(change, message):
         Llama3VisionConfig.from_hf({"model_type": "llama"})
     with pytest.raises(ValueError, match="params: dim missing"):
         Llama3VisionConfig.from_meta({k: v for k, v in PARAMS.items() if k != "dim"})
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("x", "config is 'x', expected transformers' MllamaConfig or the dict in config.json"),
+        ({"model_type": "mllama", "text_config": "x"}, "config: text_config is 'x', expected a dict"),
+        ({"model_type": "mllama", "vision_config": [1]}, "config: vision_config is [1], expected a dict"),
+        ({"model_type": "mllama", "image_token_index": "x"}, "config: image_token_index is 'x', expected a whole number, at least 0"),
+    ],
+)
+def test_what_is_no_config(config, message):
+    with pytest.raises(ValueError) as e:
+        Llama3VisionConfig.from_hf(config)
+    assert str(e.value) == message
+
+
+def test_a_null_beside_the_key_of_another_name():
+    for vision in (
+        {"attention_heads": None, "num_attention_heads": 8},
+        {"num_attention_heads": 8, "attention_heads": None},
+        {"num_attention_heads": None, "attention_heads": 8},
+    ):
+        assert Llama3VisionConfig.from_hf({"model_type": "mllama", "vision_config": vision}).clip_num_heads == 8
+    assert Llama3VisionConfig.from_hf({"model_type": "mllama", "image_token_index": None, "image_token_id": 7}).image_token_id == 7
 
 
 def differences(given, defaults):

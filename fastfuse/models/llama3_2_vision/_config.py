@@ -256,21 +256,26 @@ HF_DEFAULTS = {
     },
 }
 _HF_ALIASES = {"image_token_id": "image_token_index", "num_attention_heads": "attention_heads"}  # of the whole and of vision_config
+_SIDES = ("image_size", "patch_size")
 _NULL_IS_DEFAULT = ("supported_aspect_ratios", "intermediate_layers_indices", "cross_attention_layers", "rope_theta")
 
 
 def hf_config(config: Any) -> dict[str, Any]:
     """transformers' MllamaConfig, an object or the dict in config.json, as a dict with every key of HF_DEFAULTS.
 
-    Raises ValueError for another model_type, and for a null where transformers has no default for one.
+    Raises ValueError for another model_type, for a null where transformers has no default for one, and for a part or a size of another kind.
     """
-    whole = config if isinstance(config, Mapping) else config.to_dict()
+    whole = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(whole, Mapping):
+        raise ValueError(f"config is {config!r}, expected transformers' MllamaConfig or the dict in config.json")
     parts = [name for name in ("vision_config", "text_config") if name in whole]
     if whole.get("model_type", "mllama" if len(parts) == 2 else None) != "mllama":
         raise ValueError(f"config has model_type {whole.get('model_type')!r}, expected 'mllama'")
     full = _completed("", whole, {"image_token_index": HF_DEFAULTS["image_token_index"]}, _HF_ALIASES)
     for name, aliases in (("vision_config", _HF_ALIASES), ("text_config", {})):
-        full[name] = _completed(f"{name}.", whole.get(name) or {}, HF_DEFAULTS[name], aliases)
+        if not isinstance(part := whole.get(name) or {}, Mapping):
+            raise ValueError(f"config: {name} is {part!r}, expected a dict")
+        full[name] = _completed(f"{name}.", part, HF_DEFAULTS[name], aliases)
     vision = full["vision_config"]
     if vision["supported_aspect_ratios"] == HF_DEFAULTS["vision_config"]["supported_aspect_ratios"] and vision["max_num_tiles"] != 4:
         raise ValueError(f"config: vision_config.max_num_tiles is {vision['max_num_tiles']}, the default supported_aspect_ratios are for 4")
@@ -278,11 +283,21 @@ def hf_config(config: Any) -> dict[str, Any]:
 
 
 def _completed(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    full = {aliases.get(key, key): value for key, value in given.items() if aliases.get(key) not in given}
+    full = {key: value for key, value in given.items() if key not in aliases}
+    full |= {name: given[alias] for alias, name in aliases.items() if alias in given and full.get(name) is None}
     full = {key: value for key, value in full.items() if value is not None or key not in _NULL_IS_DEFAULT}
     if nulls := [key for key in defaults if key in full and full[key] is None]:
         raise ValueError(f"config: {where}{nulls[0]} is null, the default is {defaults[nulls[0]]!r}: leave it out or give a value")
-    return {**defaults, **full}
+    full = {**defaults, **full}
+    for key, default in defaults.items():
+        least = 0 if key.endswith("layers") or key.startswith("image_token") else 1
+        if isinstance(default, int) and key not in _SIDES and not _is_whole(full[key], least):
+            raise ValueError(f"config: {where}{key} is {full[key]!r}, expected a whole number, at least {least}")
+    return full
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
 
 
 def _expect(config: dict, key: str, covered: tuple, default: Any) -> None:
@@ -291,11 +306,13 @@ def _expect(config: dict, key: str, covered: tuple, default: Any) -> None:
 
 
 def _square(config: dict, key: str) -> int:
-    sides = config[key]
-    if isinstance(sides, int):
-        return sides
+    """One of _SIDES, which is a number or a list of two."""
+    value = config[key]
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    if not all(_is_whole(side, 1) for side in sides):
+        raise ValueError(f"config: vision_config.{key} is {value!r}, expected a whole number, at least 1")
     if len(set(sides)) != 1:
-        raise ValueError(f"config: {key} is {sides}, tiles and patches are square here")
+        raise ValueError(f"config: {key} is {value}, tiles and patches are square here")
     return sides[0]
 
 
