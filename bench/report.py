@@ -276,7 +276,7 @@ def _block(device: Device, bars: Mapping, plots: Iterable[Path], page: Path, rea
     parts = [
         f"**{device.name}**, {device.measured}, {device.versions}. {len(device.cases)} cases; [every row]({_link(page, readme)}), and "
         f"[what is timed]({_link(Path(__file__).parent / 'README.md', readme)}). {NOTES[device.kind]}Times are medians. A provider's column says how many times "
-        "fastfuse's time it takes; what is wrong gets no number."
+        "fastfuse's time it takes; what is off gets no time."
     ]
     for table in bars["tables"]:
         found = [case for entry in table["cases"] for case in device.cases if case.ours and not case.whole_model and _holds(entry, case.ours)]
