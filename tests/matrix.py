@@ -73,7 +73,7 @@ ROWS = (
     Row("tested", "the tested set, constraints.txt", {}, ("hosts", "launches", "quick codegen")),
     Row(
         "oldest",
-        "the oldest that pyproject.toml allows, on torch 2.13: of torch 2.11 there was no CPU build at hand",
+        "the oldest that pyproject.toml allows, on torch 2.13, not 2.11",
         {"transformers": "5.18.0", "peft": "0.19.0", "bitsandbytes": "0.50.0", "torchao": "0.16.0", "accelerate": "1.0.0", "triton": "3.6.0", "numpy": "2.3.5"},
         _HOSTS,
     ),
