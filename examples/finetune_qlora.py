@@ -5,6 +5,7 @@ python examples/finetune_qlora.py --checkpoint DIR --device cuda     # the real 
 """
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from PIL import Image
 from skimage import data
 
-from fastfuse._quiet import quiet_imports
 from fastfuse.checkpoints import load_model, save_adapter
 from fastfuse.data import padded_collate_tiled_images_and_mask
 from fastfuse.generation import generate
@@ -21,8 +21,8 @@ from fastfuse.modules import local_kv_cache
 from fastfuse.modules.loss import LinearCrossEntropyLoss
 from fastfuse.modules.peft import get_adapter_params, set_trainable_params
 
-with quiet_imports():  # of torchao, which NF4 weights need: it names the CUDA libraries that a CPU lacks
-    import fastfuse.quant.torchao  # noqa: F401
+for name in ("torchao", "torch.utils._pytree"):  # NF4 weights need torchao, which while it loads warns of CUDA libraries that a CPU lacks
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 PHOTOS = {"a cup of coffee": data.coffee, "an astronaut": data.astronaut, "a cat": data.chelsea}
 LORA = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "decoder_lora": True, "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32}

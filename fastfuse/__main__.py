@@ -7,7 +7,7 @@ import sys
 import torch
 
 import fastfuse
-from fastfuse._quiet import quiet_imports
+from fastfuse._quiet import quiet_startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "fastfuse", *(sys.argv[1:] if argv is None else argv)])
     try:
-        with quiet_imports():
+        with quiet_startup():
             from fastfuse.demo import DemoError, demo
     except ImportError as e:
         return _not_installed(e)

@@ -1,4 +1,4 @@
-"""Other libraries' start-up messages, kept off the screen of the commands and examples. Importing fastfuse itself silences nothing."""
+"""Other libraries' start-up messages, kept off the screen of the commands. Importing fastfuse itself silences nothing."""
 
 import contextlib
 import logging
@@ -14,10 +14,10 @@ STARTUP = {
 
 
 @contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
+def quiet_startup() -> Iterator[None]:
     """Inside the block, the messages of STARTUP and deprecation warnings are not shown; all else is, and afterwards everything.
 
-    For a block of imports. What a call says about its own arguments belongs outside.
+    For imports, and for calls that hand on what the user did not write. What a call says about the user's own arguments belongs outside.
     """
 
     def keep(record: logging.LogRecord) -> bool:

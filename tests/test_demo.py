@@ -15,7 +15,7 @@ from skimage import data
 
 import fastfuse
 from fastfuse.__main__ import main
-from fastfuse._quiet import STARTUP, quiet_imports
+from fastfuse._quiet import STARTUP, quiet_startup
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +200,7 @@ def test_a_wrong_image_is_one_line_on_a_fresh_screen():
 def test_imports_are_quieted_narrowly(caplog, recwarn):
     for name, message in STARTUP.items():
         logger = logging.getLogger(name)
-        with quiet_imports():
+        with quiet_startup():
             logger.warning(f"{message} and more")
             logger.warning("about the user's own call")
             logger.error("another failure")

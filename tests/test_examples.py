@@ -1,11 +1,14 @@
 """The examples run, and do what they say."""
 
+import ast
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from fastfuse.checkpoints import open_checkpoint
 
@@ -21,6 +24,15 @@ def test_finetune_qlora_learns(tmp_path, monkeypatch, capsys):
     assert losses[-1] < 0.5 * losses[0]
     assert out.count(" -> '") == 3
     assert all("lora" in name for name in open_checkpoint(adapter)) and len(open_checkpoint(adapter)) > 50
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_imports_nothing_private(example):
+    """It is there to be copied."""
+    imports = [node for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in imports for alias in node.names]
+    assert any("fastfuse" in name for name in names)
+    assert not [name for name in names if "fastfuse" in name and "._" in name]
 
 
 def test_a_fresh_screen_shows_nothing_but_the_example():

@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastfuse._quiet import quiet_imports
+from fastfuse._quiet import quiet_startup
 from fastfuse.demo.image import DemoError as DemoError
 from fastfuse.demo.image import load_image
 from fastfuse.demo.show import CPU_SIZE, GPU_SIZE
@@ -18,7 +18,7 @@ def demo(image_path: str | None, tokens: int, interpret: bool, arch: str = "mlla
     Raises DemoError for an image that cannot be used.
     """
     image, name = load_image(image_path)
-    with quiet_imports():
+    with quiet_startup():
         import fastfuse.quant.torchao  # noqa: F401, models of both kinds would import it later
 
         if arch == "mllama":

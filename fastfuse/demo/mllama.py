@@ -2,7 +2,6 @@
 
 import statistics
 import time
-import warnings
 
 import bitsandbytes as bnb
 import torch
@@ -17,6 +16,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
 
 import fastfuse
+from fastfuse._quiet import quiet_startup
 from fastfuse.demo.image import DemoError
 from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_slice
 
@@ -87,8 +87,7 @@ def build(size: Size, device: torch.device, progress: Progress) -> nn.Module:
         setattr(parent, key, _quantized(linear, size.dtype))
     model.is_loaded_in_4bit = True  # what transformers sets when it loads in 4 bit; PEFT looks for it
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS, init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers by the old name
+    with quiet_startup():  # PEFT asks transformers for is_gradient_checkpointing, by its old name
         return get_peft_model(model, lora).eval()
 
 
