@@ -291,6 +291,7 @@ def test_the_batch_and_the_length_of_the_cache_bound_what_comes():
 WRONG = [
     ({"num_kv_heads": 3, "embed_dim": 9, "attn_dropout": 2, "q_norm": nn.Identity()}, r"^num_heads \(4\) must be divisible by num_kv_heads \(3\)$"),
     ({"embed_dim": 9, "attn_dropout": 2, "q_norm": nn.Identity()}, r"^embed_dim \(9\) must be divisible by num_heads \(4\)$"),
+    ({"num_heads": 0}, r"^embed_dim \(8\) must be divisible by num_heads \(0\)$"),
     ({"attn_dropout": 2, "q_norm": nn.Identity()}, r"^attn_dropout \(2\) must be between 0\.0 and 1\.0$"),
     ({"attn_dropout": -0.5}, r"^attn_dropout \(-0\.5\) must be between"),
     ({"q_norm": nn.Identity()}, r"^q and k norm must be set together"),

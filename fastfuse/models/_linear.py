@@ -6,9 +6,8 @@ from typing import Any, get_args
 
 from torch import nn
 
-from fastfuse.errors import InvalidArgument
 from fastfuse.modules import MultiHeadAttention
-from fastfuse.modules.attention import check_heads
+from fastfuse.modules.attention import head_dim_of
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
@@ -48,13 +47,6 @@ class Adapters:
         return lambda name, in_dim, out_dim, bias=False: (self.linear if name in names else self.plain)(in_dim, out_dim, bias=bias)
 
 
-def head_dim_of(embed_dim: int, num_heads: int) -> int:
-    """The width of a head. Raises InvalidArgument, a ValueError, where num_heads does not divide embed_dim."""
-    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-        raise InvalidArgument(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
-    return embed_dim // num_heads
-
-
 def dense(name: str, in_dim: int, out_dim: int, bias: bool = False) -> nn.Module:
     """The plain builders' choice, with the signature of Adapters.chosen."""
     return nn.Linear(in_dim, out_dim, bias=bias)
@@ -64,7 +56,7 @@ def attention(
     make: Callable[..., nn.Module], *, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False, **kwargs: Any
 ) -> MultiHeadAttention:
     """Attention whose projections make(name, in_dim, out_dim, bias=) builds, in the order that seeds depend on. Raises as MultiHeadAttention."""
-    check_heads(embed_dim, num_heads, num_kv_heads)  # before projections of impossible sizes
+    head_dim_of(embed_dim, num_heads, num_kv_heads)  # before projections of impossible sizes
     return MultiHeadAttention(
         embed_dim=embed_dim,
         num_heads=num_heads,

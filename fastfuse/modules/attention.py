@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from fastfuse.errors import InvalidArgument
 from fastfuse.modules.attention_utils import sdpa_or_flex_attention
 from fastfuse.modules.kv_cache import KVCache
 from fastfuse.ops import EncoderMask
@@ -12,12 +13,13 @@ from fastfuse.ops import EncoderMask
 log = logging.getLogger(__name__)
 
 
-def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raises ValueError where num_kv_heads does not divide num_heads, or num_heads does not divide embed_dim."""
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
-    if embed_dim < 1 or embed_dim % num_heads:
-        raise ValueError(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+def head_dim_of(embed_dim: int, num_heads: int, num_kv_heads: int | None = None) -> int:
+    """The width of a head. Raises InvalidArgument, a ValueError, where num_kv_heads does not divide num_heads, or num_heads does not divide embed_dim."""
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise InvalidArgument(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
+    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        raise InvalidArgument(f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads})")
+    return embed_dim // num_heads
 
 
 class MultiHeadAttention(nn.Module):
@@ -49,7 +51,7 @@ class MultiHeadAttention(nn.Module):
         attn_dropout: float = 0.0,
     ):
         super().__init__()
-        check_heads(embed_dim, num_heads, num_kv_heads)
+        head_dim_of(embed_dim, num_heads, num_kv_heads)
         if not 0.0 <= attn_dropout <= 1.0:
             raise ValueError(f"attn_dropout ({attn_dropout}) must be between 0.0 and 1.0")
         if (q_norm is None) != (k_norm is None):

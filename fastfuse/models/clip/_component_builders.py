@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention, dense, head_dim_of
+from fastfuse.models._linear import Adapters, attention, dense
 from fastfuse.modules import (
     CLSProjection,
     FeedForward,
@@ -23,6 +23,7 @@ from fastfuse.modules import (
     VisionRotaryPositionalEmbeddings,
     VisionTransformer,
 )
+from fastfuse.modules.attention import head_dim_of
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.low_precision import _state_dict_hooks as nf4_hooks
 from fastfuse.modules.peft import LORA_ATTN_MODULES

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention, head_dim_of
+from fastfuse.models._linear import Adapters, attention
 from fastfuse.modules import FeedForward, MultiHeadAttention
+from fastfuse.modules.attention import head_dim_of
 from fastfuse.modules.low_precision import FrozenNF4Linear
 
 

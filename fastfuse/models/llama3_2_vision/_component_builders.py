@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention, dense, head_dim_of
+from fastfuse.models._linear import Adapters, attention, dense
 from fastfuse.models.clip._component_builders import clip_attention, clip_mlp, clip_vision_encoder, lora_clip_attention, lora_clip_mlp, lora_clip_vision_encoder
 from fastfuse.models.llama3_1._component_builders import llama3_mlp, lora_llama3_attention, lora_llama3_mlp, scale_hidden_dim_for_mlp
 from fastfuse.models.llama3_2_vision._encoder import Llama3VisionEncoder, Llama3VisionProjectionHead
@@ -27,6 +27,7 @@ from fastfuse.modules import (
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
+from fastfuse.modules.attention import head_dim_of
 from fastfuse.modules.low_precision import _state_dict_hooks as nf4_hooks
 from fastfuse.modules.model_fusion import FusionEmbedding, FusionLayer
 from fastfuse.modules.peft import LORA_ATTN_MODULES
