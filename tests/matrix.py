@@ -157,8 +157,8 @@ def _made(folder: Path, version: str, requirements: list[str], base: Path | None
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"{command[0]} failed"]
-        raise NotRun(f"its environment could not be made: {errors[0].removeprefix('ERROR: ').rstrip('.')}")
+        print(done.stderr, file=sys.stderr, end="")  # not for the page: it may be about this machine alone
+        raise NotRun("its environment could not be made")
 
 
 _VERSIONS = f"""

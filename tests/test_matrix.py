@@ -1,6 +1,7 @@
 """The rows of tests.matrix, how it counts, and the page it writes. No environment is made here."""
 
 import json
+import sys
 from dataclasses import replace
 
 import matrix
@@ -123,6 +124,15 @@ def test_the_page_says_what_did_not_run():
     refused = page({"a row": {"date": "2026-11-29", "commit": "abc1234", "not run": "there is no python3.11 here"}}, (ROW,))
     assert table_row(refused)[8:10] == ["not run", "not run"] and "passed" not in refused
     assert "- **a row** did not run: there is no python3.11 here." in refused
+
+
+def test_what_pip_says_is_shown_and_not_kept(tmp_path, monkeypatch, capfd):
+    def no_environment(row, folder):
+        matrix._run([sys.executable, "-c", "import sys; sys.exit('ERROR: only torch up to 2.14 here')"])
+
+    monkeypatch.setattr(matrix, "environment", no_environment)
+    assert matrix.run_row(ROW, tmp_path, 1)["not run"] == "its environment could not be made"
+    assert capfd.readouterr().err == "ERROR: only torch up to 2.14 here\n"
 
 
 def test_refreshing_one_row_keeps_the_others(tmp_path, monkeypatch):
