@@ -94,9 +94,11 @@ def test_unreadable_storages():
     assert refusal(quantize(random_weight(64, 256), "torchao").t()) == "TRANSPOSED"
 
     class DTensor:
-        pass
+        def __init__(self, local=None):
+            self._local_tensor = local
 
-    assert refusal(DTensor()) == "DTENSOR"
+    assert refusal(DTensor()) == refusal(DTensor(quantize(random_weight(64, 256), "torchao"))) == "DTENSOR"
+    assert refusal(DTensor(to_nf4(random_weight(64, 256), 16, 256))) == "BLOCK_SIZE"  # of the whole weight too
 
 
 def test_bytes_that_do_not_fit_the_shape():

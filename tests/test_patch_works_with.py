@@ -375,6 +375,60 @@ def test_a_shard_that_no_call_finds_gathered(mesh):
     assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
 
 
+@pytest.mark.parametrize("order", ["patch, shard", "shard, patch"])
+@pytest.mark.parametrize("what", ["QUANT_TYPE", "CPU_PACKED_BNB", "CPU_UNPACKED_BNB", "NOT_NF4", "16 bits", "plain"])
+def test_fsdp2_shards_what_no_kernel_reads(what, order, mesh):
+    """A layer that no call is fused in is skipped with the code that it has unsharded: gathering its shards changes nothing of that."""
+    model, code = quantized("bitsandbytes", storage="flat"), what if what.isupper() else "NOT_NF4"
+    layer = model.up
+    layer.quant_state = state = layer.weight.quant_state
+    if what == "QUANT_TYPE":
+        state.quant_type = "fp4"
+    elif what == "CPU_PACKED_BNB":
+        state.packing_format_for_cpu = True
+    elif what == "CPU_UNPACKED_BNB":
+        state.absmax = state.absmax.view(256, 2).T.contiguous()
+    elif what == "NOT_NF4":
+        state.shape = torch.Size([256, 256])  # twice the codes that there are
+    elif what == "16 bits":
+        state.code = state.code.bfloat16()
+    else:
+        layer.weight, layer.quant_state = nn.Parameter(torch.randn(256, 128)), None
+    if order == "patch, shard":
+        assert [(e.status, e.code) for e in fastfuse.patch(model).entries] == [("skipped", code), ("patched", "")]
+    model.down.quant_state = model.down.weight.quant_state
+    fully_shard(model, mesh=mesh)
+    report = fastfuse.status(model) if order == "patch, shard" else fastfuse.patch(model)
+    skipped = "unpatched" if order == "patch, shard" else "skipped"
+    assert [(e.status, e.code) for e in report.entries] == [(skipped, code), ("patched", "")]
+
+
+@pytest.mark.parametrize("what", ["HOOKED", "CHILD_TYPE", "LORA_BIAS", "DROPOUT"])
+def test_fsdp2_hides_no_other_reason(what, mesh):
+    """The report looks past shards that will be whole in a call, and says what the call then counts."""
+    model, x = lora("bitsandbytes", use_dora=what == "LORA_BIAS"), torch.randn(3, 128)
+    layer = model.base_model.model.up
+    if what == "HOOKED":
+        layer.lora_B["default"].register_forward_hook(lambda *_: None)
+    elif what == "CHILD_TYPE":
+        layer.lora_B["default"].forward = MethodType(nn.Linear.forward, layer.lora_B["default"])
+        layer.lora_B["default"].__class__ = type("Mine", (nn.Linear,), {})
+    elif what == "LORA_BIAS":
+        layer.lora_A["default"].bias = nn.Parameter(torch.zeros(8))
+    else:
+        layer.lora_dropout["default"] = nn.AlphaDropout(0.5)
+    for m in (layer, model.base_model.model.down):
+        m.base_layer.quant_state = m.base_layer.weight.quant_state
+    fully_shard(model, mesh=mesh)
+    parameters = dict(model.named_parameters())
+    report = fastfuse.patch(model, ops="nf4_lora_linear").patched
+    assert [(e.code, e.reason.partition(": ")[0]) for e in report] == [(what, "runs its own forward for now"), ("", "")]
+    assert all(parameters[name] is p for name, p in model.named_parameters())  # the very same
+    with pytest.warns(UserWarning, match=what):
+        model(x)
+    assert fastfuse.status(model).fallbacks == {what: 1}
+
+
 def fsdp2_over_torchao(rank: int, folder: str) -> None:
     """One of two processes: torchao gathers its weights over two at least."""
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
@@ -437,8 +491,9 @@ def test_a_base_weight_that_is_a_dtensor_is_reported(mesh):
     fastfuse.patch(model)
     layer = model.base_model.model.up
     whole = layer.base_layer.weight
+    layer.base_layer.quant_state = whole.quant_state
     layer.base_layer.weight = nn.Parameter(distribute_tensor(whole.data, mesh, [Replicate()]), requires_grad=False)
-    with pytest.warns(UserWarning, match="DTENSOR"), contextlib.suppress(RuntimeError):  # bitsandbytes needs its quant_state
+    with pytest.warns(UserWarning, match="DTENSOR"), contextlib.suppress(RuntimeError):  # bitsandbytes' own op takes none
         layer(x)
     assert fastfuse.status(model).fallbacks == {"DTENSOR": 2}  # the adapted layer and its base
     layer.base_layer.weight = whole

@@ -35,8 +35,7 @@ class NF4View:
     scale_block: int = 256
 
     def __post_init__(self):
-        if self.block_size < 32 or self.block_size & (self.block_size - 1):
-            raise Unsupported(f"NF4View: block_size is {self.block_size}, powers of two from 32 are covered", "BLOCK_SIZE")
+        _check_block_size(self.block_size)
         if self.scale_block < 1:
             raise ValueError(f"NF4View: scale_block is {self.scale_block}, expected at least 1")
         if len(self.scales) not in (1, 3, 4):
@@ -69,7 +68,9 @@ class NF4View:
         if isinstance(weight, NF4View):
             return weight
         if type(weight).__name__ == "DTensor":
-            raise Unsupported("NF4View: the weight is a DTensor; its shards must be gathered first", "DTENSOR")
+            if is_torchao(local := getattr(weight, "_local_tensor", None)):
+                _check_block_size(local.block_size)
+            raise _sharded()
         if is_torchao(weight):
             return _of_torchao(weight)
         if hasattr(weight, "quant_state"):
@@ -93,6 +94,15 @@ class NF4View:
     def parts(self) -> tuple:
         """The fields in order, as an op's schema takes them; NF4View(*parts) undoes it."""
         return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype, self.scale_block
+
+
+def _check_block_size(size: int) -> None:
+    if size < 32 or size & (size - 1):
+        raise Unsupported(f"NF4View: block_size is {size}, powers of two from 32 are covered", "BLOCK_SIZE")
+
+
+def _sharded() -> Unsupported:
+    return Unsupported("NF4View: the weight is a DTensor; its shards must be gathered first", "DTENSOR")
 
 
 def is_dense(weight) -> bool:
@@ -122,10 +132,8 @@ def of_bitsandbytes(weight: Tensor, state, as_linear: bool = False) -> NF4View:
     """A view of bitsandbytes' codes under the QuantState that belongs to them.
 
     as_linear: nested scales as Linear4bit's product takes them, in fp32, where they were quantized from another dtype; else as dequantize_4bit does, rounded to it.
-    Raises as NF4View.of.
+    Raises as NF4View.of, and DTENSOR last: for a weight that fits once its shards are gathered.
     """
-    if type(weight).__name__ == "DTensor":
-        raise Unsupported("NF4View: the weight is a DTensor; its shards must be gathered first", "DTENSOR")
     if state is None:
         raise ValueError("NF4View: the Params4bit is not quantized yet: move it to a device first")
     if getattr(state, "packing_format_for_cpu", False):
@@ -137,6 +145,10 @@ def of_bitsandbytes(weight: Tensor, state, as_linear: bool = False) -> NF4View:
     scales, scale_block = (_flat_scales(state.absmax),), 256
     if state.nested:
         scales, scale_block = (state.absmax, state.state2.code, state.state2.absmax, state.offset.float()), state.state2.blocksize
+    if type(weight).__name__ == "DTensor":
+        codes = torch.empty(weight.numel() * weight.element_size(), dtype=torch.uint8, device="meta")
+        NF4View(codes, state.code.to("meta"), tuple(t.to("meta") for t in scales), state.blocksize, tuple(state.shape), state.dtype, scale_block)
+        raise _sharded()
     # quant_storage may be a float dtype, in which some byte patterns are NaN: only ever look at bytes. By detach: torch.export has zeros for .data.
     packed = weight.detach().view(-1).view(torch.uint8)
     view = NF4View(packed, state.code, scales, state.blocksize, tuple(state.shape), state.dtype, scale_block)

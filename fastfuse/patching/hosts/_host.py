@@ -1,12 +1,13 @@
 """What a host file provides, and what every patched forward does."""
 
 import collections
+import contextlib
 import copy
 import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from fastfuse.modules._hooks import is_hooked
 from fastfuse.ops import EncoderMask, cross_attention
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 from fastfuse.ops.cross_attention import uncovered
+from fastfuse.quant.nf4 import holds_torchao
 
 
 class Reason(NamedTuple):
@@ -87,7 +89,7 @@ class Host:
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
     device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
-    probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, less a known fault of the host library.
+    probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, without a known fault of the host library.
     rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
     image: of a vision encoder, how many tiles an image has at most and how many tokens one becomes.  native: the module is fastfuse's own, and fused as it is.
     """
@@ -157,7 +159,10 @@ class Host:
     def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
         """Why the next call of a module without drift would run its own forward."""
         found = self.refuses(module, options) or self.obstacle(module, options)
-        return None if found is not None and found.code == "DTENSOR" and whole_in_calls(module) else found
+        if found is None or found.code != "DTENSOR" or not whole_in_calls(module):
+            return found
+        with _without_shards(module):
+            return self.obstacle(module, options)
 
 
 class Names(NamedTuple):
@@ -421,12 +426,25 @@ def plain_tensors(*tensors: Tensor | None) -> Reason | None:
 def whole_in_calls(module: nn.Module) -> bool:
     """Whether what is sharded of the module is so between calls alone: FSDP2 puts whole parameters in place before it runs.
 
-    PyTorch has no question for it. FSDP2 leaves a hook of its own on each module whose parameter it shards. Both names are private: should they change,
+    PyTorch offers no way to ask. FSDP2 leaves a hook of its own on each module whose parameter it shards. Both names are private: should they change,
     the answer is no. For patch and the report alone: a call looks at what it finds.
     """
     sharded = (m for m in module.modules() if any(hasattr(p, "device_mesh") for p in m._parameters.values()))
     hooks = (getattr(m, "_load_state_dict_post_hooks", {}).values() for m in sharded)
     return all(any(getattr(hook, "__qualname__", "").startswith("FSDPParam.") for hook in of_one) for of_one in hooks)
+
+
+@contextlib.contextmanager
+def _without_shards(module: nn.Module) -> Iterator[None]:
+    """Whole parameters without values in place of the sharded ones, to find what else stands in the way. NF4 weights stay: no obstacle reads them."""
+    held = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if hasattr(p, "device_mesh") and not holds_torchao(p)]
+    try:
+        for parameters, name, p in held:
+            parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+        yield
+    finally:
+        for parameters, name, p in held:
+            parameters[name] = p
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

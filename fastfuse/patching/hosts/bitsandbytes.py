@@ -25,7 +25,7 @@ def view(module: nn.Module) -> NF4View:
     state = getattr(weight, "quant_state", None)
     if state is None and tuple(weight.shape[1:]) == (1,):  # codes are a column
         state = getattr(module, "quant_state", None)
-    if state is None and not hasattr(weight, "quant_state") and not hasattr(weight, "device_mesh"):
+    if state is None and not hasattr(weight, "quant_state"):
         raise TypeError(f"NF4View: its weight is a plain {str(weight.dtype).removeprefix('torch.')} Parameter")
     return of_bitsandbytes(weight, state, as_linear=True)
 
