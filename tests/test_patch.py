@@ -253,10 +253,47 @@ def test_status_says_what_patch_said(monkeypatch):
     assert kept() is None
 
 
+@pytest.mark.parametrize("how", ["a block", "a block after patch", "unpatch", "verify", "a block without a module"])
+def test_status_says_why_a_module_is_given_back(how, monkeypatch):
+    """By the module it was given back from, whether or not anything else is patched; what patch left out by request stays EXCLUDED."""
+    model = quantized("bitsandbytes")
+    if how == "a block":
+        with fastfuse.patched(model):
+            pass
+    elif how == "a block after patch":
+        fastfuse.patch(model.up)
+        with fastfuse.patched(model):
+            pass
+    elif how == "a block without a module":
+        with fastfuse.patched(model, exclude="down"):
+            fastfuse.unpatch(model)
+    elif how == "unpatch":
+        fastfuse.patch(model)
+        fastfuse.unpatch(model)
+    else:
+        wrong = dataclasses.replace(hosts.bitsandbytes.HOST, fused=lambda *args: hosts.bitsandbytes.HOST.fused(*args) * 1.02)
+        monkeypatch.setattr(hosts, "BUILT_IN", tuple(wrong if h is hosts.bitsandbytes.HOST else h for h in hosts.BUILT_IN))
+        assert [e.code for e in fastfuse.patch(model, verify=True).entries] == ["MISMATCH"] * 2
+    want = {
+        "a block": ["RESTORED", "RESTORED"],
+        "a block after patch": ["", "RESTORED"],
+        "a block without a module": ["RESTORED", "EXCLUDED"],
+        "unpatch": ["RESTORED", "RESTORED"],
+        "verify": ["MISMATCH", "MISMATCH"],
+    }[how]
+    found = fastfuse.status(model).entries
+    assert [e.code for e in found] == want and all(bool(e.reason) == bool(e.code) for e in found)
+    if how.startswith("a block") and "RESTORED" == found[1].code:
+        assert found[1].reason == "the block that it was patched for has ended"
+    assert {e.code for e in fastfuse.status(copy.deepcopy(model)).entries} == {""}
+    fastfuse.patch(model)
+    assert all(e.status == "patched" and e.code == "" for e in fastfuse.status(model).entries) or how == "verify"
+
+
 def test_status_where_nothing_is_patched(monkeypatch):
     model = uncovered("FOREIGN_FORWARD")
     fastfuse.patch(model, exclude="down")
-    assert [(e.name, e.status, e.code) for e in fastfuse.status(model).entries] == [("up", "unpatched", "FOREIGN_FORWARD"), ("down", "unpatched", "")]
+    assert [(e.name, e.status, e.code) for e in fastfuse.status(model).entries] == [("up", "unpatched", "FOREIGN_FORWARD"), ("down", "unpatched", "EXCLUDED")]
     monkeypatch.setenv("FASTFUSE_DISABLE", "1")
     assert whys(fastfuse.status(model)) == whys(fastfuse.patch(model)) and "DISABLED" in str(fastfuse.status(model))
 

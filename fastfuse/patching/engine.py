@@ -10,7 +10,7 @@ import fnmatch
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
 from weakref import WeakKeyDictionary
@@ -27,6 +27,9 @@ from fastfuse.patching.report import Entry, PatchReport
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
 MASKED_ROWS = ("host", "zero", "uniform")
 _UNSEEN = Reason("UNSEEN", "it has come since patch was called, or lies outside of what it was called on: call patch again")
+# What status could not find out from a module: why patch left it out, or who gave it back. None for one that a call of patch has patched.
+# Weak references here, and not on the module: nothing is kept alive, copied or saved.
+_noted: WeakKeyDictionary[nn.Module, Reason | None] = WeakKeyDictionary()
 
 
 def patch(
@@ -86,7 +89,11 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
                 raise Unsupported(f"patch: {message}", "MISMATCH")
             if on_unsupported == "warn":
                 warnings.warn(f"fastfuse.patch: {len(bad)} modules are not covered, the first: {message}", stacklevel=3)
-        _remember(model, {p.module: Reason(p.entry.code, p.entry.reason) for p in plan if p.entry.code in ("EXCLUDED", "MISMATCH")})
+        for p in plan:
+            if p.entry.code in ("EXCLUDED", "MISMATCH"):
+                _noted[p.module] = Reason(p.entry.code, p.entry.reason)
+            elif p.module.__dict__.get("_fastfuse") is not None:
+                _noted.setdefault(p.module, None)
     report = PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
     return report, [p.module for p in plan if p.entry.status == "patched"]
 
@@ -94,15 +101,14 @@ def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, v
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
     check_model("unpatch", model)
-    records, wanted, entries, restored = list(_records(model)), _matcher(include, True), [], {}
+    records, wanted, entries = list(_records(model)), _matcher(include, True), []
     ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in records})
     for names, module, record in records:
         name = names[0]
         if (ops is None or record.op in ops) and any(wanted(n, module) for n in names):
-            found, restored[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
+            found, _noted[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
-    _remember(model, restored)
     for module in model.modules():
         if "_fastfuse" not in module.__dict__:
             _uninstall(module)  # a forward of ours that a wrapper put back after an earlier unpatch
@@ -128,18 +134,20 @@ def patched(
     finally:
         for module in mine:
             _uninstall(module)
+            if _noted.get(module) is None:  # else unpatch inside of the block, or an earlier patch, has more to say
+                _noted[module] = Reason("RESTORED", "the block that it was patched for has ended")
 
 
 def status(model: nn.Module) -> PatchReport:
     """What is patched now, how often each patched module ran its own forward instead, by reason, and why the others are not patched.
 
-    A skip has the code and reason that patch gave. Most are found anew, so they are those of the module as it is; what a module does not tell is kept with
-    those that are patched, by weak references, and a deepcopy or a saved model does not have it: EXCLUDED, MISMATCH, and RESTORED by unpatch. UNSEEN are
-    modules that have come since, as the layers of an adapter over layers that were patched: patch again.
+    A module that is not patched has the code and reason that patch would give it now. Three codes are remembered instead: EXCLUDED, MISMATCH (by verify)
+    and RESTORED (by unpatch, or at the end of a `patched` block). A deepcopy and a saved model do not have these.
+    UNSEEN: the module was added after patch was called, such as an adapter over patched layers. Call patch again.
     """
     check_model("status", model)
     records, entries = [record for *_, record in _records(model)], []
-    options, known = records[0].options if records else Options(), _known(records)
+    options, known = records[0].options if records else Options(), any(module in _noted for module in model.modules())
     for name, module in model.named_modules():
         host, record = host_of_module(module), module.__dict__.get("_fastfuse")
         if record is not None:
@@ -153,8 +161,8 @@ def status(model: nn.Module) -> PatchReport:
             )
         else:
             entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched", layout=_layout(host, module))
-            kept = next((each[module] for each in known if module in each), None)
-            if found := kept or _refused(host, module, options) or (_UNSEEN if known else None):
+            unseen = _UNSEEN if known and module not in _noted else None
+            if found := _refused(host, module, options, _noted.get(module)) or unseen:
                 entry = replace(entry, code=found.code, reason=found.words)
         entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
@@ -240,7 +248,7 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
             entry = _described(host, module, replace(entry, status="already"), record.options)
         elif host.native:
             entry = replace(entry, status="already", backend=runs_on(host.device(module), Options()))
-        elif found := _refused(host, module, options, asked):
+        elif found := _refused(host, module, options, None if asked else Reason("EXCLUDED", "not asked for")):
             entry = _skipped(entry, found)
         else:
             _check_interpreter(host, module, options)
@@ -249,26 +257,15 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
     return plan
 
 
-def _refused(host: Host, module: nn.Module, options: Options, asked: bool = True) -> Reason | None:
-    """Why patch leaves the module alone."""
+def _refused(host: Host, module: nn.Module, options: Options, noted: Reason | None) -> Reason | None:
+    """Why patch leaves the module alone. noted: a reason that the module itself does not show."""
     if os.environ.get("FASTFUSE_DISABLE") == "1":
         return Reason("DISABLED", "FASTFUSE_DISABLE is set")
-    if not asked:
-        return Reason("EXCLUDED", "not asked for")
+    if noted is not None:
+        return noted
     if (author := foreign_forward(host, module)) is not None:
         return Reason("FOREIGN_FORWARD", f"its forward comes from {author}")
     return host.drift(module) or host.refuses(module, options)
-
-
-def _remember(model: nn.Module, left_out: dict[nn.Module, Reason]) -> None:
-    """Tell all that is patched what is not."""
-    for each in _known([record for *_, record in _records(model)]):
-        each.update(left_out)
-
-
-def _known(records: list[Record]) -> list[MutableMapping[nn.Module, Reason]]:
-    """What each call of patch has left out: all that it has patched share it."""
-    return list({id(record.left_out): record.left_out for record in records if record.left_out is not None}.values())
 
 
 def _skipped(entry: Entry, reason: Reason) -> Entry:
@@ -300,14 +297,13 @@ def _layout(host: Host, module: nn.Module) -> str:
 
 
 def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
-    left_out = WeakKeyDictionary()
     try:
         for p in todo:
             slot = forward_slot(p.module)
             before = p.module.__dict__.get(slot)
             if host_of(before) is not None:
                 before = None  # ours, put back by a wrapper that outlived an unpatch
-            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), p.module, left_out)
+            p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), p.module)
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
         for p in todo:

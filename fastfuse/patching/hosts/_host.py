@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -210,7 +210,6 @@ class Record:
     original: Callable | None  # what the instance had there; None where it used its class's forward
     names: Names
     module: nn.Module  # the one that keeps this
-    left_out: MutableMapping[nn.Module, Reason] | None = None  # what a patch has left out for reasons it would not find again; a copy does not know
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
 
     def __deepcopy__(self, memo) -> "Record":
