@@ -478,11 +478,27 @@ def test_a_dtensor_is_left_to_the_modules_own_forward(part, when, mesh):
     setattr(owner, name, nn.Parameter(distribute_tensor(getattr(owner, name).detach(), mesh, [Replicate()])))
     if when == "before the patch":
         report = fastfuse.patch(model, ops="nf4_lora_linear")
-        assert [e.code for e in report.patched] == ["DTENSOR", ""]
+        assert [e.code for e in report.patched] == ["DTENSOR", ""] and report.patched[0].reason.startswith("runs its own forward for now: a weight is sharded")
     # PyTorch has no rule by which bitsandbytes' own op takes a DTensor bias: that error is the unpatched layer's too.
     refused = pytest.raises((NotImplementedError, RuntimeError)) if part == "base bias" else contextlib.nullcontext()
     with implicit_replication(), pytest.warns(UserWarning, match="DTENSOR"), refused:
         assert_rounding_apart(layer(x).full_tensor(), want, K=128, products=2)
+    assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after the patch"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_bias_that_is_a_dtensor_is_reported(host, when, mesh):
+    """One that no call finds gathered: FSDP2 did not make it."""
+    model, x = quantized(host), torch.randn(3, 128)
+    if when == "after the patch":
+        fastfuse.patch(model)
+    model.up.bias = nn.Parameter(distribute_tensor(model.up.bias.detach(), mesh, [Replicate()]))
+    report = fastfuse.status(model) if when == "after the patch" else fastfuse.patch(model)
+    words = "runs its own forward for now: a weight is sharded (DTensor): the op would see one shard"
+    assert [(e.status, e.code, e.reason) for e in report.entries] == [("patched", "DTENSOR", words), ("patched", "", "")]
+    with implicit_replication(), pytest.warns(UserWarning, match="DTENSOR"), contextlib.suppress(NotImplementedError, RuntimeError):
+        model.up(x)
     assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
 
 

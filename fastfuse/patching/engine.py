@@ -288,8 +288,7 @@ def _described(host: Host, module: nn.Module, entry: Entry, options: Options) ->
         entry = replace(entry, layout=host.layout(module), backend=runs_on(host.device(module), options))
     if found is None:
         return entry
-    how = "fused where a call finds the weight gathered, as under FSDP2" if found.code == "DTENSOR" else "runs its own forward for now"
-    return replace(entry, code=found.code, reason=f"{how}: {found.words}")
+    return replace(entry, code=found.code, reason=f"runs its own forward for now: {found.words}")
 
 
 def _layout(host: Host, module: nn.Module) -> str:

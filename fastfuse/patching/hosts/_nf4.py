@@ -31,7 +31,7 @@ def nf4_host(
         tensor = given.get(x)
         if not isinstance(tensor, Tensor):
             return Reason("ARGUMENTS", "called with something else than one tensor")
-        if found := obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh"))):
+        if found := in_the_way(module, tensor):
             return found
         found = read(module)
         if type(found) is Reason:
@@ -39,6 +39,9 @@ def nf4_host(
         if tensor.shape[-1:] != found.shape[1:]:
             return Reason("SHAPE", "the input's last dim is not the weight's K")
         return fused(module, tensor, found, options.named())
+
+    def in_the_way(module: nn.Module, tensor: Tensor | None) -> Reason | None:
+        return obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh")))
 
     def read(module: nn.Module) -> NF4View | Reason:
         try:
@@ -78,6 +81,6 @@ def nf4_host(
         return out if type(out) is Reason else (out, [made])
 
     return Host(
-        takes=(x,), refuses=refuses, obstacle=lambda module, options: obstacle(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
+        takes=(x,), refuses=refuses, obstacle=lambda module, options: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
         layout=layout, **how,
     )  # fmt: skip
