@@ -329,6 +329,27 @@ def test_status_says_what_has_come_since(how, host):
     assert fastfuse.status(model).fallbacks == {}
 
 
+def test_a_renamed_argument_that_only_a_keyword_gives(monkeypatch):
+    """The module's own forward gets it by the name in its signature: its **others would swallow another one."""
+
+    class Layer(nn.Module):
+        def forward(self, x, *, past_key_values=None, **others):
+            return x, past_key_values, others
+
+    host = hosts.Host(
+        name="renamed", op="renamed", matches=lambda module: isinstance(module, Layer), takes=("x", "cache"), renamed=(("cache", "past_key_values"),),
+        fused=lambda module, given, options: _host.Reason("NEVER", "is not fused"), fallback=lambda module, given, options: _host.call_own(module, given),
+    )  # fmt: skip
+    monkeypatch.setattr(hosts, "BUILT_IN", (host,))
+    layer = Layer()
+    assert fastfuse.patch(layer).counts == {"patched": 1}
+    with pytest.warns(UserWarning, match="NEVER"):
+        assert layer(1, past_key_values=2) == (1, 2, {})
+    with pytest.warns(UserWarning, match="called with cache, which its forward does not know"):
+        assert layer(1, cache=2) == Layer()(1, cache=2) == (1, None, {"cache": 2})
+    assert fastfuse.status(layer).fallbacks == {"NEVER": 1, "ARGUMENTS": 1}
+
+
 def test_all_or_nothing(monkeypatch):
     model = lora("bitsandbytes")
     engine = fastfuse.patch.__globals__

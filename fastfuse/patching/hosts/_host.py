@@ -178,9 +178,10 @@ class Names(NamedTuple):
         """A forward is called by the name in its signature and, as libraries rename, by the older ones of the same row."""
         found = list(inspect.signature(type(module).forward).parameters.values())[1:]
         positional = tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        known = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         hosts, own, unknown = {}, {}, ()
         for row in renamed:
-            at = next((i for i, name in enumerate(row) if name in positional), 0)
+            at = next((i for i, name in enumerate(row) if name in known), 0)
             hosts |= dict.fromkeys(row[max(at, 1) :], row[0])
             own |= {row[0]: row[at]} if at else {}
             unknown += row[:at]
