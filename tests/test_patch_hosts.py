@@ -17,6 +17,8 @@ from torch import nn
 from weights import quantize, requantized
 
 import fastfuse
+from fastfuse.patching import hosts
+from fastfuse.quant import NF4View
 
 
 def compiled(module):
@@ -802,3 +804,26 @@ def test_flat_scales_that_were_packed_and_unpacked_are_not_patched():
     report = fastfuse.patch(model)
     assert [(e.name, e.status, e.code) for e in report.entries] == [("up", "skipped", "CPU_UNPACKED_BNB"), ("down", "patched", "")]
     assert "its absmax is torch.bfloat16 (2, 256)" in report.entries[0].reason
+
+
+@pytest.mark.parametrize("wrap", ["bare", "lora"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_call_looks_at_its_weight_once(host, wrap, monkeypatch):
+    """The op gets a view that has been checked, and the base layer's kind is found once."""
+    layer = quantized(host).up if wrap == "bare" else lora(host).base_model.model.up
+    fastfuse.patch(layer)
+    counts, x = {"checks": 0, "matches": 0}, torch.randn(3, 128, requires_grad=True)
+
+    def counted(name, function):
+        def wrapper(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return wrapper
+
+    monkeypatch.setattr(NF4View, "__post_init__", counted("checks", NF4View.__post_init__))
+    kind = hosts.bitsandbytes if host == "bitsandbytes" else hosts.torchao
+    monkeypatch.setattr(kind, "matches", counted("matches", kind.matches))
+    layer(x).sum().backward()
+    assert x.grad is not None and counts == {"checks": 1, "matches": 0 if wrap == "bare" else 1}
+    assert fastfuse.status(layer).fallbacks == {}

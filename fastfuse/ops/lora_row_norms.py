@@ -89,12 +89,12 @@ def lora_row_norms_cost(weight, lora_a: Tensor | None, lora_b: Tensor | None) ->
 
 def _reference(packed: Tensor, *args) -> Tensor:
     *parts, dtype, a, b, scaling, _interpret = args
-    return lora_row_norms_ref(nf4_dequantize_ref(NF4View(packed, *parts), dtype), a, b, scaling)
+    return lora_row_norms_ref(nf4_dequantize_ref(NF4View.from_parts(packed, *parts), dtype), a, b, scaling)
 
 
 def _cpu(packed: Tensor, *args) -> Tensor:
     *parts, dtype, a, b, scaling, _interpret = args
-    chunks = decoded_rows(NF4View(packed, *parts), dtype)
+    chunks = decoded_rows(NF4View.from_parts(packed, *parts), dtype)
     return torch.cat([lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], scaling) for row, w in chunks])
 
 
@@ -103,7 +103,7 @@ def _nf4_row_norms(
     packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
     dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, interpret: bool,
 ) -> Tensor:  # fmt: skip
-    view = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block)
+    view = NF4View.from_parts(packed, code, scales, block_size, shape, w_dtype, scale_block)
     (N, K), R = shape, 0 if a is None else a.shape[0]
     decode = decode_branch(view, dtype)
     tile = tune.pick("lora_row_norms", tune.arch_of(packed.device), decode=decode, N=N, K=K, R=R)

@@ -67,7 +67,7 @@ def nf4_dequantize_cost(weight, dtype: torch.dtype) -> Cost:
 
 def _reference(packed: Tensor, *args) -> Tensor:
     *parts, dtype, _interpret = args
-    return nf4_dequantize_ref(NF4View(packed, *parts), dtype)
+    return nf4_dequantize_ref(NF4View.from_parts(packed, *parts), dtype)
 
 
 @fused_op("nf4_dequantize", reference=_reference)
@@ -82,7 +82,7 @@ def _nf4_dequantize(
     dtype: torch.dtype,
     interpret: bool,
 ) -> Tensor:
-    weight = NF4View(packed, code, tuple(scales), block_size, tuple(shape), w_dtype, scale_block)
+    weight = NF4View.from_parts(packed, code, scales, block_size, shape, w_dtype, scale_block)
     out = torch.empty(weight.shape, dtype=kernel_dtype(dtype), device=weight.device)
     dequantize_into(out, weight, dtype)
     return out.to(dtype)

@@ -373,8 +373,8 @@ class Group:
         if not self.block_size:
             return self.packed[i]
         n = len(self.scales) // len(self)
-        scales = tuple(self.scales[i * n : i * n + n])
-        return NF4View(self.packed[i], self.code[i], scales, self.block_size, (self.rows[i], K), self.w_dtype, self.scale_block)
+        scales = self.scales[i * n : i * n + n]
+        return NF4View.from_parts(self.packed[i], self.code[i], scales, self.block_size, (self.rows[i], K), self.w_dtype, self.scale_block)
 
     def columns(self, i: int) -> slice:
         """Where projection i's x A^T lies among all."""

@@ -44,12 +44,13 @@ class NF4View:
         blocks = -(-n // self.block_size)
         groups = -(-blocks // self.scale_block)
         fp32 = torch.float32
-        layouts = {
-            1: ((blocks, fp32),),
-            3: ((blocks, torch.int8), (groups, self.dtype), (1, self.dtype)),
-            4: ((blocks, torch.uint8), (256, fp32), (groups, fp32), (1, fp32)),
-        }
-        expected = (((n + 1) // 2, torch.uint8), (16, self.dtype if len(self.scales) == 3 else fp32), *layouts[len(self.scales)])
+        if len(self.scales) == 1:
+            layout = ((blocks, fp32),)
+        elif len(self.scales) == 3:
+            layout = ((blocks, torch.int8), (groups, self.dtype), (1, self.dtype))
+        else:
+            layout = ((blocks, torch.uint8), (256, fp32), (groups, fp32), (1, fp32))
+        expected = (((n + 1) // 2, torch.uint8), (16, self.dtype if len(self.scales) == 3 else fp32), *layout)
         for name, part, (size, dtype) in zip(_PARTS, (self.packed, self.code, *self.scales), expected, strict=False):
             if part.dtype != dtype or part.numel() != size or part.dim() > 1:
                 have = f"{part.dtype} {tuple(part.shape)}"
@@ -92,8 +93,15 @@ class NF4View:
         return self.packed.device
 
     def parts(self) -> tuple:
-        """The fields in order, as an op's schema takes them; NF4View(*parts) undoes it."""
+        """The fields in order, as an op's schema takes them; NF4View(*parts) and from_parts undo it."""
         return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype, self.scale_block
+
+    @classmethod
+    def from_parts(cls, packed, code, scales, block_size, shape, dtype, scale_block) -> "NF4View":
+        """The view that parts() are from, not checked again: for the inside of an op, where a caller's view has been checked."""
+        view = object.__new__(cls)
+        view.__dict__.update(packed=packed, code=code, scales=tuple(scales), block_size=block_size, shape=tuple(shape), dtype=dtype, scale_block=scale_block)
+        return view
 
 
 def _check_block_size(size: int) -> None:

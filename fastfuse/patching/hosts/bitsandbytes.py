@@ -16,7 +16,10 @@ _PARTS = ("compute_dtype", "compute_type_is_set", "set_compute_type", "bias")
 
 
 def matches(module: nn.Module) -> bool:
-    return parameter(module, "weight") is not None and all(hasattr(module, part) for part in _PARTS)
+    if parameter(module, "weight") is None:
+        return False
+    # One by one, and not all(...) over _PARTS: every call of an adapter asks it, and a generator is slow.
+    return hasattr(module, "compute_dtype") and hasattr(module, "compute_type_is_set") and hasattr(module, "set_compute_type") and hasattr(module, "bias")
 
 
 def view(module: nn.Module) -> NF4View:

@@ -10,7 +10,7 @@ from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain, plain_tensors, rebound
 from fastfuse.patching.hosts._nf4 import nf4_host
-from fastfuse.quant.nf4 import NF4View
+from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
 
@@ -21,12 +21,13 @@ def matches(module: nn.Module) -> bool:
 
 def _base(module: nn.Module):
     """The host of the base layer."""
-    return next((host for host in (bitsandbytes, torchao) if host.matches(module.base_layer)), None)
+    base = module.base_layer
+    return bitsandbytes if bitsandbytes.matches(base) else torchao if torchao.matches(base) else None
 
 
 def _view(module: nn.Module) -> NF4View:
-    host = _base(module)
-    return NF4View.of(module.base_layer.weight) if host is None else host.view(module.base_layer)
+    base = module.base_layer
+    return NF4View.of(base.weight) if holds_torchao(base.weight) else bitsandbytes.view(base)
 
 
 def _active(self: nn.Module) -> list[str]:

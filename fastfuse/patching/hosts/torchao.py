@@ -13,10 +13,6 @@ def matches(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and holds_torchao(parameter(module, "weight"))
 
 
-def view(module: nn.Module) -> NF4View:
-    return NF4View.of(module.weight)
-
-
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if x is None:
         return None
@@ -36,7 +32,7 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 
 HOST = nf4_host(
-    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight, view=view,
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
     obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip
