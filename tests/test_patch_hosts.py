@@ -776,7 +776,10 @@ def test_codes_that_have_lost_their_quant_state(wrap):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("wrap", ["bare", "lora"])
 def test_scales_quantized_from_16_bits_as_the_layers_own_product_takes_them(wrap, dtype):
-    """In fp32, unrounded: only dequantize_4bit rounds them. fp32 activations over weights that were 16-bit show the difference."""
+    """In fp32, unrounded: only dequantize_4bit rounds them. fp32 activations over weights that were 16-bit show the difference.
+
+    dx is the forward's gradient. bitsandbytes' own is not: its backward decodes by dequantize_4bit.
+    """
     model = quantized("bitsandbytes") if wrap == "bare" else lora("bitsandbytes")
     layer, x = model.up if wrap == "bare" else model.base_model.model.up, torch.randn(6, 128)
     base = layer if wrap == "bare" else layer.base_layer
@@ -794,6 +797,12 @@ def test_scales_quantized_from_16_bits_as_the_layers_own_product_takes_them(wrap
     assert {e.layout for e in report.patched} == {"bitsandbytes nested, blocks of 64"} and not report.skipped
     with torch.no_grad():
         assert_rounding_apart(layer(x), exact.float(), K=128, products=2)
+    x, dy = x.requires_grad_(), torch.randn(6, 256)
+    (dx,) = torch.autograd.grad(layer(x), x, dy)
+    want = dy.double() @ w
+    if wrap == "lora":
+        want = want + layer.scaling["default"] * dy.double() @ b @ a
+    assert_rounding_apart(dx, want.float(), K=256, products=2)
     assert fastfuse.status(model).fallbacks == {}
 
 

@@ -139,7 +139,9 @@ def _of_torchao(weight) -> NF4View:
 def of_bitsandbytes(weight: Tensor, state, as_linear: bool = False) -> NF4View:
     """A view of bitsandbytes' codes under the QuantState that belongs to them.
 
-    as_linear: nested scales as Linear4bit's product takes them, in fp32, where they were quantized from another dtype; else as dequantize_4bit does, rounded to it.
+    as_linear: only makes a difference for nested scales that were quantized from bf16 or fp16. True keeps them in fp32, as Linear4bit's forward does; False
+        rounds them to that dtype, as dequantize_4bit does. bitsandbytes' backward calls dequantize_4bit, so its dx is of another weight than its forward's.
+        fastfuse's dx is of the forward's weight.
     Raises as NF4View.of, and DTENSOR last: for a weight that fits once its shards are gathered.
     """
     if state is None:
