@@ -348,7 +348,7 @@ def test_fsdp2_of_a_version_with_other_private_names(wrap, changed, order, mesh)
     else:
         described = fastfuse.status(model).entries
         assert {(e.status, e.code) for e in described} == {("patched", "DTENSOR")}
-        assert all(e.reason.startswith("fused where a call finds the weight gathered, as under FSDP2: ") for e in described)
+        assert all(e.reason.startswith("runs its own forward for now: ") for e in described)  # which is less than the truth
     got = model(x)
     got.square().sum().backward()
     assert fastfuse.status(model).fallbacks == {}
