@@ -238,10 +238,11 @@ def norm_bwd_kernel(dy_ptr, x_ptr, stats_ptr, w_ptr, dx_ptr, dw_ptr, db_ptr, sha
     offs = (p * rows).to(tl.int64) * N + n
     for row in range(p * rows, tl.minimum((p + 1) * rows, M)):
         real = row % shape[0] < shape[1]
-        dy = tl.load(dy_ptr + offs, mask=mask & real, other=0.0).to(tl.float32)
+        here = (mask & real) != 0  # a block and a flag are an integer in the interpreter, which 3.9 takes for no mask
+        dy = tl.load(dy_ptr + offs, mask=here, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row)
         rstd = tl.load(stats_ptr + M + row, mask=real, other=0.0)  # of a padding row infinite where eps is 0
-        xhat = tl.where(mask, tl.load(x_ptr + offs, mask=mask & real, other=0.0).to(tl.float32) - mean, 0.0) * rstd
+        xhat = tl.where(mask, tl.load(x_ptr + offs, mask=here, other=0.0).to(tl.float32) - mean, 0.0) * rstd
         g = dy * w
         dx = (g - tl.sum(g, 0) / N - xhat * (tl.sum(g * xhat, 0) / N)) * rstd
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -291,7 +292,8 @@ def place_bwd_kernel(
         if dtable_ptr is not None:
             tl.store(dtable_ptr + start + offs, (part * tl.load(factors_ptr + 1)).to(dtable_ptr.dtype.element_ty), mask=mask)
         if dots_ptr is not None:
-            along += part * tl.load(table_ptr + start + offs, mask=mask & (last > first), other=0.0).to(tl.float32)
+            has_tiles = (mask & (last > first)) != 0
+            along += part * tl.load(table_ptr + start + offs, mask=has_tiles, other=0.0).to(tl.float32)
         if pre_ptr is not None:
             tl.store(pre_ptr + (pid_t * rows + row) * N + n, tl.sum(tl.where(is_patch, part, 0.0), 0), mask=n < N)
         start += shape[1] * N

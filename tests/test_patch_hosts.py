@@ -585,7 +585,7 @@ def test_other_tuners_are_not_lora():
     model, x = get_peft_model(model, config), torch.randn(2, 128)
     want = model(x)
     assert {e.op for e in fastfuse.patch(model).patched} == {"nf4_linear"}
-    torch.testing.assert_close(model(x), want)
+    assert_rounding_apart(model(x), want, K=256, products=6)  # three products a layer, two layers
 
 
 def louder(cls):
