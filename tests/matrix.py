@@ -74,7 +74,7 @@ ROWS = (
     Row(
         "oldest",
         "the oldest that pyproject.toml allows, on torch 2.13, not 2.11",
-        {"transformers": "5.18.0", "peft": "0.19.0", "bitsandbytes": "0.50.0", "torchao": "0.16.0", "accelerate": "1.1.0", "triton": "3.6.0", "numpy": "2.3.5"},
+        {"transformers": "5.18.0", "peft": "0.19.0", "bitsandbytes": "0.50.0", "torchao": "0.16.0", "accelerate": "1.3.0", "triton": "3.6.0", "numpy": "2.3.5"},
         _HOSTS,
     ),
     Row("transformers-5.18", "the oldest transformers alone", {"transformers": "5.18.0"}, _HOSTS),
