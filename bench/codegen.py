@@ -32,6 +32,23 @@ from bench import codegen_store as store
 from bench import sass
 from bench.sass import Work
 from fastfuse import tune
+from fastfuse.kernels.arguments import (
+    CacheStrides,
+    DkDvStrides,
+    DqStrides,
+    FlatScales,
+    ForwardStrides,
+    Geometry,
+    Image,
+    Lengths,
+    Mask,
+    NestedScales,
+    NF4Weight,
+    Operand,
+    Placed,
+    Strides,
+    TorchaoScales,
+)
 from fastfuse.kernels.cross_attention import (
     cross_attention_delta_kernel,
     cross_attention_dkdv_kernel,
@@ -66,8 +83,7 @@ from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TI
 from fastfuse.ops.static_kv_cache import _ELEMENTS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# absmax | index, code, absmax, offset | scaler, factor, mean
-LAYOUTS = {"flat": ("*fp32",), "nested": ("*u8", "*fp32", "*fp32", "*fp32"), "torchao": ("*i8", "*{w}", "*{w}"), "torchao/200": ("*i8", "*{w}", "*{w}")}
+LAYOUTS = ("flat", "nested", "torchao", "torchao/200")
 # Bytes of a weight with its scales. The scales of scales, 0.05% of that, are left out.
 PACKED = {"flat": 0.5 + 4 / 64, "nested": 0.5 + 1 / 64, "torchao": 0.5 + 1 / 64, "torchao/200": 0.5 + 1 / 64}
 SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
@@ -180,9 +196,9 @@ def _rows(op: str, arch: str) -> list[dict]:
 
 
 def _dequantize(arch: str) -> Iterator[Specimen]:
-    for layout, types in LAYOUTS.items():
+    for layout in LAYOUTS:
         for out in ("bf16", "fp16", "fp32"):
-            signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(types, out), "out_ptr": f"*{out}", "n_elements": "i32"}
+            signature = {"weight": _weight(layout, out), "out_ptr": f"*{out}", "n_elements": "i32"}
             weights = _BYTES // SIZE[out]
             constants = {"BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "BLOCKS": weights // 64, "DECODE": _branch(arch, layout, out)}
             options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -222,7 +238,7 @@ def linear_specimens(arch: str, tile: dict, layout: str, x: str, adapter: str, p
     common = {"PROJECTIONS": projections, "BLOCK_SIZE": 64, "SCALE_BLOCK": SCALE_BLOCKS.get(layout, 256), "DECODE": _branch(arch, layout, x)}
     options = {k: tile[k] for k in ("num_warps", "num_stages")}
     low = x if adapter == "-" else adapter
-    group = (_projection(layout, x, adapter, factor, bias=adapter == "-"),) * projections
+    group = (_operand(layout, x, adapter, factor, bias=adapter == "-"),) * projections
     name = _name(tile, layout, x, adapter) + (f" x{projections}" if projections > 1 else "") + (" factor" if factor else "")
     work = _decoding(layout, constants)
     base = {"x_ptr": f"*{x}", "group": group, "xa_ptr": f"*{low}", "M": "i32", "K": "i32"}
@@ -247,7 +263,7 @@ def _decoding(layout: str, constants: dict) -> Work:
 def dx_specimen(arch: str, tile: dict, layout: str, x: str, adapter: str, projections: int, factor: bool, dropout: bool) -> Specimen:
     constants = dict(tile["constants"]) | {"PROJECTIONS": projections, "BLOCK_SIZE": 64, "SCALE_BLOCK": 256, "DECODE": _branch(arch, layout, x), "CUT_K": False}
     low = x if adapter == "-" else adapter
-    signature = {"group": (_projection(layout, x, adapter, factor),) * projections, "dxa_ptr": f"*{low}", "dx_ptr": f"*{x}"}
+    signature = {"group": (_operand(layout, x, adapter, factor),) * projections, "dxa_ptr": f"*{low}", "dx_ptr": f"*{x}"}
     signature |= dict.fromkeys(("stride_dxam", "M", "K", "threshold"), "i32") | {"rescale": "fp32"}
     if dropout:
         signature["seeds_ptr"] = "*i64"
@@ -264,7 +280,7 @@ NORM_VARIANTS = [("nested", "bf16", "bf16"), ("torchao", "bf16", "fp32"), ("flat
 
 
 def row_norms_specimen(arch: str, tile: dict, layout: str, out: str, adapter: str) -> Specimen:
-    signature = {"packed_ptr": "*u8", "code_ptr": _code(layout, out), "scales": _layout(LAYOUTS[layout], out), "norms_ptr": "*fp32", "scaling": "fp32"}
+    signature = {"weight": _weight(layout, out), "norms_ptr": "*fp32", "scaling": "fp32"}
     signature |= {"a_ptr": f"*{adapter}", "b_ptr": f"*{adapter}"} | dict.fromkeys(("N", "K", "R"), "i32")
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[out]
     constants = {"a_ptr": None, "b_ptr": None} if adapter == "-" else {}
@@ -289,9 +305,9 @@ def _fits(when: dict, low: str) -> bool:
 
 def low_rank_specimen(arch: str, op: str, tile: dict, x: str, low: str, dropout: bool, half: str = "") -> Specimen:
     """half: of lora_grad, "both" products or the "outer" one."""
-    ints = ("M", "K", "C", "R", "stride_xm", "stride_lm", "stride_tm", "stride_tr", "stride_tc", "rows_per_split", "threshold")
-    types = dict.fromkeys(("x_ptr", "out_ptr", "tall_ptr"), f"*{x}") | dict.fromkeys(("a_ptr", "low_ptr", "thin_ptr"), f"*{low}")
-    types |= dict.fromkeys(("part_ptr", "outer_ptr", "through_ptr"), "*fp32") | {"scaling": "fp32"} | dict.fromkeys(ints, "i32")
+    ints = ("M", "K", "C", "R", "stride_xm", "stride_xa", "stride_am", "stride_lr", "stride_lc", "rows_per_split", "threshold")
+    types = dict.fromkeys(("x_ptr", "out_ptr", "activation_ptr"), f"*{x}") | dict.fromkeys(("a_ptr", "xa_ptr", "lora_ptr"), f"*{low}")
+    types |= dict.fromkeys(("part_ptr", "outer_ptr", "d_xa_ptr"), "*fp32") | {"scaling": "fp32"} | dict.fromkeys(ints, "i32")
     constants = {k: v for k, v in tile["constants"].items() if k != "PROGRAMS"} | {"PRECISION": _precision(arch)}
     if dropout:
         types["seed_ptr"] = "*i64"
@@ -302,7 +318,7 @@ def low_rank_specimen(arch: str, op: str, tile: dict, x: str, low: str, dropout:
     products = elements * constants.get("BLOCK_R", 16) * PRODUCT[low]  # up: as of rank 16
     name = f"{x} {low}" + (" dropout" if dropout else "")
     if op == "lora_grad":
-        constants |= {"factor_ptr": None} | ({} if half == "both" else {"thin_ptr": None, "through_ptr": None})
+        constants |= {"factor_ptr": None} | ({} if half == "both" else {"lora_ptr": None, "d_xa_ptr": None})
         name, products = f"{name} R{constants['BLOCK_R']} {half}", products * (2 if half == "both" else 1)
     else:
         name += f" {'x'.join(str(constants[f'BLOCK_{d}']) for d in 'MRKC' if f'BLOCK_{d}' in constants)} w{options['num_warps']}"
@@ -326,7 +342,8 @@ PATCH_VARIANTS = [
     ("fp32", "fp32", "fp32", False, True),
 ]
 # As of 560 x 560 pixels in patches of 14 (16 where they are gathered), channels first.
-_IMAGE, _SHAPE = ("i32/16", "i32/16", "i32/16", 1, "i32"), ("i32", "i32", "i32/16", 1, 0)
+_IMAGE = Image(stride_tile="i32/16", stride_channel="i32/16", stride_line="i32/16", stride_pixel=1, across="i32")
+_GEOMETRY = Geometry(padded="i32", tokens="i32", patches="i32/16", first=1, cls_at=0)
 
 
 def _serves(when: dict, weight: str, table: str) -> bool:
@@ -336,10 +353,10 @@ def _serves(when: dict, weight: str, table: str) -> bool:
     return table != "fp32" if when.get("out", "16-bit") == "16-bit" else True
 
 
-def _tables(dtype: str, tiled: bool, bias: bool = False) -> tuple:
-    """The type of the tables that kernels/patch_embed.py describes."""
+def _placed(dtype: str, tiled: bool, bias: bool = False) -> Placed:
     t = f"*{dtype}"
-    return (t, t if bias else None, t, *((t, t, "*i32", "*fp32") if tiled else (None,) * 4))
+    placed = Placed(cls=t, bias=t if bias else None, local_pos=t)
+    return placed._replace(global_pos=t, pre_pos=t, rows="*i32", factors="*fp32") if tiled else placed
 
 
 def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, normalised: bool, tiled: bool, patch: int = 0) -> Specimen:
@@ -349,7 +366,7 @@ def patch_specimen(arch: str, tile: dict, weight: str, table: str, images: str, 
     line = -(-size // 8) * 8 if direct else size
     constants = dict(tile["constants"]) | {"CHANNELS": 3, "PATCH_H": size, "PATCH_W": size, "LINE": line, "PRECISION": _precision(arch)}
     signature = {"x_ptr": f"*{images if direct else weight}", "w_ptr": f"*{weight}", "out_ptr": f"*{table}"}
-    signature |= {"tables": _tables(table, tiled, not tiled), "image": _IMAGE, "shape": _SHAPE} | dict.fromkeys("MNK", "i32")
+    signature |= {"tables": _placed(table, tiled, not tiled), "image": _IMAGE, "shape": _GEOMETRY} | dict.fromkeys("MNK", "i32")
     if direct and normalised:
         signature |= {"scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
     else:
@@ -370,7 +387,7 @@ def _patch_passes(arch: str) -> Iterator[Specimen]:
     """What surrounds the GEMM, forward and backward."""
     rows, columns = triton_block(1280)
     for images, out in (("bf16", "bf16"), ("fp32", "bf16"), ("u8", "bf16"), ("fp32", "fp32")):
-        signature = {"images_ptr": f"*{images}", "a_ptr": f"*{out}", "image": _IMAGE, "shape": _SHAPE} | dict.fromkeys("MK", "i32")
+        signature = {"images_ptr": f"*{images}", "a_ptr": f"*{out}", "image": _IMAGE, "shape": _GEOMETRY} | dict.fromkeys("MK", "i32")
         constants = {"CHANNELS": 3, "PATCH_H": 14, "PATCH_W": 14, "BLOCK_M": _BLOCK_M, "BLOCK_K": _BLOCK_K}
         if images == "u8":
             signature |= {"scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
@@ -381,7 +398,7 @@ def _patch_passes(arch: str) -> Iterator[Specimen]:
         yield Specimen("patch_embed", f"patchify {images} to {out}", arch, patchify_kernel, signature, constants, {"num_warps": 4}, work)
     for dtype, norm, keep in (("bf16", False, False), ("bf16", True, False), ("bf16", True, True), ("fp32", True, True)):
         t = f"*{dtype}"
-        signature = {"x_ptr": t, "y_ptr": t, "tables": _tables(dtype, True), "shape": _SHAPE, "M": "i32", "N": "i32", "eps": "fp32"}
+        signature = {"x_ptr": t, "y_ptr": t, "tables": _placed(dtype, True), "shape": _GEOMETRY, "M": "i32", "N": "i32", "eps": "fp32"}
         signature |= {"norm_w_ptr": t, "norm_b_ptr": t, "kept_ptr": t, "stats_ptr": "*fp32"}
         constants = {"NORM": norm, "BLOCK_M": rows, "BLOCK_N": columns}
         constants |= {} if norm else {"norm_w_ptr": None, "norm_b_ptr": None}
@@ -391,12 +408,12 @@ def _patch_passes(arch: str) -> Iterator[Specimen]:
         yield Specimen("patch_embed", name, arch, place_kernel, signature, constants, {"num_warps": 4}, work)
     for dtype in ("bf16", "fp32"):
         t = f"*{dtype}"
-        signature = {"dy_ptr": t, "x_ptr": t, "stats_ptr": "*fp32", "w_ptr": t, "dx_ptr": t, "dw_ptr": "*fp32", "db_ptr": "*fp32", "shape": _SHAPE}
+        signature = {"dy_ptr": t, "x_ptr": t, "stats_ptr": "*fp32", "w_ptr": t, "dx_ptr": t, "dw_ptr": "*fp32", "db_ptr": "*fp32", "shape": _GEOMETRY}
         signature |= dict.fromkeys(("M", "N", "rows"), "i32")
         options, work = {"num_warps": norm_warps(columns)}, Work("element", 1280, bytes=1280 * SIZE[dtype] * 3)
         yield Specimen("patch_embed", f"norm backward {dtype}", arch, norm_bwd_kernel, signature, {"BLOCK_N": columns}, options, work)
         signature = {"dy_ptr": t, "order_ptr": "*i32", "starts_ptr": "*i32", "table_ptr": t, "local_ptr": t, "factors_ptr": "*fp32", "total_ptr": "*fp32"}
-        signature |= {"dtable_ptr": t, "pre_ptr": "*fp32", "dots_ptr": "*fp32", "shape": _SHAPE, "N": "i32", "rows": "i32"}
+        signature |= {"dtable_ptr": t, "pre_ptr": "*fp32", "dots_ptr": "*fp32", "shape": _GEOMETRY, "N": "i32", "rows": "i32"}
         constants = {"BLOCK_T": _BLOCK_T, "BLOCK_N": _BLOCK_N, "TILES": _TILES}
         work = Work("element", _BLOCK_T * _BLOCK_N)
         yield Specimen("patch_embed", f"place backward {dtype}", arch, place_bwd_kernel, signature, constants, {"num_warps": 4}, work)
@@ -411,26 +428,27 @@ def _precision(arch: str) -> str:
     return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
-def _projection(layout: str, x: str, adapter: str, factor: bool, bias: bool = False) -> tuple:
-    """The type of one projection of a group, as kernels/nf4_linear.py describes it; None for what is absent."""
+def _operand(layout: str, x: str, adapter: str, factor: bool, bias: bool = False) -> Operand:
+    """The type of one linear layer of a group; None for what is absent."""
     low = None if adapter == "-" else f"*{adapter}"
-    return (
-        "*u8", _code(layout, x), _layout(LAYOUTS[layout], x), low, low, "*fp32" if factor else None, f"*{x}" if bias else None,
-        f"*{x}", f"*{x}" if factor else None, "i32", "i32", "fp32",
+    return Operand(
+        weight=_weight(layout, x), a=low, b=low, factor="*fp32" if factor else None, bias=f"*{x}" if bias else None,
+        out=f"*{x}", pre_scale=f"*{x}" if factor else None, N="i32/16", R="i32", scaling="fp32",
     )  # fmt: skip
+
+
+def _weight(layout: str, w: str) -> NF4Weight:
+    """The type of a weight stored so; torchao keeps its table and scales in the weight's dtype."""
+    if layout == "flat":
+        return NF4Weight("*u8", "*fp32", FlatScales("*fp32"))
+    if layout == "nested":
+        return NF4Weight("*u8", "*fp32", NestedScales(index="*u8", code="*fp32", absmax="*fp32", offset="*fp32"))
+    return NF4Weight("*u8", f"*{w}", TorchaoScales(scaler="*i8", factor=f"*{w}", mean=f"*{w}"))
 
 
 def _name(tile: dict, layout: str, x: str, adapter: str) -> str:
     size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in tile["constants"])
     return f"{layout} {x} lora {adapter} {size} w{tile['num_warps']} s{tile['num_stages']}"
-
-
-def _layout(types: tuple, w: str) -> tuple:
-    return tuple(t.format(w=w) for t in types)
-
-
-def _code(layout: str, w: str) -> str:
-    return f"*{w}" if layout.startswith("torchao") else "*fp32"
 
 
 def _branch(arch: str, layout: str, out: str) -> str:
@@ -441,8 +459,9 @@ def _branch(arch: str, layout: str, out: str) -> str:
 ATTENTION_VARIANTS = [("bf16", 4, "interval", 128), ("bf16", 4, "bits", 128), ("bf16", 4, "lengths", 128), ("fp32", 4, "bits", 128)]
 MORE_ATTENTION = [("bf16", 4, "none", 128), ("bf16", 3, "bits", 96), ("fp16", 1, "bits", 64), ("fp32", 4, "interval", 128)]
 _ATTENTION_SHAPE = dict.fromkeys(("s", "s_e", "key_heads", "masks"), "i32")
-_STRIDES = ("i32/16",) * 3  # of a batch row, of a head, of a token
-_MASKS = {"none": (None,) * 4, "lengths": ("*i32", None, None, None), "interval": ("*i32", "*i1", "*i32", "*i32"), "bits": ("*i32", "*i1", "*i32", "*i32")}
+_STRIDES = Strides(batch="i32/16", head="i32/16", token="i32/16")
+_PACKED_MASK = Mask(rows="*i32", rows_empty="*i1", blocks="*i32", counts="*i32")
+_MASKS = {"none": Lengths(None), "lengths": Lengths("*i32"), "interval": _PACKED_MASK, "bits": _PACKED_MASK}
 
 
 def attention_specimen(arch: str, op: str, row: dict, dtype: str, G: int, mask: str, D: int) -> Specimen | None:
@@ -455,19 +474,36 @@ def attention_specimen(arch: str, op: str, row: dict, dtype: str, G: int, mask: 
     wide = not when.get("D_max") and not when.get("M_max") and dtype != "fp32"
     D, t, block, split = 256 if wide else D, f"*{dtype}", dict(tile["constants"]), mask == "lengths"
     GP, columns, tma = 1 << (G - 1).bit_length(), 1 << (D - 1).bit_length(), block["TMA"]
-    block |= {"G": G, "GP": GP, "D": D, "KIND": kind, "LISTED": max(1, 128 // GP), "PRECISION": _precision(arch), "BLOCK_D": columns}
+    block |= {"G": G, "GP": GP, "D": D, "KIND": kind, "TOKENS_PER_BLOCK": max(1, 128 // GP), "PRECISION": _precision(arch), "BLOCK_D": columns}
     shared = {"mask": _MASKS[mask], "scale": "fp32"} | _ATTENTION_SHAPE
     side = f"tensordesc<{dtype}[1,1,{block['BLOCK_N']},{columns}]>" if tma else t
     if op == "cross_attention":
-        signature = {"q_ptr": t, "k": side, "v": side, "o_ptr": "*fp32" if split else t, "lse_ptr": "*fp32", "splits": "i32", "strides": (_STRIDES,) * 4}
+        signature = {
+            "q_ptr": t,
+            "k": side,
+            "v": side,
+            "o_ptr": "*fp32" if split else t,
+            "lse_ptr": "*fp32",
+            "splits": "i32",
+            "strides": ForwardStrides(*[_STRIDES] * 4),
+        }
         kernel, block = cross_attention_fwd_kernel, block | {"SPLIT": split}
     elif op == "cross_attention_dq":
-        signature = {"q_ptr": t, "k": side, "v": side, "do_ptr": t, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dq_ptr": t, "strides": (_STRIDES,) * 5}
+        signature = {
+            "q_ptr": t,
+            "k": side,
+            "v": side,
+            "do_ptr": t,
+            "lse_ptr": "*fp32",
+            "delta_ptr": "*fp32",
+            "dq_ptr": t,
+            "strides": DqStrides(*[_STRIDES] * 5),
+        }
         kernel = cross_attention_dq_kernel
     else:
         side = f"tensordesc<{dtype}[1,{block['BLOCK_M'] // GP},{G},{columns}]>" if tma else t
         signature = {"q": side, "do": side} | dict.fromkeys(("k_ptr", "v_ptr", "dk_ptr", "dv_ptr"), t) | dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
-        signature |= {"strides": (_STRIDES,) * 6}
+        signature |= {"strides": DkDvStrides(*[_STRIDES] * 6)}
         kernel, block = cross_attention_dkdv_kernel, block | {"DK": True, "DV": True}
     name = f"{mask} {dtype} d{D} group {G} {block['BLOCK_M']}x{block['BLOCK_N']} w{tile['num_warps']} s{tile['num_stages']}{' tma' if tma else ''}"
     scores = block["BLOCK_M"] * block["BLOCK_N"]
@@ -529,7 +565,7 @@ def _kv_cache(arch: str) -> Iterator[Specimen]:
     """Tokens into the cache, compacted or in their columns."""
     for dtype, D, compacted in (("bf16", 128, True), ("bf16", 80, False), ("fp32", 128, True)):
         signature = dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{dtype}") | {"places_ptr": "*i32", "held_ptr": "*i32"}
-        signature |= {"strides": (_STRIDES,) * 2} | dict.fromkeys(("s_e", "max_len", "heads"), "i32")
+        signature |= {"strides": CacheStrides(_STRIDES, _STRIDES)} | dict.fromkeys(("s_e", "max_len", "heads"), "i32")
         columns = 1 << (D - 1).bit_length()
         constants = {"D": D, "BLOCK_N": _ELEMENTS // columns, "BLOCK_D": columns} | ({} if compacted else {"places_ptr": None})
         name = f"{dtype} d{D}{' compacted' if compacted else ''}"
@@ -553,16 +589,17 @@ def compile_specimen(s: Specimen):
 def _describe(kind, path: tuple, name: str, constants: dict, attrs: dict):
     """An argument's type for the compiler; None inside a tuple is a constant of its own, pointers and row lengths are aligned."""
     if isinstance(kind, tuple):
-        return tuple(_describe(k, (*path, j), name, constants, attrs) for j, k in enumerate(kind))
+        kinds = [_describe(k, (*path, j), name, constants, attrs) for j, k in enumerate(kind)]
+        return kind._make(kinds) if hasattr(kind, "_make") else tuple(kinds)
     if kind is None or isinstance(kind, int):  # a stride of 1 is a constant too
         constants[path] = kind
         return "constexpr"
-    if kind.startswith("*") or kind.endswith("/16") or name in _ALIGNED or (name == "group" and path[-1] == 9):  # a projection's N
+    if kind.startswith("*") or kind.endswith("/16") or name in _ALIGNED:
         attrs[path] = [["tt.divisibility", 16]]
     return kind.removesuffix("/16")
 
 
-_ALIGNED = ("stride_xm", "stride_tm", "stride_xam", "stride_dxam", "K", "C", "N", "columns", "n_elements", "n")
+_ALIGNED = ("stride_xm", "stride_am", "stride_xam", "stride_dxam", "K", "C", "N", "columns", "n_elements", "n")
 
 
 def target(arch: str) -> GPUTarget:

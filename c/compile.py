@@ -47,7 +47,8 @@ def source(v: Variant) -> tuple[ASTSource, list[tuple[str, int]]]:
 
     def describe(leaf, path: tuple):
         if isinstance(leaf, tuple):
-            return tuple(describe(part, (*path, i)) for i, part in enumerate(leaf))
+            parts = [describe(part, (*path, i)) for i, part in enumerate(leaf)]
+            return leaf._make(parts) if hasattr(leaf, "_make") else tuple(parts)
         if not isinstance(leaf, str):
             constants[path] = leaf
             return "constexpr"

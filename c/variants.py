@@ -1,6 +1,6 @@
 """Which kernels the C library carries: every variant of every kernel, described as its launch in C will call it.
 
-A signature names a C field for every argument that reaches the device: "field type", a nested tuple where the kernel takes one, None or a
+A signature names a C field for every argument that reaches the device: "field type", a tuple of kernels/arguments.py where the kernel takes one, None or a
 number where the value is a constant of the code (Triton then drops the parameter). "/16" after an integer says that it is a multiple of 16,
 "/1" after a pointer that it need not be aligned to 16 bytes as all others are. fastfuse.c checks both.
 """
@@ -12,6 +12,19 @@ from pathlib import Path
 
 from triton import __version__ as TRITON
 
+from fastfuse.kernels.arguments import (
+    FlatScales,
+    ForwardStrides,
+    Geometry,
+    Image,
+    Lengths,
+    Mask,
+    NestedScales,
+    NF4Weight,
+    Operand,
+    Placed,
+    Strides,
+)
 from fastfuse.kernels.cross_attention import cross_attention_fwd_kernel, cross_attention_merge_kernel
 from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_tiles_kernel
 from fastfuse.kernels.lora import lora_down_kernel
@@ -87,22 +100,24 @@ def _served(row: dict, triton: str = TRITON) -> dict:
 def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
     x, one = f"*{dtype}", {"PROJECTIONS": 1, "DECODE": "prmt"}
     stored = one | {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": SCALE_BLOCK}
-    storages = {"FLAT": ("absmax *fp32",), "NESTED": ("index *u8", "code *fp32", "absmax *fp32", "offset *fp32/1")}
+    storages = {"FLAT": FlatScales("absmax *fp32"), "NESTED": NestedScales("index *u8", "code *fp32", "absmax *fp32", "offset *fp32/1")}
     storages = {"NESTED": storages["NESTED"]} if small else storages
     adapters = [dtype] if small else [dtype, "fp32"]
     rows = list(_rows("nf4_linear", arch, dtype="16-bit", decode="prmt"))
     rows[-1][0].pop("M_max")  # where Python goes over to the library's product, the last fused kernel goes on
     sizes = {"M": "M i32", "K": "K i32/16", "stride_xm": "stride_xm i32/16"}
 
-    def group(storage: tuple, a=None, b=None, bias=None, out=None, N="N i32/16") -> tuple:
-        """One projection; the table of codes is a constant of the decode."""
-        packed = None if storage == (None,) else "packed *u8"
-        return ((packed, None, storage, a, b, None, bias, out, None, N, "R i32", "scaling fp32"),)
+    def weight(scales: tuple) -> NF4Weight:
+        """The table of codes is a constant of the decode."""
+        return NF4Weight("packed *u8", None, scales)
+
+    nothing = Operand(NF4Weight(None, None, FlatScales(None)), *[None] * 9)
+    layer = nothing._replace(N="N i32/16", R="R i32", scaling="scaling fp32")
 
     for storage, scales in storages.items():
         yield Variant(
             "NF4_DEQUANTIZE", (IDS[dtype], storage), "nf4_arguments", nf4_dequantize_kernel,
-            {"packed_ptr": "packed *u8", "code_ptr": None, "scales": scales, "out_ptr": f"out {x}", "n_elements": "n i64/16"},
+            {"weight": weight(scales), "out_ptr": f"out {x}", "n_elements": "n i64/16"},
             {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": SCALE_BLOCK, "BLOCKS": 128, "DECODE": "prmt", "CUT": True},
             {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
@@ -112,15 +127,15 @@ def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
                 if splits := tile.get("SPLIT_K"):
                     yield Variant(
                         "NF4_SKINNY", (IDS[dtype], storage, IDS[low]), "nf4_arguments", nf4_skinny_kernel,
-                        sizes | {"x_ptr": f"x {x}", "group": group(scales, a), "part_ptr": "part *fp32", "columns": "columns i32/16"},
+                        sizes | {"x_ptr": f"x {x}", "group": (layer._replace(weight=weight(scales), a=a),), "part_ptr": "part *fp32", "columns": "columns i32/16"},
                         stored | tile, options, when | {"K_min": splits * tile["BLOCK_K"]},
                     )  # fmt: skip
                     continue
                 for biased in (False, True):
                     yield Variant(
                         "NF4_LINEAR", (IDS[dtype], storage, IDS[low], int(biased)), "nf4_arguments", nf4_linear_fwd_kernel,
-                        sizes | {"x_ptr": f"x {x}", "group": group(scales, None, b, f"bias {x}" if biased else None, f"out {x}"),
-                                 "xa_ptr": f"xa *{low}", "stride_xam": "stride_xam i32"},
+                        sizes | {"x_ptr": f"x {x}", "xa_ptr": f"xa *{low}", "stride_xam": "stride_xam i32",
+                                 "group": (layer._replace(weight=weight(scales), b=b, bias=f"bias {x}" if biased else None, out=f"out {x}"),)},
                         stored | {"TRANSPOSED": False} | tile, options, when,
                     )  # fmt: skip
     reduced = {(t["SPLIT_K"], t["BLOCK_M"], t["BLOCK_N"]) for _, t, _ in rows if "SPLIT_K" in t}
@@ -129,7 +144,7 @@ def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
             for biased in (False, True):
                 yield Variant(
                     "NF4_REDUCE", (IDS[dtype], IDS[low], int(biased), splits), "nf4_arguments", nf4_skinny_reduce_kernel,
-                    {"part_ptr": "part *fp32", "group": group((None,), None, f"b *{low}", f"bias {x}" if biased else None, f"out {x}"),
+                    {"part_ptr": "part *fp32", "group": (layer._replace(b=f"b *{low}", bias=f"bias {x}" if biased else None, out=f"out {x}"),),
                      "xa_ptr": f"xa *{low}", "stride_xam": "stride_xam i32/16", "M": "M i32", "columns": "columns i32/16"},
                     one | {"SPLIT_K": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}, {"num_warps": 4},
                 )  # fmt: skip
@@ -146,20 +161,20 @@ def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
         for count in sorted(splits):
             yield Variant(
                 "LORA_SUM", (IDS[low], count), "nf4_arguments", nf4_skinny_reduce_kernel,
-                {"part_ptr": "part *fp32", "group": ((None, None, (None,), None, None, None, None, f"xa *{low}", None, "columns i32", None, None),),
+                {"part_ptr": "part *fp32", "group": (nothing._replace(out=f"xa *{low}", N="columns i32"),),
                  "xa_ptr": None, "stride_xam": None, "M": 1, "columns": "columns i32"},
                 one | {"SPLIT_K": count, "BLOCK_M": 1, "BLOCK_N": 1024}, {"num_warps": 4},
             )  # fmt: skip
 
 
-# The tables that a patch embedding adds, as kernels/patch_embed.py lists them: of tiled images, and of a ViT without and with a bias.
-_TABLES = {
-    "NO_TABLES": lambda t: (None,) * 7,
-    "TILED": lambda t: (f"cls {t}", None, f"local_pos {t}", f"global_pos {t}", f"pre_pos {t}", "rows *i32", "factors *fp32"),
-    "PLAIN": lambda t: (f"cls {t}", None, f"local_pos {t}", None, None, None, None),
-    "BIASED": lambda t: (f"cls {t}", f"bias {t}", f"local_pos {t}", None, None, None, None),
+# What a patch embedding adds: of tiled images, and of a ViT without and with a bias.
+_PLACED = {
+    "NO_TABLES": lambda t: Placed(),
+    "TILED": lambda t: Placed(f"cls {t}", None, f"local_pos {t}", f"global_pos {t}", f"pre_pos {t}", "rows *i32", "factors *fp32"),
+    "PLAIN": lambda t: Placed(cls=f"cls {t}", local_pos=f"local_pos {t}"),
+    "BIASED": lambda t: Placed(cls=f"cls {t}", bias=f"bias {t}", local_pos=f"local_pos {t}"),
 }
-_SHAPE = ("padded i32", "tokens i32", "patches i32", "first i32", "cls_at i32")
+_GEOMETRY = Geometry("padded i32", "tokens i32", "patches i32", "first i32", "cls_at i32")
 
 
 def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
@@ -176,18 +191,18 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
             numbers = {name: tuple(f"{name}{c} fp32" for c in range(3)) if images == "u8" else None for name in ("scale", "shift")}
             yield Variant(
                 "PATCHIFY", (IDS[dtype], IDS[images], patch), "patch_arguments", patchify_kernel,
-                {"images_ptr": f"images *{images}/1", "a_ptr": f"a {t}", "image": ("stride_tile i32", "stride_channel i32", "stride_line i32", 1, "across i32"),
-                 "shape": _SHAPE, "M": "M i32", "K": "K i32/16"} | numbers,
+                {"images_ptr": f"images *{images}/1", "a_ptr": f"a {t}", "image": Image("stride_tile i32", "stride_channel i32", "stride_line i32", 1, "across i32"),
+                 "shape": _GEOMETRY, "M": "M i32", "K": "K i32/16"} | numbers,
                 {"CHANNELS": 3, "PATCH_H": patch, "PATCH_W": patch, "BLOCK_M": 32, "BLOCK_K": 128}, four,
             )  # fmt: skip
     # norm=0, as the product rounds to the result's dtype before a norm anyway; PW=1: pixels are gathered by a kernel of their own
     for when, tile, options in _rows("patch_embed", arch, dtype="16-bit", out="16-bit", norm=0, PW=1):
-        for tables, kinds in _TABLES.items():
+        for tables, kinds in _PLACED.items():
             if small and tables == "PLAIN":
                 continue
             yield Variant(
                 "PATCH_EMBED", (IDS[dtype], tables), "patch_arguments", patch_embed_fwd_kernel,
-                {"x_ptr": f"a {t}", "w_ptr": f"weight {t}", "out_ptr": f"out {t}", "tables": kinds(t), "image": None, "shape": _SHAPE, "scale": None, "shift": None,
+                {"x_ptr": f"a {t}", "w_ptr": f"weight {t}", "out_ptr": f"out {t}", "tables": kinds(t), "image": None, "shape": _GEOMETRY, "scale": None, "shift": None,
                  "M": "M i32", "N": "N i32/16", "K": "K i32/16"},
                 {"CHANNELS": 3, "PATCH_H": 1, "PATCH_W": 1, "LINE": 1, "PRECISION": "tf32x3"} | tile, options, when,
             )  # fmt: skip
@@ -195,8 +210,8 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
         for tables in ("TILED",) if small else ("TILED", "PLAIN", "BIASED"):
             yield Variant(
                 "PLACE", (IDS[dtype], tables), "patch_arguments", place_kernel,
-                {"x_ptr": f"out {t}", "y_ptr": f"out {t}", "kept_ptr": None, "stats_ptr": None, "tables": _TABLES[tables](t), "norm_w_ptr": f"norm_weight {t}",
-                 "norm_b_ptr": f"norm_bias {t}", "shape": _SHAPE, "M": "M i32", "N": "N i32/16", "eps": "eps fp32"},
+                {"x_ptr": f"out {t}", "y_ptr": f"out {t}", "kept_ptr": None, "stats_ptr": None, "tables": _PLACED[tables](t), "norm_w_ptr": f"norm_weight {t}",
+                 "norm_b_ptr": f"norm_bias {t}", "shape": _GEOMETRY, "M": "M i32", "N": "N i32/16", "eps": "eps fp32"},
                 {"NORM": True, "BLOCK_M": 4096 // columns, "BLOCK_N": columns}, four, {"N_max": columns},
             )  # fmt: skip
 
@@ -204,9 +219,9 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
 def _attention(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
     t = f"*{dtype}"
     sizes = {name: f"{name} i32" for name in ("s", "s_e", "key_heads", "masks")}
-    masks = {"LENGTHS": ("lengths *i32", None, None, None), "INTERVALS": ("visible *i32", "empty *i1", "blocks *i32", "counts *i32")}
+    masks = {"LENGTHS": Lengths("lengths *i32"), "INTERVALS": Mask("visible *i32", "empty *i1", "blocks *i32", "counts *i32")}
     masks["BITS"] = masks["INTERVALS"]
-    strides = {x: tuple(f"{x}_{dim} i32/16" for dim in ("batch", "head", "token")) for x in ("q", "k", "v", "o")}
+    strides = ForwardStrides(*(Strides(*(f"{x}_{dim} i32/16" for dim in Strides._fields)) for x in ForwardStrides._fields))
     for D in (128,) if small else (64, 128):
         rows = list(_rows("cross_attention", arch, dtype="16-bit", tma=0, D=D))
         for G in (4,) if small else (1, 4, 8):
@@ -219,13 +234,13 @@ def _attention(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
                         yield Variant(
                             "ATTENTION", (IDS[dtype], f"HEADS({G}, {D})", mask, int(split)), "attention_arguments", cross_attention_fwd_kernel,
                             {"q_ptr": f"q {t}", "k": f"k {t}", "v": f"v {t}", "o_ptr": "parts *fp32" if split else f"o {t}",
-                             "lse_ptr": "part_lse *fp32" if split else "lse *fp32", "mask": parts, "strides": tuple(strides.values()), "scale": "scale fp32",
+                             "lse_ptr": "part_lse *fp32" if split else "lse *fp32", "mask": parts, "strides": strides, "scale": "scale fp32",
                              "splits": "splits i32"} | sizes,
-                            heads | {"KIND": kind, "SPLIT": split, "LISTED": 128 // G, "PRECISION": "tf32x3"} | tile, options, when,
+                            heads | {"KIND": kind, "SPLIT": split, "TOKENS_PER_BLOCK": 128 // G, "PRECISION": "tf32x3"} | tile, options, when,
                         )  # fmt: skip
             yield Variant(
                 "ATTENTION_MERGE", (IDS[dtype], f"HEADS({G}, {D})"), "attention_arguments", cross_attention_merge_kernel,
-                {"parts_ptr": "parts *fp32", "part_lse_ptr": "part_lse *fp32", "o_ptr": f"o {t}", "lse_ptr": "lse *fp32", "o_stride": strides["o"],
+                {"parts_ptr": "parts *fp32", "part_lse_ptr": "part_lse *fp32", "o_ptr": f"o {t}", "lse_ptr": "lse *fp32", "o_stride": strides.o,
                  "splits": "splits i32"} | sizes,
                 heads | {"BLOCK_M": 16}, {"num_warps": 4},
             )  # fmt: skip

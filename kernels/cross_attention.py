@@ -2,28 +2,35 @@
 
 BLOCK_M rows are tokens and query heads of one key head: row r is token t0 + r // GP and head r % GP of its group, GP the group's G heads
 rounded up to a power of two. Encoder tokens go by BLOCK_N at a time. lse and delta lie as [b * key heads, s, GP], a block's rows side
-by side. Logarithms are base 2 inside, natural outside. What the kernels share travels in tuples:
-    shape = (s, s_e, masks), masks: b, or 1 that serves all
-    strides = a (of a batch row, of a head, of a token) for each of a kernel's tensors; k and v are pointers, or with TMA descriptors of [b, key heads, s_e, D]
-    scale = that of the scores times log2(e)
-    mask, KIND 0: (lengths [b] or None: all of s_e,);  1: (rows [masks, s, 2] of lo, hi);  2: (rows [masks, s, W] of bits, 32 a word);
-           then rows_empty [masks, s], and lists of blocks with how many are full, how many there are, a block being 128 columns or LISTED tokens
+by side. Logarithms are base 2 inside, natural outside. `mask` is Lengths of arguments.py with KIND 0, Mask with KIND 1 and 2, whose blocks are of
+128 columns or of TOKENS_PER_BLOCK tokens; `strides` has a Strides for each of a kernel's tensors; scale is that of the scores times log2(e).
+k and v are pointers, or with TMA descriptors of [b, key heads, s_e, D].
 """
 
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(128)
-LOG2E = tl.constexpr(1.4426950408889634)
+from fastfuse.kernels.arguments import Shape
+
+
+@triton.constexpr_function
+def _list_columns():
+    """Columns of a block in the mask's lists. A function: constants of the module are compared at every launch."""
+    return 128
+
+
+@triton.constexpr_function
+def _log2e():
+    return 1.4426950408889634
 
 
 @triton.jit
 def _rows_of(x_ptr, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(pointers, mask) of rows [BLOCK_M, BLOCK_D] of q, o or their gradients, `head` the first of the group."""
     r, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    start = x_ptr + b.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1] + t0.to(tl.int64) * stride[2]
+    start = x_ptr + b.to(tl.int64) * stride.batch + head.to(tl.int64) * stride.head + t0.to(tl.int64) * stride.token
     mask = (t0 + r // GP < s) & (r % GP < G)
-    return start + (r // GP * stride[2] + r % GP * stride[1])[:, None] + d[None, :], mask[:, None] & (d < D)[None, :]
+    return start + (r // GP * stride.token + r % GP * stride.head)[:, None] + d[None, :], mask[:, None] & (d < D)[None, :]
 
 
 @triton.jit
@@ -33,11 +40,11 @@ def _columns_of(x, stride, b, head, n0, end, D: tl.constexpr, BLOCK_N: tl.conste
         return x.load([b, head, n0, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        start = x + b.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1] + n0.to(tl.int64) * stride[2]
+        start = x + b.to(tl.int64) * stride.batch + head.to(tl.int64) * stride.head + n0.to(tl.int64) * stride.token
         mask = (d < D)[None, :]
         if CUT:
             mask = mask & (n0 + n < end)[:, None]
-        return tl.load(start + (n * stride[2])[:, None] + d[None, :], mask=mask, other=0.0)
+        return tl.load(start + (n * stride.token)[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def _across(rows, TRANSPOSED: tl.constexpr):
 def _intervals(mask, b, t, ok, shape, KIND: tl.constexpr):
     """(lo, hi) of each row's tokens; nothing where the mask is of another kind."""
     if KIND == 1:
-        at = mask[0] + ((b % shape[2]).to(tl.int64) * shape[0] + t) * 2
+        at = mask.rows + ((b % shape.masks).to(tl.int64) * shape.s + t) * 2
         return tl.load(at, mask=ok, other=0), tl.load(at + 1, mask=ok, other=0)
     else:
         return t * 0, t * 0
@@ -68,8 +75,8 @@ def _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.constexpr, KIND
     elif KIND == 1:
         return (n0 + columns >= _across(lo, TRANSPOSED)) & (n0 + columns < _across(hi, TRANSPOSED))
     else:
-        words = (shape[1] + COLUMNS - 1) // COLUMNS * (COLUMNS // 32)
-        at = mask[0] + ((b % shape[2]).to(tl.int64) * shape[0] + t) * words + n0 // 32
+        words = (shape.s_e + _list_columns() - 1) // _list_columns() * (_list_columns() // 32)
+        at = mask.rows + ((b % shape.masks).to(tl.int64) * shape.s + t) * words + n0 // 32
         word = _across(tl.load(at, mask=ok, other=0), TRANSPOSED)
         for i in tl.static_range(1, BLOCK_N // 32):
             word = tl.where(columns >= 32 * i, _across(tl.load(at + i, mask=ok, other=0), TRANSPOSED), word)
@@ -79,20 +86,20 @@ def _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.constexpr, KIND
 
 
 @triton.jit
-def _blocks(list_ptr, counts_ptr, at, PARTS: tl.constexpr):
+def _block_counts(counts_ptr, at, PARTS: tl.constexpr):
     """(full blocks, blocks) of the list at `at`, in parts of which PARTS make a block."""
     return tl.load(counts_ptr + at * 2) * PARTS, tl.load(counts_ptr + at * 2 + 1) * PARTS
 
 
 @triton.jit
-def _token(list_ptr, j, tokens: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr):
+def _token(list_ptr, j, tokens: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr):
     """The first token of the j-th part."""
     j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
     if KIND == 0:
         return j * tokens
     else:
-        parts: tl.constexpr = LISTED // tokens
-        return tl.load(list_ptr + j // parts) * LISTED + j % parts * tokens
+        parts: tl.constexpr = TOKENS_PER_BLOCK // tokens
+        return tl.load(list_ptr + j // parts) * TOKENS_PER_BLOCK + j % parts * tokens
 
 
 @triton.jit
@@ -102,22 +109,22 @@ def _column(list_ptr, j, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
     if KIND == 0:
         return j * BLOCK_N
     else:
-        parts: tl.constexpr = COLUMNS // BLOCK_N
-        return tl.multiple_of(tl.load(list_ptr + j // parts) * COLUMNS + j % parts * BLOCK_N, BLOCK_N)
+        parts: tl.constexpr = _list_columns() // BLOCK_N
+        return tl.multiple_of(tl.load(list_ptr + j // parts) * _list_columns() + j % parts * BLOCK_N, BLOCK_N)
 
 
 @triton.jit
-def _column_lists(mask, b, t0, shape, BLOCK_N: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr):
+def _column_lists(mask, b, t0, shape, BLOCK_N: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr):
     """(list, full parts, parts, where columns end) of the token block at t0."""
     if KIND == 0:
-        end = shape[1]
-        if mask[0] is not None:
-            end = tl.minimum(tl.load(mask[0] + b), end)
+        end = shape.s_e
+        if mask.lengths is not None:
+            end = tl.minimum(tl.load(mask.lengths + b), end)
         return 0, end // BLOCK_N, tl.cdiv(end, BLOCK_N), end
     else:
-        at = (b % shape[2]) * tl.cdiv(shape[0], LISTED) + t0 // LISTED
-        full, every = _blocks(mask[2], mask[3], at, COLUMNS // BLOCK_N)
-        return mask[2] + at.to(tl.int64) * tl.cdiv(shape[1], COLUMNS), full, every, shape[1]
+        at = (b % shape.masks) * tl.cdiv(shape.s, TOKENS_PER_BLOCK) + t0 // TOKENS_PER_BLOCK
+        full, every = _block_counts(mask.counts, at, _list_columns() // BLOCK_N)
+        return mask.blocks + at.to(tl.int64) * tl.cdiv(shape.s_e, _list_columns()), full, every, shape.s_e
 
 
 @triton.jit
@@ -137,10 +144,10 @@ def _softmax_step(scores, v, m, total, acc, CAREFUL: tl.constexpr, PRECISION: tl
 @triton.jit(do_not_specialize=["s", "s_e", "masks", "splits"])
 def cross_attention_fwd_kernel(
     q_ptr, k, v, o_ptr, lse_ptr, mask, strides, s, s_e, key_heads, masks, scale, splits,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """o and lse = log2(sum(exp(scores))), strides those of q, k, v, o; of a row that sees nothing 0 and inf. Program (token block, batch row and key head, split).
+    """o and lse = log2(sum(exp(scores))); of a row that sees nothing 0 and inf. Program (token block, batch row and key head, split).
 
     With SPLIT a program takes its share of the block's columns, and writes o [splits, b * key heads, s * GP, D] and lse [splits, b * key
     heads, s * GP] in fp32, -inf for nothing: cross_attention_merge_kernel puts them together. Full blocks come first, and
@@ -148,14 +155,14 @@ def cross_attention_fwd_kernel(
     """
     tokens: tl.constexpr = BLOCK_M // GP
     t0, bh = tl.program_id(0) * tokens, tl.program_id(1)
-    b, head, shape = bh // key_heads, bh % key_heads, (s, s_e, masks)
+    b, head, shape = bh // key_heads, bh % key_heads, Shape(s, s_e, masks)
     r = tl.arange(0, BLOCK_M)
     t = t0 + r // GP
     ok = t < s
-    at, inside = _rows_of(q_ptr, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    at, inside = _rows_of(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     q = tl.load(at, mask=inside, other=0.0)
     lo, hi = _intervals(mask, b, t, ok, shape, KIND)
-    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, LISTED)
+    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, TOKENS_PER_BLOCK)
     first = 0
     if SPLIT:
         share = tl.cdiv(last, splits)
@@ -166,22 +173,22 @@ def cross_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in tl.range(first, tl.minimum(full, last)):
         n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
         scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
-        x = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
         m, total, acc = _softmax_step(scores, x, m, total, acc, False, PRECISION)
     for j in tl.range(tl.maximum(full, first), last):
         n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
         scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
         scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
-        x = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
         m, total, acc = _softmax_step(scores, x, m, total, acc, True, PRECISION)
     live = total != 0  # of NaN too, which must not pass for nothing
     if KIND == 1:
         live = live & (lo < hi)
     elif KIND == 2:
-        live = live & (tl.load(mask[1] + (b % masks).to(tl.int64) * s + t, mask=ok, other=1) == 0)
+        live = live & (tl.load(mask.rows_empty + (b % masks).to(tl.int64) * s + t, mask=ok, other=1) == 0)
     total = tl.where(live, total, 1.0)
     o = tl.where(live[:, None], acc / total[:, None], 0.0)
     row = bh.to(tl.int64) * s * GP + t0 * GP
@@ -191,7 +198,7 @@ def cross_attention_fwd_kernel(
         tl.store(o_ptr + row * D + r[:, None] * D + d[None, :], o, mask=ok[:, None] & (d < D)[None, :])
         tl.store(lse_ptr + row + r, tl.where(live, m + tl.math.log2(total), float("-inf")), mask=ok)
     else:
-        at, inside = _rows_of(o_ptr, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+        at, inside = _rows_of(o_ptr, strides.o, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
         tl.store(at, o.to(o_ptr.dtype.element_ty), mask=inside)
         tl.store(lse_ptr + row + r, tl.where(live, m + tl.math.log2(total), float("inf")), mask=ok)
 
@@ -243,7 +250,7 @@ def cross_attention_delta_kernel(
     row = bh.to(tl.int64) * s * GP + t0 * GP + r
     ok = t0 + r // GP < s
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=ok & (r % GP < G), other=0.0) * LOG2E
+        delta -= tl.load(dlse_ptr + row, mask=ok & (r % GP < G), other=0.0) * _log2e()
     tl.store(delta_ptr + row, delta, mask=ok)
 
 
@@ -259,44 +266,41 @@ def _dq_step(q, do, k, v, lse, delta, dq, visible, scale, MASKED: tl.constexpr, 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
 def cross_attention_dq_kernel(
     q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, dq_ptr, mask, strides, s, s_e, key_heads, masks, scale,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq = ds k, ds = p (do v^T - delta), p = exp(scores - lse): 0 for a row that sees nothing, whose lse is inf. Programs as the forward's.
-
-    strides: those of q, k, v, do, dq.
-    """
+    """dq = ds k, ds = p (do v^T - delta), p = exp(scores - lse): 0 for a row that sees nothing, whose lse is inf. Programs as the forward's."""
     t0, bh = tl.program_id(0) * (BLOCK_M // GP), tl.program_id(1)
-    b, head, shape = bh // key_heads, bh % key_heads, (s, s_e, masks)
+    b, head, shape = bh // key_heads, bh % key_heads, Shape(s, s_e, masks)
     r = tl.arange(0, BLOCK_M)
     t = t0 + r // GP
     ok = t < s
-    at, inside = _rows_of(q_ptr, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    at, inside = _rows_of(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     q = tl.load(at, mask=inside, other=0.0)
-    at, inside = _rows_of(do_ptr, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    at, inside = _rows_of(do_ptr, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     do = tl.load(at, mask=inside, other=0.0)
     row = bh.to(tl.int64) * s * GP + t0 * GP + r
     lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
     delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
     lo, hi = _intervals(mask, b, t, ok, shape, KIND)
-    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, LISTED)
+    blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, TOKENS_PER_BLOCK)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # At head_dim 256, with tiles of 64 rows, nothing is hoisted out of the loops: the descriptors of wgmma and tcgen05 would take the registers of the
     # sums. On sm_90 Triton 3.9 spilled 64 bytes a thread here, up to 104 in dkdv; 3.7.1 took 253 registers where it takes 199 now. It costs: dkdv's loops
     # grew by 2 to 4% with 3.7.1, and dq's by up to 14% with 3.9 where there is no TMA; sm_100's are 10% shorter. Elsewhere hoisting makes loops shorter.
     for j in tl.range(0, full, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
         n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
-        y = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
+        y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
         dq = _dq_step(q, do, x, y, lse, delta, dq, None, scale, False, PRECISION)
     for j in tl.range(full, last, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
         n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
-        y = _columns_of(v, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
+        y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
         visible = _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False)
         dq = _dq_step(q, do, x, y, lse, delta, dq, visible, scale, True, PRECISION)
-    at, inside = _rows_of(dq_ptr, strides[4], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    tl.store(at, (dq * (scale / LOG2E)).to(dq_ptr.dtype.element_ty), mask=inside)
+    at, inside = _rows_of(dq_ptr, strides.dq, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    tl.store(at, (dq * (scale / _log2e())).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -312,17 +316,17 @@ def _tokens_of(x, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
 def cross_attention_dkdv_kernel(
     q, k_ptr, v_ptr, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask, strides, s, s_e, key_heads, masks, scale,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T do, dk = ds^T q, over all the heads of the group. Program (column block, batch row and key head), over the token blocks that see it.
 
-    strides: those of q, k, v, do, dk, dv. A column past s_e spoils its own row of dk and dv alone, which nobody stores.
+    A column past s_e spoils its own row of dk and dv alone, which nobody stores.
     """
     n0, bh = tl.program_id(0) * BLOCK_N, tl.program_id(1)
-    b, head, end, shape = bh // key_heads, bh % key_heads, s_e, (s, s_e, masks)
-    k = _columns_of(k_ptr, strides[1], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
-    v = _columns_of(v_ptr, strides[2], b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
+    b, head, end, shape = bh // key_heads, bh % key_heads, s_e, Shape(s, s_e, masks)
+    k = _columns_of(k_ptr, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
+    v = _columns_of(v_ptr, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, False)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     r = tl.arange(0, BLOCK_M)
@@ -331,13 +335,13 @@ def cross_attention_dkdv_kernel(
     if KIND == 0:
         blocks, last = 0, tl.cdiv(s, tokens)
     else:
-        at = (b % masks) * tl.cdiv(end, COLUMNS) + n0 // COLUMNS
-        blocks = mask[2] + at.to(tl.int64) * tl.cdiv(s, LISTED)
-        last = tl.load(mask[3] + at * 2 + 1) * (LISTED // tokens)
+        at = (b % masks) * tl.cdiv(end, _list_columns()) + n0 // _list_columns()
+        blocks = mask.blocks + at.to(tl.int64) * tl.cdiv(s, TOKENS_PER_BLOCK)
+        last = tl.load(mask.counts + at * 2 + 1) * (TOKENS_PER_BLOCK // tokens)
     for j in tl.range(0, last, disable_licm=BLOCK_D > 128 and BLOCK_N >= 64):
-        t0 = _token(blocks, j, tokens, KIND, LISTED)
-        x = _tokens_of(q, strides[0], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
-        y = _tokens_of(do, strides[3], b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        t0 = _token(blocks, j, tokens, KIND, TOKENS_PER_BLOCK)
+        x = _tokens_of(q, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        y = _tokens_of(do, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
         ok = r < (s - t0) * GP
         p = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
         lse = tl.load(lse_ptr + rows + t0 * GP + r, mask=ok, other=float("inf"))
@@ -354,13 +358,13 @@ def cross_attention_dkdv_kernel(
             ds = p * (ds - delta[None, :])
             dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    if KIND == 0 and mask[0] is not None:
-        held = (n0 + n < tl.load(mask[0] + b))[:, None]
+    if KIND == 0 and mask.lengths is not None:
+        held = (n0 + n < tl.load(mask.lengths + b))[:, None]
         dk, dv = tl.where(held, dk, 0.0), tl.where(held, dv, 0.0)
     inside = (n0 + n < end)[:, None] & (d < D)[None, :]
     if DK:
-        start = dk_ptr + b.to(tl.int64) * strides[4][0] + head.to(tl.int64) * strides[4][1] + n0.to(tl.int64) * strides[4][2]
-        tl.store(start + (n * strides[4][2])[:, None] + d[None, :], (dk * (scale / LOG2E)).to(dk_ptr.dtype.element_ty), mask=inside)
+        start = dk_ptr + b.to(tl.int64) * strides.dk.batch + head.to(tl.int64) * strides.dk.head + n0.to(tl.int64) * strides.dk.token
+        tl.store(start + (n * strides.dk.token)[:, None] + d[None, :], (dk * (scale / _log2e())).to(dk_ptr.dtype.element_ty), mask=inside)
     if DV:
-        start = dv_ptr + b.to(tl.int64) * strides[5][0] + head.to(tl.int64) * strides[5][1] + n0.to(tl.int64) * strides[5][2]
-        tl.store(start + (n * strides[5][2])[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        start = dv_ptr + b.to(tl.int64) * strides.dv.batch + head.to(tl.int64) * strides.dv.head + n0.to(tl.int64) * strides.dv.token
+        tl.store(start + (n * strides.dv.token)[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)

@@ -11,8 +11,7 @@ def kv_cache_write_kernel(
     """k_cache[b, head, place(b, n)] = k[b, head, n] where that is a place, and v likewise. Program (block of columns n, batch row and key head).
 
     place: places [b, s_e], -1 for a token that is left out, which is not read either; where None n counted from held[b] - s_e, the tokens being
-    the last that are held. Caches: contiguous [b, heads, max_len, D], nothing is written at or past max_len. strides: k's and v's, (of a batch
-    row, of a head, of a token) each.
+    the last that are held. Caches: contiguous [b, heads, max_len, D], nothing is written at or past max_len. strides: CacheStrides.
     """
     n, bh = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     b, head = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -23,8 +22,8 @@ def kv_cache_write_kernel(
     d = tl.arange(0, BLOCK_D)
     mask = ((place >= 0) & (place < max_len))[:, None] & (d < D)[None, :]
     row = n.to(tl.int64)
-    x = tl.load((k_ptr + b * strides[0][0] + head * strides[0][1] + row * strides[0][2])[:, None] + d[None, :], mask=mask)
-    y = tl.load((v_ptr + b * strides[1][0] + head * strides[1][1] + row * strides[1][2])[:, None] + d[None, :], mask=mask)
+    x = tl.load((k_ptr + b * strides.k.batch + head * strides.k.head + row * strides.k.token)[:, None] + d[None, :], mask=mask)
+    y = tl.load((v_ptr + b * strides.v.batch + head * strides.v.head + row * strides.v.token)[:, None] + d[None, :], mask=mask)
     at = ((bh.to(tl.int64) * max_len + place) * D)[:, None] + d[None, :]
     tl.store(k_cache_ptr + at, x, mask=mask)
     tl.store(v_cache_ptr + at, y, mask=mask)

@@ -56,13 +56,13 @@ def lora_down_kernel(
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["seed_ptr"])
 def lora_up_kernel(
-    low_ptr, thin_ptr, seed_ptr, out_ptr,
-    stride_lm, stride_tr, stride_tc,
+    xa_ptr, lora_ptr, seed_ptr, out_ptr,
+    stride_xa, stride_lr, stride_lc,
     M, C, R,
     scaling, threshold,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[m, c] = keep[m, c] * scaling * sum_r low[m, r] thin[r, c]: the update itself, or the update's part of dX.
+    """out[m, c] = keep[m, c] * scaling * sum_r xa[m, r] lora[r, c]: the update itself from x A^T and B^T, or the update's part of dX from d(x A^T) and A.
 
     Program p computes one tile of BLOCK_M x BLOCK_C. keep is 1 without a seed.
     """
@@ -77,9 +77,9 @@ def lora_up_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
-        low = tl.load(low_ptr + rows_m[:, None] * stride_lm + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-        thin = tl.load(thin_ptr + offs_r[:, None].to(tl.int64) * stride_tr + in_c[None, :] * stride_tc, mask=offs_r[:, None] < R, other=0.0)
-        acc = tl.dot(low, thin.to(low.dtype), acc, input_precision=PRECISION)
+        xa = tl.load(xa_ptr + rows_m[:, None] * stride_xa + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+        lora = tl.load(lora_ptr + offs_r[:, None].to(tl.int64) * stride_lr + in_c[None, :] * stride_lc, mask=offs_r[:, None] < R, other=0.0)
+        acc = tl.dot(xa, lora.to(xa.dtype), acc, input_precision=PRECISION)
     acc *= scaling  # here, in fp32: a small fp16 factor scaled by itself would lose its digits
     if seed_ptr is not None:
         acc = tl.where(keep_mask(tl.load(seed_ptr), offs_m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C), acc, 0.0)
@@ -89,15 +89,15 @@ def lora_up_kernel(
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["seed_ptr"])
 def lora_grad_kernel(
-    tall_ptr, low_ptr, thin_ptr, factor_ptr, seed_ptr, outer_ptr, through_ptr,
-    stride_tm, stride_lm,
+    activation_ptr, xa_ptr, lora_ptr, factor_ptr, seed_ptr, outer_ptr, d_xa_ptr,
+    stride_am, stride_xa,
     M, C, R, rows_per_split,
     threshold,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Both products of one tall matrix with thin ones, reading it once; t[m, c] = keep[m, c] factor[c] tall[m, c]:
-        outer[s, c, r] = sum of t[m, c] low[m, r] over the rows m of split s            dB from dY and x A^T; dA from x and d(x A^T)
-        through[p, m, r] = sum of t[m, c] thin[c, r] over the columns c of strip p     d(x A^T) from dY and B
+    """Both products of one activation with thin matrices, reading it once; t[m, c] = keep[m, c] factor[c] activation[m, c]:
+        outer[s, c, r] = sum of t[m, c] xa[m, r] over the rows m of split s         dB from dY and x A^T; dA from x and d(x A^T)
+        d_xa[p, m, r] = sum of t[m, c] lora[c, r] over the columns c of strip p     d(x A^T) from dY and B
 
     Program (p, s, b) reads one strip of BLOCK_C columns and one split of the rows for block b of BLOCK_R ranks, of which there
     mostly is one. Sums are fp32 and added in order: no atomics.
@@ -108,26 +108,26 @@ def lora_grad_kernel(
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r[None, :] < R
     in_c = tl.minimum(offs_c, C - 1).to(tl.int64)
-    TALL: tl.constexpr = tall_ptr.dtype.element_ty
-    LOW: tl.constexpr = low_ptr.dtype.element_ty
-    if thin_ptr is not None:
-        thin = tl.load(thin_ptr + in_c[:, None] * R + offs_r[None, :], mask=(offs_c[:, None] < C) & mask_r, other=0.0)
-        thin = thin.to(LOW)
+    ACTIVATION: tl.constexpr = activation_ptr.dtype.element_ty
+    XA: tl.constexpr = xa_ptr.dtype.element_ty
+    if lora_ptr is not None:
+        lora = tl.load(lora_ptr + in_c[:, None] * R + offs_r[None, :], mask=(offs_c[:, None] < C) & mask_r, other=0.0)
+        lora = lora.to(XA)
     outer = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first = split.to(tl.int64) * rows_per_split
     for start in range(0, rows_per_split, BLOCK_M):
         offs_m = first + start + tl.arange(0, BLOCK_M)
         mask_m = offs_m[:, None] < M
-        tall = tl.load(tall_ptr + offs_m[:, None] * stride_tm + offs_c[None, :], mask=mask_m & (offs_c[None, :] < C), other=0.0)
+        activation = tl.load(activation_ptr + offs_m[:, None] * stride_am + offs_c[None, :], mask=mask_m & (offs_c[None, :] < C), other=0.0)
         if factor_ptr is not None:
-            tall = (tall.to(tl.float32) * tl.load(factor_ptr + in_c)[None, :].to(tl.float32)).to(TALL)
+            activation = (activation.to(tl.float32) * tl.load(factor_ptr + in_c)[None, :].to(tl.float32)).to(ACTIVATION)
         if seed_ptr is not None:
-            tall = tl.where(keep_mask(tl.load(seed_ptr), offs_m, strip * BLOCK_C, threshold, BLOCK_M, BLOCK_C), tall, 0.0).to(TALL)
+            activation = tl.where(keep_mask(tl.load(seed_ptr), offs_m, strip * BLOCK_C, threshold, BLOCK_M, BLOCK_C), activation, 0.0).to(ACTIVATION)
         if outer_ptr is not None:
-            low = tl.load(low_ptr + offs_m[:, None] * stride_lm + offs_r[None, :], mask=mask_m & mask_r, other=0.0)
-            outer = tl.dot(tall.T.to(LOW), low, outer, input_precision=PRECISION)
-        if thin_ptr is not None:
-            through = tl.dot(tall.to(LOW), thin, input_precision=PRECISION)
-            tl.store(through_ptr + (strip.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :], through, mask=mask_m & mask_r)
+            xa = tl.load(xa_ptr + offs_m[:, None] * stride_xa + offs_r[None, :], mask=mask_m & mask_r, other=0.0)
+            outer = tl.dot(activation.T.to(XA), xa, outer, input_precision=PRECISION)
+        if lora_ptr is not None:
+            d_xa = tl.dot(activation.to(XA), lora, input_precision=PRECISION)
+            tl.store(d_xa_ptr + (strip.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :], d_xa, mask=mask_m & mask_r)
     if outer_ptr is not None:
         tl.store(outer_ptr + (split.to(tl.int64) * C + offs_c[:, None]) * R + offs_r[None, :], outer, mask=(offs_c[:, None] < C) & mask_r)

@@ -1,42 +1,37 @@
 """Linear layers over NF4 weights: decode, matrix product, low-rank update, scale and bias, for one weight or several that share x.
 
-A group is a tuple of projections, each a tuple
-    (packed, code, scales, a [R, K], b [N, R], factor [N], bias [N], out [M, N], raw [M, N], N, R, scaling)
-with None for what is absent, in every projection of the group or in none. R may be 0. The matrices have rows without gaps.
-PROJECTIONS is the tuple's length: Triton 3.6 cannot take the len() of a tuple that has None in it.
+A group is a tuple of arguments.py's Operand. PROJECTIONS is its length: Triton 3.6 cannot take the len() of a tuple that has None in it.
 """
 
 import triton
 import triton.language as tl
 
+from fastfuse.kernels.arguments import FlatScales, NestedScales, NF4Weight, TorchaoScales
 from fastfuse.kernels.lora import keep_mask
 from fastfuse.kernels.nf4 import block_scale, decode
-
-# Where a projection's parts are in its tuple.
-AT_PACKED, AT_CODE, AT_SCALES, AT_A, AT_B, AT_FACTOR, AT_BIAS, AT_OUT, AT_RAW, AT_N, AT_R, AT_SCALING = (tl.constexpr(i) for i in range(12))
 
 
 @triton.jit
 def _select_scales(take, one, other):
     if len(one) == 1:
-        return (tl.where(take, other[0], one[0]),)
+        return FlatScales(tl.where(take, other.absmax, one.absmax))
     elif len(one) == 3:
-        return tl.where(take, other[0], one[0]), tl.where(take, other[1], one[1]), tl.where(take, other[2], one[2])
+        return TorchaoScales(tl.where(take, other.scaler, one.scaler), tl.where(take, other.factor, one.factor), tl.where(take, other.mean, one.mean))
     else:
-        return (
-            tl.where(take, other[0], one[0]),
-            tl.where(take, other[1], one[1]),
-            tl.where(take, other[2], one[2]),
-            tl.where(take, other[3], one[3]),
+        return NestedScales(
+            tl.where(take, other.index, one.index),
+            tl.where(take, other.code, one.code),
+            tl.where(take, other.absmax, one.absmax),
+            tl.where(take, other.offset, one.offset),
         )
 
 
 @triton.jit
-def _nth(group, index, FIELD: tl.constexpr, PROJECTIONS: tl.constexpr):
-    """The field of projection number `index`."""
-    value = group[0][FIELD]
-    for i in tl.static_range(1, PROJECTIONS):
-        value = tl.where(index == i, group[i][FIELD], value)
+def _nth(values, index):
+    """Of a pointer for each layer of the group that of number `index`."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(index == i, values[i], value)
     return value
 
 
@@ -44,27 +39,30 @@ def _nth(group, index, FIELD: tl.constexpr, PROJECTIONS: tl.constexpr):
 def _projection(group, tile, PROJECTIONS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The projection that output tile number `tile` belongs to: its number, what every projection has, the tile's number in it,
     and the first column of its x A^T."""
-    packed, code, scales, _a, _b, _factor, _bias, out, _raw, N, R, scaling = group[0]
+    weight, out, N, R, scaling = group[0].weight, group[0].out, group[0].N, group[0].R, group[0].scaling
     index = 0
     first = 0
     column = 0
     tiles_before = 0
     ranks_before = 0
     for i in tl.static_range(1, PROJECTIONS):
-        tiles_before += tl.cdiv(group[i - 1][AT_N], BLOCK_N)
-        ranks_before += group[i - 1][AT_R]
+        other = group[i]
+        tiles_before += tl.cdiv(group[i - 1].N, BLOCK_N)
+        ranks_before += group[i - 1].R
         take = tile >= tiles_before
         index = tl.where(take, i, index)
-        packed = tl.where(take, group[i][AT_PACKED], packed)
-        code = tl.where(take, group[i][AT_CODE], code)
-        scales = _select_scales(take, scales, group[i][AT_SCALES])
-        out = tl.where(take, group[i][AT_OUT], out)
-        N = tl.where(take, group[i][AT_N], N)
-        R = tl.where(take, group[i][AT_R], R)
-        scaling = tl.where(take, group[i][AT_SCALING], scaling)
+        weight = NF4Weight(
+            tl.where(take, other.weight.packed, weight.packed),
+            tl.where(take, other.weight.code, weight.code),
+            _select_scales(take, weight.scales, other.weight.scales),
+        )
+        out = tl.where(take, other.out, out)
+        N = tl.where(take, other.N, N)
+        R = tl.where(take, other.R, R)
+        scaling = tl.where(take, other.scaling, scaling)
         first = tl.where(take, tiles_before, first)
         column = tl.where(take, ranks_before, column)
-    return index, packed, code, scales, out, N, R, scaling, tile - first, column
+    return index, weight, out, N, R, scaling, tile - first, column
 
 
 @triton.jit
@@ -77,18 +75,18 @@ def _block(first, k, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS: tl.constexpr):
-    """out = factor * acc + bias, and raw = acc where the backward of a factor will need it."""
+def _store(acc, group, index, out_ptr, offs_m, offs_n, M, N):
+    """out = factor * acc + bias, and pre_scale = acc where the backward of a factor will need it."""
     rows_n = tl.minimum(offs_n, N - 1)
     offs = offs_m[:, None] * N + offs_n[None, :]
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    if group[0][AT_RAW] is not None:
-        raw_ptr = _nth(group, index, AT_RAW, PROJECTIONS)
-        tl.store(raw_ptr + offs, acc.to(raw_ptr.dtype.element_ty), mask=mask)
-    if group[0][AT_FACTOR] is not None:
-        acc *= tl.load(_nth(group, index, AT_FACTOR, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
-    if group[0][AT_BIAS] is not None:
-        acc += tl.load(_nth(group, index, AT_BIAS, PROJECTIONS) + rows_n)[None, :].to(tl.float32)
+    if group[0].pre_scale is not None:
+        pre_scale_ptr = _nth([layer.pre_scale for layer in group], index)
+        tl.store(pre_scale_ptr + offs, acc.to(pre_scale_ptr.dtype.element_ty), mask=mask)
+    if group[0].factor is not None:
+        acc *= tl.load(_nth([layer.factor for layer in group], index) + rows_n)[None, :].to(tl.float32)
+    if group[0].bias is not None:
+        acc += tl.load(_nth([layer.bias for layer in group], index) + rows_n)[None, :].to(tl.float32)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -112,13 +110,13 @@ def nf4_linear_fwd_kernel(
     GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)  # scales per row and step
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m = tl.program_id(0) % tiles_m
-    index, packed_ptr, code_ptr, scales, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0) // tiles_m, PROJECTIONS, BLOCK_N)
+    index, weight, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0) // tiles_m, PROJECTIONS, BLOCK_N)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last one and are not stored
     rows_n = tl.minimum(offs_n, N - 1)
     offs_k = tl.arange(0, BLOCK_K)
-    packed_ptrs = packed_ptr + rows_n[:, None] * (K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    packed_ptrs = weight.packed + rows_n[:, None] * (K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
     first = rows_n[:, None] * K + tl.arange(0, GROUPS)[None, :] * BLOCK_SIZE
 
     if TRANSPOSED:
@@ -128,18 +126,18 @@ def nf4_linear_fwd_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         x_ptrs = x_ptr + rows_m[:, None] * stride_xm + offs_k[None, :]
     # With a factor Triton 3.9 spilled 8 bytes a thread on sm_80, of what it hoists out of the loop. Others keep it: torchao's loops would be 6% longer.
-    for k in tl.range(0, K, BLOCK_K, disable_licm=group[0][AT_FACTOR] is not None and not TRANSPOSED):
+    for k in tl.range(0, K, BLOCK_K, disable_licm=group[0].factor is not None and not TRANSPOSED):
         packed = tl.load(packed_ptrs + k // 2)
-        scale = block_scale(scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
-        w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+        scale = block_scale(weight.scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
+        w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
         x = tl.load(x_ptrs + k)
         if TRANSPOSED:
             acc = tl.dot(w, x, acc, input_precision="ieee")
         else:
             acc = tl.dot(x, w.T, acc, input_precision="ieee")
 
-    if group[0][AT_B] is not None:
-        b_ptr = _nth(group, index, AT_B, PROJECTIONS)
+    if group[0].b is not None:
+        b_ptr = _nth([layer.b for layer in group], index)
         # PEFT keeps adapters in fp32: three tf32 products keep them so on the matrix unit.
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16  # the whole rank at once spills from rank 64 on sm_80
@@ -154,7 +152,7 @@ def nf4_linear_fwd_kernel(
                 acc = tl.dot(xa, b.T, acc, input_precision=PRECISION)
     if TRANSPOSED:
         acc = acc.T
-    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS)
+    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -182,30 +180,30 @@ def nf4_skinny_kernel(
     tiles_w = 0
     columns_w = 0
     for i in tl.static_range(PROJECTIONS):
-        tiles_w += tl.cdiv(group[i][AT_N], BLOCK_N)
-        columns_w += group[i][AT_N]
+        tiles_w += tl.cdiv(group[i].N, BLOCK_N)
+        columns_w += group[i].N
     rows_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
     x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, BLOCK_K)[None, :]
     offs = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if tile < tiles_w:
-        _index, packed_ptr, code_ptr, scales, _out, rows, _R, _scaling, number, _column = _projection(group, tile, PROJECTIONS, BLOCK_N)
+        _index, weight, _out, rows, _R, _scaling, number, _column = _projection(group, tile, PROJECTIONS, BLOCK_N)
         start = 0
         before = 0
         for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1][AT_N], BLOCK_N)
-            start += tl.where(tile >= before, group[i - 1][AT_N], 0)
+            before += tl.cdiv(group[i - 1].N, BLOCK_N)
+            start += tl.where(tile >= before, group[i - 1].N, 0)
         offs += number * BLOCK_N
         rows_n = tl.minimum(offs, rows - 1).to(tl.int64)
-        packed_ptrs = packed_ptr + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        packed_ptrs = weight.packed + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
         first = rows_n[:, None] * K + begin + tl.arange(0, GROUPS)[None, :] * BLOCK_SIZE
         for k in range(0, end - begin, BLOCK_K):  # from 0: a k whose sign is unknown is dearer to divide
             packed = tl.load(packed_ptrs + k // 2)
-            scale = block_scale(scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
-            w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+            scale = block_scale(weight.scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
+            w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
             acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
     else:
-        rows = group[0][AT_R]
+        rows = group[0].R
         tile -= tiles_w
         index = 0
         number = tile
@@ -213,16 +211,16 @@ def nf4_skinny_kernel(
         before = 0
         ranks = 0
         for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1][AT_R], BLOCK_N)
-            ranks += group[i - 1][AT_R]
+            before += tl.cdiv(group[i - 1].R, BLOCK_N)
+            ranks += group[i - 1].R
             take = tile >= before
             index = tl.where(take, i, index)
-            rows = tl.where(take, group[i][AT_R], rows)
+            rows = tl.where(take, group[i].R, rows)
             number = tl.where(take, tile - before, number)
             start = tl.where(take, columns_w + ranks, start)
         offs += number * BLOCK_N
-        if group[0][AT_A] is not None:
-            a_ptr = _nth(group, index, AT_A, PROJECTIONS)
+        if group[0].a is not None:
+            a_ptr = _nth([layer.a for layer in group], index)
             PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
             WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
             rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
@@ -248,22 +246,22 @@ def nf4_skinny_reduce_kernel(
 
     Program p computes tile p of BLOCK_N features for all tokens; the first tile of each projection stores its xa.
     """
-    index, _packed, _code, _scales, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0), PROJECTIONS, BLOCK_N)
+    index, _weight, out_ptr, N, R, scaling, pid_n, column = _projection(group, tl.program_id(0), PROJECTIONS, BLOCK_N)
     columns_w = 0
     start = 0
     before = 0
     for i in tl.static_range(PROJECTIONS):
-        columns_w += group[i][AT_N]
-        before += tl.cdiv(group[i][AT_N], BLOCK_N)
-        start += tl.where(tl.program_id(0) >= before, group[i][AT_N], 0)
+        columns_w += group[i].N
+        before += tl.cdiv(group[i].N, BLOCK_N)
+        start += tl.where(tl.program_id(0) >= before, group[i].N, 0)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in range(SPLIT_K):  # unrolled, 16 splits spill
         acc += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + start + offs_n[None, :], mask=mask, other=0.0)
-    if group[0][AT_B] is not None:
-        b_ptr = _nth(group, index, AT_B, PROJECTIONS)
+    if group[0].b is not None:
+        b_ptr = _nth([layer.b for layer in group], index)
         PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16
         for r in range(0, R, BLOCK_R):
@@ -276,7 +274,7 @@ def nf4_skinny_reduce_kernel(
                 tl.store(xa_ptr + offs_m[:, None] * stride_xam + column + offs_r[None, :], xa.to(xa_ptr.dtype.element_ty), mask=mask_r)
             b = tl.load(b_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
             acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=PRECISION)
-    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N, PROJECTIONS)
+    _store(acc, group, index, out_ptr, offs_m, offs_n, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -315,36 +313,36 @@ def nf4_linear_dx_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     column = 0
     for i in tl.static_range(PROJECTIONS):
-        packed_ptr, code_ptr, scales, a_ptr, _b, factor_ptr, _bias, dy_ptr, _raw, N, R, _scaling = group[i]
+        weight, a_ptr, factor_ptr, dy_ptr, N, R = group[i].weight, group[i].a, group[i].factor, group[i].out, group[i].N, group[i].R
         tl.assume(N > 0)
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
             rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-            packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
-            scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
-            w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+            packed = tl.load(weight.packed + rows_n[:, None] * (K // 2) + bytes_k[None, :])
+            scale = block_scale(weight.scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
+            w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
             dy = tl.load(dy_ptr + rows_m[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0)
             if factor_ptr is not None:
                 dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)).to(DTYPE)
             acc = tl.dot(dy, w, acc, input_precision="ieee")
         if a_ptr is not None:
-            low = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            delta = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)
                 dxa = tl.load(dxa_ptr + rows_m[:, None] * stride_dxam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
                 a = tl.load(a_ptr + offs_r[:, None].to(tl.int64) * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(dxa.dtype)
-                low = tl.dot(dxa, a, low, input_precision=PRECISION)
+                delta = tl.dot(dxa, a, delta, input_precision=PRECISION)
             if seeds_ptr is not None:
                 keep = keep_mask(tl.load(seeds_ptr + i), offs_m, first_k, threshold, BLOCK_M, BLOCK_K)
-                low = tl.where(keep, low, 0.0)
-            acc += low * rescale
+                delta = tl.where(keep, delta, 0.0)
+            acc += delta * rescale
             column += R
     tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(DTYPE), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
 
 
 @triton.jit
 def nf4_row_norms_kernel(
-    packed_ptr, code_ptr, scales, a_ptr, b_ptr, norms_ptr,
+    weight, a_ptr, b_ptr, norms_ptr,
     N, K, R,
     scaling,
     DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, CUT_K: tl.constexpr,
@@ -369,9 +367,9 @@ def nf4_row_norms_kernel(
             in_k = tl.minimum(in_k, K - 1)
             bytes_k = tl.minimum(bytes_k, K // 2 - 1)
             blocks_k = tl.minimum(blocks_k, K - 1)
-        packed = tl.load(packed_ptr + rows_n[:, None] * (K // 2) + bytes_k[None, :])
-        scale = block_scale(scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
-        w = decode(packed, scale, code_ptr, scales, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2).to(tl.float32)
+        packed = tl.load(weight.packed + rows_n[:, None] * (K // 2) + bytes_k[None, :])
+        scale = block_scale(weight.scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
+        w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2).to(tl.float32)
         if a_ptr is not None:
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)

@@ -1,11 +1,8 @@
 """Patch embedding: pixels to placed tokens.
 
 Row r = tile * padded + token of the result [tiles * padded, N]. A tile has `patches` patches in row-major order and a CLS token
-before or after them, or none; rows past the last token are padding and stay zero. What the kernels share travels in tuples:
-    image  = (stride of a tile, of a channel, of a line, of a pixel; patches in a line)
-    shape  = (padded, tokens, patches, first patch's token, CLS token or -1)
-    tables = (cls [N], bias [N], local [tokens, N], table [rows, tokens, N], pre [rows, N], row of each tile, factors), None for what is absent
-    factors = fp32 [3]: what local, table and pre are multiplied by
+before or after them, or none; rows past the last token are padding and stay zero. Of arguments.py, `image` is an Image, `shape` a Geometry and
+`tables` a Placed.
 """
 
 import triton
@@ -75,13 +72,17 @@ def _per_channel(values, channel):
 @triton.jit
 def _pixels(images_ptr, image, shape, scale, shift, row, k, M, CHANNELS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, LINE: tl.constexpr):
     """The pixels [rows, k] of rows of the result, k = (channel, line, pixel of LINE >= PATCH_W); zero where there are none."""
-    tile, token = row // shape[0], row % shape[0]
-    patch = token - shape[3]
-    there = (row < M) & (patch >= 0) & (patch < shape[2])
+    tile, token = row // shape.padded, row % shape.padded
+    patch = token - shape.first
+    there = (row < M) & (patch >= 0) & (patch < shape.patches)
     patch = tl.where(there, patch, 0)
-    start = tile.to(tl.int64) * image[0] + (patch // image[4]).to(tl.int64) * PATCH_H * image[2] + (patch % image[4]) * PATCH_W * image[3]
+    start = (
+        tile.to(tl.int64) * image.stride_tile
+        + (patch // image.across).to(tl.int64) * PATCH_H * image.stride_line
+        + (patch % image.across) * PATCH_W * image.stride_pixel
+    )
     channel, line, pixel = k // (PATCH_H * LINE), k // LINE % PATCH_H, k % LINE
-    offset = channel * image[1] + line * image[2] + pixel * image[3]
+    offset = channel * image.stride_channel + line * image.stride_line + pixel * image.stride_pixel
     mask = there[:, None] & ((pixel < PATCH_W) & (channel < CHANNELS))[None, :]
     x = tl.load((images_ptr + start)[:, None] + offset[None, :], mask=mask, other=0)
     if scale is not None:
@@ -107,27 +108,28 @@ def patchify_kernel(
 @triton.jit
 def _place(x, row, n, M, N, tables, shape):
     """x [rows, n] in fp32 plus everything that has its place there."""
-    cls_ptr, bias_ptr, local_ptr, table_ptr, pre_ptr, rows_ptr, factors_ptr = tables
-    tile, token = row // shape[0], row % shape[0]
-    patch = token - shape[3]
+    tile, token = row // shape.padded, row % shape.padded
+    patch = token - shape.first
     inside = (n < N)[None, :]
-    is_token = ((row < M) & (token < shape[1]))[:, None] & inside
-    is_patch = ((row < M) & (patch >= 0) & (patch < shape[2]))[:, None] & inside
-    if bias_ptr is not None:
-        x += tl.where(is_patch, tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
-    if cls_ptr is not None:
-        x += tl.where(is_token & (token == shape[4])[:, None], tl.load(cls_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
-    if local_ptr is not None:
-        local = tl.load(local_ptr + token[:, None] * N + n[None, :], mask=is_token, other=0.0).to(tl.float32)
-        x += local if factors_ptr is None else local * tl.load(factors_ptr)
-    if rows_ptr is not None:
-        placed = tl.load(rows_ptr + tile, mask=row < M, other=-1)
-        if table_ptr is not None:
-            start = (tl.maximum(placed, 0).to(tl.int64) * shape[1] + token) * N
-            x += tl.load((table_ptr + start)[:, None] + n[None, :], mask=is_token & (placed >= 0)[:, None], other=0.0).to(tl.float32) * tl.load(factors_ptr + 1)
-        if pre_ptr is not None:
+    is_token = ((row < M) & (token < shape.tokens))[:, None] & inside
+    is_patch = ((row < M) & (patch >= 0) & (patch < shape.patches))[:, None] & inside
+    if tables.bias is not None:
+        x += tl.where(is_patch, tl.load(tables.bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
+    if tables.cls is not None:
+        x += tl.where(is_token & (token == shape.cls_at)[:, None], tl.load(tables.cls + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
+    if tables.local_pos is not None:
+        local = tl.load(tables.local_pos + token[:, None] * N + n[None, :], mask=is_token, other=0.0).to(tl.float32)
+        x += local if tables.factors is None else local * tl.load(tables.factors)
+    if tables.rows is not None:
+        placed = tl.load(tables.rows + tile, mask=row < M, other=-1)
+        if tables.global_pos is not None:
+            start = (tl.maximum(placed, 0).to(tl.int64) * shape.tokens + token) * N
+            value = tl.load((tables.global_pos + start)[:, None] + n[None, :], mask=is_token & (placed >= 0)[:, None], other=0.0)
+            x += value.to(tl.float32) * tl.load(tables.factors + 1)
+        if tables.pre_pos is not None:
             start = tl.maximum(placed, 0) * N
-            x += tl.load((pre_ptr + start)[:, None] + n[None, :], mask=is_patch & (placed >= 0)[:, None], other=0.0).to(tl.float32) * tl.load(factors_ptr + 2)
+            value = tl.load((tables.pre_pos + start)[:, None] + n[None, :], mask=is_patch & (placed >= 0)[:, None], other=0.0)
+            x += value.to(tl.float32) * tl.load(tables.factors + 2)
     return x
 
 
@@ -218,7 +220,7 @@ def place_kernel(
             x *= tl.load(norm_w_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if norm_b_ptr is not None:
             x += tl.load(norm_b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        x = tl.where((row % shape[0] < shape[1])[:, None], x, 0.0)  # padding is not normalised
+        x = tl.where((row % shape.padded < shape.tokens)[:, None], x, 0.0)  # padding is not normalised
     tl.store(y_ptr + offs, x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -237,7 +239,7 @@ def norm_bwd_kernel(dy_ptr, x_ptr, stats_ptr, w_ptr, dx_ptr, dw_ptr, db_ptr, sha
     dw, db = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     offs = (p * rows).to(tl.int64) * N + n
     for row in range(p * rows, tl.minimum((p + 1) * rows, M)):
-        real = row % shape[0] < shape[1]
+        real = row % shape.padded < shape.tokens
         here = (mask & real) != 0  # a block and a flag are an integer in the interpreter, which 3.9 takes for no mask
         dy = tl.load(dy_ptr + offs, mask=here, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row)
@@ -278,16 +280,16 @@ def place_bwd_kernel(
     pid_t, pid_n = tl.program_id(0), tl.program_id(1)
     token = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (token < shape[1])[:, None] & (n < N)[None, :]
-    is_patch = ((token >= shape[3]) & (token < shape[3] + shape[2]))[:, None]
+    mask = (token < shape.tokens)[:, None] & (n < N)[None, :]
+    is_patch = ((token >= shape.first) & (token < shape.first + shape.patches))[:, None]
     offs = token[:, None] * N + n[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     along = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    total = _sum_of_tiles(total, dy_ptr, order_ptr, 0, tl.load(starts_ptr), shape[0] * N, offs, mask, TILES)
+    total = _sum_of_tiles(total, dy_ptr, order_ptr, 0, tl.load(starts_ptr), shape.padded * N, offs, mask, TILES)
     start = pid_t.to(tl.int64) * 0  # of the row in the table
     for row in range(0, rows):
         first, last = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
-        part = _sum_of_tiles(tl.zeros((BLOCK_T, BLOCK_N), tl.float32), dy_ptr, order_ptr, first, last, shape[0] * N, offs, mask, TILES)
+        part = _sum_of_tiles(tl.zeros((BLOCK_T, BLOCK_N), tl.float32), dy_ptr, order_ptr, first, last, shape.padded * N, offs, mask, TILES)
         total += part
         if dtable_ptr is not None:
             tl.store(dtable_ptr + start + offs, (part * tl.load(factors_ptr + 1)).to(dtable_ptr.dtype.element_ty), mask=mask)
@@ -296,7 +298,7 @@ def place_bwd_kernel(
             along += part * tl.load(table_ptr + start + offs, mask=has_tiles, other=0.0).to(tl.float32)
         if pre_ptr is not None:
             tl.store(pre_ptr + (pid_t * rows + row) * N + n, tl.sum(tl.where(is_patch, part, 0.0), 0), mask=n < N)
-        start += shape[1] * N
+        start += shape.tokens * N
     tl.store(total_ptr + offs, total, mask=mask)
     if dots_ptr is not None:
         at = dots_ptr + (pid_t * tl.num_programs(1) + pid_n) * 2

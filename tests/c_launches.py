@@ -99,7 +99,8 @@ def table() -> list[tuple[bytes, object]]:
 def argument(leaf, values: Iterator[bytes]):
     """What the interpreter takes for a leaf of a signature, out of the next of the recorded values."""
     if isinstance(leaf, tuple):
-        return tuple(argument(part, values) for part in leaf)
+        parts = [argument(part, values) for part in leaf]
+        return leaf._make(parts) if hasattr(leaf, "_make") else tuple(parts)
     if not isinstance(leaf, str):
         return leaf
     kind, value = leaf.split()[1].partition("/")[0], next(values)
@@ -124,11 +125,11 @@ def call(function: str, *args) -> None:
         assert [*values] == [bytes(8)] * 2, f"{launch.entry}: more parameters than the signature has"
         if constants.get("DECODE") == "prmt":  # byte permutes are assembly: the portable decode takes the table
             constants["DECODE"] = "gather"
-            if "code_ptr" in given:
-                given["code_ptr"] = TABLE_OF_CODES
-            elif given["group"][0][0] is not None:
-                packed, _, *rest = given["group"][0]
-                given["group"] = ((packed, TABLE_OF_CODES, *rest),)
+            if "weight" in given:
+                given["weight"] = given["weight"]._replace(code=TABLE_OF_CODES)
+            else:
+                (layer,) = given["group"]
+                given["group"] = (layer._replace(weight=layer.weight._replace(code=TABLE_OF_CODES)),)
         v.kernel[tuple(launch.grid)](**given, **constants)
 
 

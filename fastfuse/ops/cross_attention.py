@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import DkDvStrides, DqStrides, ForwardStrides, Lengths, Mask, Strides
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, no_autocast, precision, route
 from fastfuse.ops.encoder_mask import EncoderMask
 
@@ -301,15 +302,15 @@ def _cross_attention(
     heads = {"G": G, "GP": GP, "D": d}
     block_d = {"BLOCK_D": max(16, 1 << (d - 1).bit_length())}
     sides = [_descriptor(t, (1, 1, BLOCK_N, block_d["BLOCK_D"])) if tile["TMA"] else t for t in (k, v)]
-    strides = tuple(t.stride()[:3] for t in (q, k, v, o))
+    strides = ForwardStrides(*(_strides(t) for t in (q, k, v, o)))
     cross_attention_fwd_kernel[(*grid, splits)](
         q, *sides, parts, part_lse, mask, strides, *_shape(q, k, rows), scale * LOG2E, splits, **heads, KIND=kind, SPLIT=splits > 1,
-        LISTED=listed_tokens(G), PRECISION=precision(), **tile.launch() | {"BLOCK_M": BLOCK_M}, **block_d,
+        TOKENS_PER_BLOCK=listed_tokens(G), PRECISION=precision(), **tile.launch() | {"BLOCK_M": BLOCK_M}, **block_d,
     )  # fmt: skip
     if splits > 1:
         rows_each, warps = max(GP, 16), merge_warps(d)
         cross_attention_merge_kernel[(-(-s * GP // rows_each), b * hkv)](
-            parts, part_lse, o, lse, o.stride()[:3], *_shape(q, k, rows), splits, **heads, BLOCK_M=rows_each, **block_d, num_warps=warps, **tune.OPTIONS
+            parts, part_lse, o, lse, _strides(o), *_shape(q, k, rows), splits, **heads, BLOCK_M=rows_each, **block_d, num_warps=warps, **tune.OPTIONS
         )
     return o.to(dtype), lse
 
@@ -324,6 +325,10 @@ def _operand(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _strides(t: Tensor) -> Strides:
+    return Strides(*t.stride()[:3])
+
+
 def _fp32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
@@ -335,8 +340,8 @@ def _shape(q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[int, int, int, in
 def _kernel_mask(lengths: Tensor | None, rows: Tensor | None, rows_empty: Tensor | None, blocks: Tensor | None, counts: Tensor | None) -> tuple[tuple, int]:
     """The kernels' tuple and its KIND."""
     if rows is None:
-        return (lengths, None, None, None), 0
-    return (rows, rows_empty, blocks, counts), 1 if rows.shape[-1] == 2 else 2
+        return Lengths(lengths), 0
+    return Mask(rows, rows_empty, blocks, counts), 1 if rows.shape[-1] == 2 else 2
 
 
 def _tile(op: str, q: Tensor, k: Tensor, rows: int, *descriptors: Tensor) -> tune.Tile:
@@ -419,17 +424,17 @@ def _cross_attention_bwd(
     rows_each = max(GP, 32)
     dlse = None if dlse is None else dlse.contiguous()
     cross_attention_delta_kernel[(-(-s * GP // rows_each), b * hkv)](
-        o, do, dlse, delta, o.stride()[:3], do.stride()[:3], *shape, **heads, BLOCK_M=rows_each, **block_d, **tune.OPTIONS
+        o, do, dlse, delta, _strides(o), _strides(do), *shape, **heads, BLOCK_M=rows_each, **block_d, **tune.OPTIONS
     )
-    common = heads | {"LISTED": listed_tokens(G), "PRECISION": precision()} | block_d
-    strides = [t.stride()[:3] for t in (q, k, v, do)]
+    common = heads | {"TOKENS_PER_BLOCK": listed_tokens(G), "PRECISION": precision()} | block_d
+    strides = [_strides(t) for t in (q, k, v, do)]
     if wanted[0]:
         mask, kind = _kernel_mask(lengths, rows, rows_empty, cols, cols_n)
         tile = _tile("cross_attention_dq", q, k, s * GP, *(() if lengths is not None else (k, v)))
         BLOCK_M = max(tile["BLOCK_M"], GP)
         sides = [_descriptor(t, (1, 1, tile["BLOCK_N"], block_d["BLOCK_D"])) if tile["TMA"] else t for t in (k, v)]
         cross_attention_dq_kernel[(-(-s * GP // BLOCK_M), b * hkv)](
-            q, *sides, do, lse, delta, made[0], mask, (*strides, made[0].stride()[:3]), *shape, scale * LOG2E, **common, KIND=kind,
+            q, *sides, do, lse, delta, made[0], mask, DqStrides(*strides, _strides(made[0])), *shape, scale * LOG2E, **common, KIND=kind,
             **tile.launch() | {"BLOCK_M": BLOCK_M},
         )  # fmt: skip
         made[0] = made[0].neg_() if negative else made[0]
@@ -439,9 +444,9 @@ def _cross_attention_bwd(
         tile = _tile("cross_attention_dkdv", q, k, s * GP, *(by_token if G == GP else ()))
         BLOCK_M = max(tile["BLOCK_M"], GP)
         sides = [_descriptor(t, (1, BLOCK_M // GP, G, block_d["BLOCK_D"])) for t in by_token] if tile["TMA"] else [q, do]
-        columns = made[1].stride()[:3] if wanted[1] else strides[1], made[2].stride()[:3] if wanted[2] else strides[2]
+        columns = [_strides(made[i]) if wanted[i] else strides[i] for i in (1, 2)]
         cross_attention_dkdv_kernel[(-(-s_e // tile["BLOCK_N"]), b * hkv)](
-            sides[0], k, v, sides[1], lse, delta, made[1], made[2], mask, (*strides, *columns), *shape, scale * LOG2E, **common, KIND=kind,
+            sides[0], k, v, sides[1], lse, delta, made[1], made[2], mask, DkDvStrides(*strides, *columns), *shape, scale * LOG2E, **common, KIND=kind,
             DK=wanted[1], DV=wanted[2], **tile.launch() | {"BLOCK_M": BLOCK_M},
         )  # fmt: skip
     return [t.to(dtype) for t in made]

@@ -10,7 +10,7 @@ from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.ops._nf4_cpu import decoded_rows
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, route, triton_dtype
-from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, nf4_dequantize_ref
+from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, kernel_weight, nf4_dequantize_ref
 from fastfuse.quant.nf4 import NF4View, is_dense
 
 if HAS_TRITON:
@@ -112,7 +112,7 @@ def _nf4_row_norms(
     norms = torch.empty(N, dtype=torch.float32, device=packed.device)
     a, b = (t if t is None else t.to(kernel_dtype(t.dtype)).contiguous() for t in (a, b))
     nf4_row_norms_kernel[(-(-N // tile["BLOCK_N"]),)](
-        view.packed, view.code, view.scales, a, b, norms, N, K, R, scaling,
+        kernel_weight(view), a, b, norms, N, K, R, scaling,
         DTYPE=triton_dtype(kernel_dtype(dtype)), BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
     )  # fmt: skip
     return norms

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import FlatScales, NestedScales, NF4Weight, TorchaoScales
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, fused_op, kernel_dtype, route
 from fastfuse.quant.nf4 import NF4View
 
@@ -96,9 +97,13 @@ def dequantize_into(out: Tensor, weight: NF4View, dtype: torch.dtype) -> None:
     grid = (-(-n // each),)
     decode = decode_branch(weight, dtype) if n % 2 == 0 else "gather"
     nf4_dequantize_kernel[grid](
-        weight.packed, weight.code, weight.scales, out, n,
+        kernel_weight(weight), out, n,
         weight.block_size, weight.scale_block, blocks, decode, CUT=n % each != 0, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def kernel_weight(weight: NF4View) -> NF4Weight:
+    return NF4Weight(weight.packed, weight.code, {1: FlatScales, 3: TorchaoScales, 4: NestedScales}[len(weight.scales)](*weight.scales))
 
 
 def decode_branch(weight: NF4View, dtype: torch.dtype) -> str:

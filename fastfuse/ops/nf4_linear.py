@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import Operand
 from fastfuse.ops import _nf4_cpu
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, route, rows
 from fastfuse.ops._scratch import scratch
 from fastfuse.ops.lora_row_norms import lora_row_norms, lora_row_norms_ref
 from fastfuse.ops.low_rank import drop, lora_down, lora_grad, lora_up, scaled_product, threshold
-from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, dequantize_into, nf4_dequantize_ref
+from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, dequantize_into, kernel_weight, nf4_dequantize_ref
 from fastfuse.quant.nf4 import NF4View, is_dense, is_torchao
 
 if HAS_TRITON:
@@ -405,7 +406,7 @@ class Group:
         factor, raw = each(self.factor, torch.float32), raw or [None] * len(self)
         ranks = [0 if t is None else t.shape[0] for t in a]
         return tuple(
-            (v.packed, v.code, v.scales, a[i], b[i], factor[i], bias[i], out[i], raw[i], self.rows[i], ranks[i], self.scaling[i] * self.rescale)
+            Operand(kernel_weight(v), a[i], b[i], factor[i], bias[i], out[i], raw[i], self.rows[i], ranks[i], self.scaling[i] * self.rescale)
             for i, v in enumerate(views)
         )
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import Geometry, Image, Placed
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, precision, route, transformed
 
@@ -356,8 +357,8 @@ class _Geometry(NamedTuple):
         cls_at = -1 if not has_cls else tokens - 1 if append_cls else 0
         return _Geometry(-(-tokens // pad_tokens_to) * pad_tokens_to, tokens, down * across, int(has_cls and not append_cls), cls_at, across)
 
-    def shape(self) -> tuple[int, ...]:
-        return self[:5]
+    def shape(self) -> Geometry:
+        return Geometry(*self[:5])
 
 
 _BLOCK_M, _BLOCK_K = 32, 128  # of patchify_kernel: 16 elements a thread
@@ -391,7 +392,7 @@ def _patch_embed(
             x = torch.mm(pixels, w.T, out=out) if out.dtype == pixels.dtype else torch.mm(pixels, w.T)
         else:
             _launch(tile, images, weight, geometry, placed, scale, shift, out)
-            x, placed = out, (None,) * len(placed)
+            x, placed = out, Placed()
         if tile is None or norm:
             block = triton_block(D)
             affine = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
@@ -413,8 +414,8 @@ def norm_warps(columns: int) -> int:
     return min(16, max(4, columns // 512))
 
 
-def _kernel_tables(tables: Tables, aspect_ratio: Tensor | None, n_tiles: int) -> tuple[Tensor | None, ...]:
-    """The kernels' tuple of tables, with each tile's row and the gates' factors. Asserts on the device that every ratio has its place."""
+def _kernel_tables(tables: Tables, aspect_ratio: Tensor | None, n_tiles: int) -> Placed:
+    """What kernels add, with each tile's row and the gates' factors. Asserts on the device that every ratio has its place."""
     rows = factors = None
     if aspect_ratio is not None:
         (entries, side), device = tables.grid(), aspect_ratio.device
@@ -431,15 +432,15 @@ def _kernel_tables(tables: Tables, aspect_ratio: Tensor | None, n_tiles: int) ->
         else:
             assert_on_device(fits, "patch_embed: an aspect_ratio has no place in the tables")
     read = (None if t is None else t.contiguous() for t in (tables.cls, tables.bias, tables.local_pos, tables.global_pos, tables.pre_pos))
-    return *read, rows, factors
+    return Placed(*read, rows, factors)
 
 
-def _kernel_image(images: Tensor, geometry: _Geometry) -> tuple[Tensor, tuple[int, ...]]:
+def _kernel_image(images: Tensor, geometry: _Geometry) -> tuple[Tensor, Image]:
     """Pixels as [tiles, C, H, W], and how the kernels find them. Any strides do, of a pixel too, where a tile's offsets fit 32 bits."""
     tiles = images.flatten(0, 1)
     if sum((size - 1) * stride for size, stride in zip(tiles.shape[1:], tiles.stride()[1:], strict=True)) >= 2**31:
         tiles = tiles.contiguous()
-    return tiles, (*tiles.stride(), geometry.across)
+    return tiles, Image(*tiles.stride(), geometry.across)
 
 
 def _kernel_numbers(scale: Sequence[float], shift: Sequence[float]) -> tuple[tuple | None, tuple | None]:
@@ -464,7 +465,7 @@ def patchify(images: Tensor, weight: Tensor, geometry: _Geometry, scale: Sequenc
     return a
 
 
-def _launch(tile: tune.Tile, images: Tensor, weight: Tensor, geometry: _Geometry, placed: tuple, scale, shift, out: Tensor) -> None:
+def _launch(tile: tune.Tile, images: Tensor, weight: Tensor, geometry: _Geometry, placed: Placed, scale, shift, out: Tensor) -> None:
     """One GEMM with everything placed in its epilogue, over patchified rows or, with DIRECT, over the images themselves."""
     D, C, ph, pw = weight.shape
     direct, step, work = tile["DIRECT"], tile["BLOCK_K"], kernel_dtype(weight.dtype)

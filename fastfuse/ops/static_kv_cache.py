@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastfuse import tune
+from fastfuse.kernels.arguments import CacheStrides, Strides
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._op import HAS_TRITON, Cost, _on_device, nbytes, no_autocast, replaceable, route
 from fastfuse.ops.cross_attention import _public_lse, attend
@@ -201,7 +202,7 @@ def _launch(
         BLOCK_D = max(16, 1 << (d - 1).bit_length())
         BLOCK_N = max(1, _ELEMENTS // BLOCK_D)
         kv_cache_write_kernel[(-(-s_e // BLOCK_N), b * heads)](
-            k, v, k_cache, v_cache, None if places is None else places.contiguous(), held, (k.stride()[:3], v.stride()[:3]), s_e, max_len, heads,
+            k, v, k_cache, v_cache, None if places is None else places.contiguous(), held, CacheStrides(*(Strides(*t.stride()[:3]) for t in (k, v))), s_e, max_len, heads,
             D=d, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=8, **tune.OPTIONS,
         )  # fmt: skip
     _finish(k_cache, v_cache, lengths, s_e, held, clear)
