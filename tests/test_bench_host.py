@@ -1,0 +1,50 @@
+"""Python calls per call of a host, counted without a GPU, against those that are stored."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.host import PACKAGES, STORED, Row, differences, versions
+
+ROOT = Path(__file__).parents[1]
+HOSTS = ("triton", "peft", "bitsandbytes", "transformers")
+
+
+def test_calls_that_grew_by_more_than_a_tenth_are_named():
+    stored = {"grows": [2, 100, 10.0], "within": [2, 100, 10.0], "launches": [2, 100, 10.0]}
+    found = {"grows": Row(2, 111, None), "within": Row(2, 110, 99.0), "launches": Row(3, 50, None), "new": Row(1, 5, None)}
+    assert differences(found, stored) == [
+        "grows: 111 calls, stored are 100: over 10% more",
+        "launches: 3 launches, stored are 2",
+        "new: no such row is stored, run with --save",
+    ]
+
+
+def stored_here() -> dict:
+    """What is stored of the installed Triton; skips where counts would tell about other packages than fastfuse."""
+    for package in HOSTS:
+        pytest.importorskip(package)
+    if shutil.which(os.environ.get("CC", "cc").split()[0]) is None:
+        pytest.skip("no C compiler")
+    stored = json.loads(STORED.read_text()).get(f"triton {importlib.metadata.version('triton')}")
+    if stored is None:
+        pytest.skip("no rows of the installed Triton are stored")
+    other = {p: v for p, v in versions().items() if p in PACKAGES and v != stored["versions"][p]}
+    if other:
+        pytest.skip(f"the stored rows are of other versions than {other}")
+    return stored
+
+
+def test_no_call_costs_more_python_than_stored():
+    rows = stored_here()["rows"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "bench.host", "--check", "--quick"]  # a process of its own: there fastfuse is loaded for a GPU that is not there
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(line.startswith(tuple(f"{name} " for name in rows)) for line in done.stdout.splitlines()) >= 15, done.stdout
