@@ -62,6 +62,32 @@ def test_the_own_architecture_gives_equal_tokens(photo, tmp_path, capsys):
         assert tokens[0][1] == tokens[1][1] and "equal, all 6" in out and "the PyTorch reference: no GPU found" in out
 
 
+@pytest.mark.parametrize("arch", ["mllama", "fastfuse"])
+def test_the_calls_of_a_token_are_printed_and_do_not_depend_on_how_many(arch, capsys):
+    shown = []
+    for tokens in ("1", "4"):
+        assert main(["demo", "--arch", arch, "--tokens", tokens]) == 0
+        shown.append(re.search(r"^Python +a token costs (\d+) calls before, (\d+) after$", capsys.readouterr().out, re.M).groups())
+    assert shown[0] == shown[1] and all(int(n) > 1000 for n in shown[0])
+
+
+def test_calls_are_counted_exactly():
+    from fastfuse.demo.show import calls_per_token
+
+    def generate(n: int) -> None:
+        for _ in range(n):  # in each turn one call of a Python function and one of a function written in C
+            one()
+
+    def one() -> None:
+        abs(-1)
+
+    before = sys.getprofile()
+    assert calls_per_token(generate) == 2 and sys.getprofile() is before
+    with pytest.raises(ZeroDivisionError):
+        calls_per_token(lambda n: 1 / 0)
+    assert sys.getprofile() is before
+
+
 def _gpu() -> bool:
     import torch
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastfuse
 from fastfuse.data import CLIPImageTransform, VisionCrossAttentionMask, padded_collate_tiled_images_and_mask
-from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_slice
+from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, calls_per_token, print_backend, print_comparison, print_memory, print_slice
 from fastfuse.generation import generate
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build_lora
 from fastfuse.modules import local_kv_cache
@@ -128,20 +128,22 @@ def answer(model: nn.Module, batch: dict, tokens: int, progress: Progress, title
         times.append(time.perf_counter() - start)
         progress.advance(task)
     prefill = statistics.median(times)
-    made, margin, decode = [], float("inf"), 0.0
+    made, margin, decode, calls = [], float("inf"), 0.0, 0
     if tokens:
         b, s, s_e = batch["encoder_mask"].shape
-        caches = {"encoder_max_seq_len": s_e, "decoder_max_seq_len": s + tokens, "dtype": logits_dtype(model)}
+        caches = {"encoder_max_seq_len": s_e, "decoder_max_seq_len": s + max(tokens, 3), "dtype": logits_dtype(model)}
         with local_kv_cache(model, batch_size=b, device=batch["tokens"].device, **caches):
             start = time.perf_counter()
             out, chosen = generate(model, batch["tokens"], max_generated_tokens=tokens, temperature=0, **images)
             synchronize()
-        decode = (time.perf_counter() - start - prefill) / max(tokens - 1, 1)
+            spent = time.perf_counter() - start
+            calls = calls_per_token(lambda n: generate(model, batch["tokens"], max_generated_tokens=n, temperature=0, **images))
+        decode = (spent - prefill) / max(tokens - 1, 1)
         made = out[0, s:].tolist()
         best = chosen.float().topk(2).values
         margin = (best[..., 0] - best[..., 1]).min().item()
     progress.remove_task(task)
-    return Answer(logits.float(), made, margin, prefill, decode)
+    return Answer(logits.float(), made, margin, prefill, decode, calls)
 
 
 def logits_dtype(model: DeepFusionModel) -> torch.dtype:

@@ -18,7 +18,7 @@ from transformers.models.mllama.processing_mllama import convert_sparse_cross_at
 import fastfuse
 from fastfuse._quiet import quiet_startup
 from fastfuse.demo.image import DemoError
-from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_slice
+from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, calls_per_token, print_backend, print_comparison, print_memory, print_slice
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"]
 RANK = 16
@@ -145,7 +145,7 @@ def answer(model: nn.Module, batch: dict, tokens: int, progress: Progress, title
         times.append(time.perf_counter() - start)
         progress.advance(task)
     prefill = statistics.median(times)
-    made, margin, decode = [], float("inf"), 0.0
+    made, margin, decode, calls = [], float("inf"), 0.0, 0
     if tokens:
         start = time.perf_counter()
         out = model.generate(
@@ -157,8 +157,9 @@ def answer(model: nn.Module, batch: dict, tokens: int, progress: Progress, title
         made = out.sequences[0, batch["input_ids"].shape[1] :].tolist()
         best = torch.stack(out.logits, 1).float().topk(2).values
         margin = (best[..., 0] - best[..., 1]).min().item()
+        calls = calls_per_token(lambda n: model.generate(**batch, max_new_tokens=n, min_new_tokens=n, do_sample=False))
     progress.remove_task(task)
-    return Answer(logits.float(), made, margin, prefill, decode)
+    return Answer(logits.float(), made, margin, prefill, decode, calls)
 
 
 def _interpreted(model: nn.Module, batch: dict, progress: Progress) -> tuple[Answer, int]:
