@@ -76,10 +76,11 @@ from fastfuse.kernels.patch_embed import (
     tile_rows_kernel,
 )
 from fastfuse.kernels.swiglu import swiglu_bwd_kernel, swiglu_fwd_kernel
+from fastfuse.ops._mask_ops import _LIST_BLOCK, _PACK_ROWS, _PACK_WORDS, _STATE_BLOCKS, _STATE_ROWS, _TILES_ROWS, _TILES_WORDS
+from fastfuse.ops._patch_tokens import _BLOCK_K, _BLOCK_M, triton_block
 from fastfuse.ops.cross_attention import merge_warps
-from fastfuse.ops.encoder_mask import _LIST_BLOCK, _PACK_ROWS, _PACK_WORDS, _STATE_BLOCKS, _STATE_ROWS, _TILES_ROWS, _TILES_WORDS
 from fastfuse.ops.nf4_dequantize import _BYTES
-from fastfuse.ops.patch_embed import _BLOCK_K, _BLOCK_M, _BLOCK_N, _BLOCK_T, _TILES, norm_warps, triton_block
+from fastfuse.ops.patch_embed_bwd import _BLOCK_N, _BLOCK_T, _TILES, norm_warps
 from fastfuse.ops.static_kv_cache import _ELEMENTS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")

@@ -19,11 +19,13 @@ from bench.nf4_peers import Layer, random_layer, short
 from bench.patch_peers import Size as Images
 from fastfuse import ops
 from fastfuse.ops import nf4_dequantize_ref
+from fastfuse.ops._attention_ref import AttentionGradArgs
+from fastfuse.ops._linear_group import Projection, linear_args
 from fastfuse.ops._op import Cost, nbytes
-from fastfuse.ops.cross_attention import _cross_attention_bwd, attend, listed_tokens
+from fastfuse.ops.cross_attention import EVERYTHING, _attention_grad, attend, listed_tokens
 from fastfuse.ops.lora_row_norms import lora_row_norms_cost, lora_row_norms_ref
-from fastfuse.ops.low_rank import _grad_reference, _kind, drop, lora_down, lora_grad, lora_up, scaled_product
-from fastfuse.ops.nf4_linear import Group, Projection, _dx_reference, _nf4_linear_dx
+from fastfuse.ops.low_rank import LoRAGradArgs, _kind, drop, lora_down, lora_grad, lora_up, scaled_product
+from fastfuse.ops.nf4_linear_dx import LinearDxArgs, linear_dx
 from fastfuse.quant.nf4 import NF4View
 
 OPS = codegen.OPS
@@ -117,19 +119,20 @@ def dx_point(arch: str, size: tuple[int, int], M: int, dtype: torch.dtype = torc
         dy, dxa = (torch.randn(M, n, dtype=dtype, device=device) for n in (N, RANK))
         return {"layer": random_layer(N, K, RANK, "bitsandbytes", dtype, device), "dy": dy, "dxa": dxa}
 
-    def run(i: dict, op: Callable = _nf4_linear_dx) -> tuple[Tensor, ...]:
+    def run(i: dict, op: Callable = linear_dx) -> tuple[Tensor, ...]:
         layer, dy = i["layer"], i["dy"]
-        group = Group.of("nf4_linear_dx", dy, [Projection(NF4View.of(layer.weight), layer.lora_a, layer.lora_b)], None, 0.0)
-        return (op([dy], *group.args()[:8], [], None, 0.0, i["dxa"], K, not dy.is_cuda),)
+        args = linear_args("nf4_linear_dx", dy, [Projection(NF4View.of(layer.weight), layer.lora_a, layer.lora_b)], None, 0.0, False)
+        operands = tuple(p._replace(b=None) for p in args.operands)
+        return op(LinearDxArgs((dy,), operands, args.layout, K, None, 0.0, i["dxa"], not dy.is_cuda))
 
     def truth(i: dict) -> tuple[Tensor, ...]:
-        return run({"layer": i["layer"].with_double_adapters(), "dy": i["dy"].double(), "dxa": i["dxa"].double()}, _dx_reference)
+        return run({"layer": i["layer"].with_double_adapters(), "dy": i["dy"].double(), "dxa": i["dxa"].double()}, linear_dx.reference)
 
     def cost(i: dict) -> Cost:
         layer = i["layer"]
         return Cost(nbytes(i["dy"], i["dxa"], layer.lora_a) + layer.weight.nbytes + M * K * dtype.itemsize, 2 * M * K * (N + RANK))
 
-    case = _case("nf4_linear_dx", f"M{M} N{N} K{K} R{RANK}", dtype, make, run, partial(run, op=_dx_reference), truth, cost)
+    case = _case("nf4_linear_dx", f"M{M} N{N} K{K} R{RANK}", dtype, make, run, partial(run, op=linear_dx.reference), truth, cost)
     return Point(case, _linear_shape(arch, dtype, M, N, K), ("nested", short(dtype), short(dtype), 1, False, False))
 
 
@@ -189,8 +192,7 @@ def low_rank_point(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: 
             return (lora_down(i["tall"], i["thin"], seed, p),)
         if op == "lora_up":
             return (lora_up(i["low"], i["thin"], SCALING, x, seed, p),)
-        found = lora_grad(i["tall"], i["low"], i["thin"] if both else None, None, seed, p, SCALING, True, not i["low"].is_cuda)
-        return tuple(found)[: 1 + both]
+        return lora_grad(LoRAGradArgs(i["tall"], i["low"], i["thin"] if both else None, None, seed, p, SCALING, True, not i["low"].is_cuda))
 
     def formula(i: dict, wide: bool = False) -> tuple[Tensor, ...]:
         seed, i = i.get("seed"), {k: t.double() if wide else t for k, t in i.items() if k != "seed"}
@@ -198,7 +200,7 @@ def low_rank_point(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: 
             return (drop(i["tall"], seed, p).to(i["thin"].dtype) @ i["thin"].T,)
         if op == "lora_up":
             return (drop(scaled_product(i["low"], i["thin"], SCALING), seed, p).to(i["low"].dtype if wide else x),)
-        return _grad_reference(i["tall"], i["low"], i["thin"] if both else None, None, seed, p, SCALING, True, False)[: 1 + both]
+        return lora_grad.reference(LoRAGradArgs(i["tall"], i["low"], i["thin"] if both else None, None, seed, p, SCALING, True, False))
 
     def cost(i: dict) -> Cost:
         large = M * C * x.itemsize
@@ -310,7 +312,7 @@ class Gradient:
     def kept(self) -> tuple[Tensor, Tensor]:
         c = self.call
         with torch.no_grad():
-            return attend("cross_attention", c.q, c.k, c.v, c.encoder_mask, None, None, None)
+            return attend("cross_attention", c.q, c.k, c.v, c.encoder_mask, None, None)
 
     @property
     def heads(self) -> Tensor:
@@ -335,10 +337,9 @@ def gradient_point(op: str, text: Text, tokens: int, dtype: torch.dtype = torch.
 
     def ours(i: dict) -> tuple[Tensor, ...]:
         g, c = i["of"], i["of"].call
-        mask = c.encoder_mask
-        seen = (None,) * 6 if mask is None else (mask.rows, mask.rows_empty, *mask.blocks(listed_tokens(text.group)))
-        wanted = [of_q, not of_q, not of_q]
-        return tuple(_cross_attention_bwd(g.heads, c.q, c.k, c.v, *g.kept, None, None, *seen, text.d**-0.5, wanted, not c.q.is_cuda)[mine])
+        mask = EVERYTHING if c.encoder_mask is None else c.encoder_mask.for_op(listed_tokens(text.group), False)
+        needs_grad, interpret = (of_q, not of_q, not of_q), not c.q.is_cuda
+        return _attention_grad(AttentionGradArgs(g.heads, c.q, c.k, c.v, *g.kept, None, mask, text.d**-0.5, needs_grad, interpret))
 
     def eager(i: dict) -> tuple[Tensor, ...]:
         c = i["of"].call

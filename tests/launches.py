@@ -8,18 +8,26 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastfuse import tune
+from fastfuse.kernels.arguments import Lengths
 from fastfuse.kernels.nf4 import BITSANDBYTES
-from fastfuse.ops.cross_attention import _cross_attention, _cross_attention_bwd, listed_tokens
-from fastfuse.ops.encoder_mask import _mask_blocks, _pack_mask, _pack_tiles
-from fastfuse.ops.lora_row_norms import _nf4_row_norms
-from fastfuse.ops.low_rank import lora_grad
-from fastfuse.ops.nf4_linear import Group, Projection, _launch, _nf4_linear_dx
-from fastfuse.ops.nf4_swiglu_mlp import _swiglu, _swiglu_bwd
-from fastfuse.ops.patch_embed import _GRADIENTS, Tables, _patch_embed, _patch_embed_bwd
+from fastfuse.ops._attention_ref import AttentionArgs, AttentionGradArgs
+from fastfuse.ops._linear_group import Projection, columns_of, linear_args, seed_of
+from fastfuse.ops._mask_ops import Blocks, MaskBlocksArgs, PackMaskArgs, PackTilesArgs, mask_blocks, pack_mask, pack_tiles
+from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables
+from fastfuse.ops.cross_attention import _attention, _attention_grad, listed_tokens
+from fastfuse.ops.encoder_mask import AttentionMask
+from fastfuse.ops.lora_row_norms import RowNormsArgs, row_norms
+from fastfuse.ops.low_rank import LoRAGradArgs, lora_grad
+from fastfuse.ops.nf4_linear import linear
+from fastfuse.ops.nf4_linear_dx import LinearDxArgs, linear_dx
+from fastfuse.ops.nf4_swiglu_mlp import SwiGLUArgs, _swiglu, _swiglu_bwd
+from fastfuse.ops.patch_embed import patch_embed_op
+from fastfuse.ops.patch_embed_bwd import PatchEmbedBwdArgs, patch_embed_bwd
 from fastfuse.ops.static_kv_cache import _kv_cache_write
 from fastfuse.quant.nf4 import NF4View
 
@@ -61,6 +69,10 @@ def body(op):
     return op._init_fn.__wrapped__.__wrapped__
 
 
+def launched_once(op, args: tuple) -> tuple:
+    return op.launch.plan(args)(args)
+
+
 def step(M: int, N: int, ranks: tuple, low: torch.dtype, everything: bool) -> None:
     """Forward and backward of one group, in the launches that an H200 would see."""
     dtype = torch.bfloat16
@@ -74,16 +86,18 @@ def step(M: int, N: int, ranks: tuple, low: torch.dtype, everything: bool) -> No
         for R in ranks
     ]
     x, n = torch.zeros(M, K, dtype=dtype), len(ranks)
-    group = Group.of("op", x, projections, torch.zeros(n, dtype=torch.int64) if everything else None, 0.1)
-    xa = _launch(x, group, everything)[n]
-    dy = [torch.zeros(M, N, dtype=dtype) for _ in ranks]
-    dxa = xa if group.a else None
-    body(_nf4_linear_dx)(dy, *group.args()[:8], group.factor, group.seeds, 0.1, dxa, K, False)
-    for i in range(n if group.a else 0):
-        columns, factor = xa[:, group.columns(i)], group.factor[i] if group.factor else None
-        body(lora_grad)(dy[i], columns, group.b[i], factor, None, 0.0, 2.0, True, False)
-        body(lora_grad)(x, columns, None, None, group.seed(i), 0.1, 1.0, True, False)
-        body(_nf4_row_norms)(*group.weight(i, K).parts(), dtype, group.a[i], group.b[i], 2.0, False)
+    seeds = torch.zeros(n, dtype=torch.int64) if everything else None
+    args = linear_args("op", x, projections, seeds, 0.1, False)._replace(keep_pre_scale=everything)
+    xa = launched_once(linear, args)[n]
+    dy = tuple(torch.zeros(M, N, dtype=dtype) for _ in ranks)
+    has_adapter = args.operands[0].a is not None
+    operands = tuple(p._replace(b=None, bias=None) for p in args.operands)
+    launched_once(linear_dx, LinearDxArgs(dy, operands, args.layout, K, seeds, args.dropout_p, xa if has_adapter else None, False))
+    for i, p in enumerate(args.operands if has_adapter else ()):
+        columns, seed = xa[:, columns_of(args.operands, i)], seed_of(args, i)
+        launched_once(lora_grad, LoRAGradArgs(dy[i], columns, p.b, p.factor, None, 0.0, 2.0, True, False))
+        launched_once(lora_grad, LoRAGradArgs(x, columns, None, None, seed, 0.1, 1.0, True, False))
+        launched_once(row_norms, RowNormsArgs(p.weight, args.layout, (p.N, K), dtype, p.a, p.b, 2.0, False))
 
 
 def embed(images: int, patch: int, norm: bool, ids: bool, tiled: bool, dtype: torch.dtype, pixels: torch.dtype = torch.bfloat16, pad_to: int = 1) -> None:
@@ -96,11 +110,13 @@ def embed(images: int, patch: int, norm: bool, ids: bool, tiled: bool, dtype: to
     rows = (7, 4) if ids else (4, 4)
     of_tiles = (torch.zeros(*rows, n, D, **like), gate, torch.zeros(*rows, 1, D, **like), gate) if tiled else (None,) * 4
     tables = Tables(vector, vector, torch.zeros(n, D, **like), *of_tiles, *((vector, vector) if norm else (None, None)))
-    numbers = ([0.5], [1.0, 2.0, 3.0]) if pixels == torch.uint8 else ([], [])
+    numbers = ((0.5,), (1.0, 2.0, 3.0)) if pixels == torch.uint8 else (None, None)
     eps = 1e-5 if norm else None
-    y, kept, stats = body(_patch_embed)(x, w, ratio, *tables, eps, False, *numbers, pad_to, norm, False)
-    wanted = [name != "images" and getattr(tables, name, w) is not None for name in _GRADIENTS]
-    body(_patch_embed_bwd)(y, x, w, ratio, *tables, eps, False, *numbers, kept, stats, wanted, False)
+    args = PatchEmbedArgs(x, w, ratio, tables, eps, False, *numbers, pad_to, keep=norm)
+    y, *kept = patch_embed_op.launch.plan(args)(args)
+    needs = tree_map_only(torch.Tensor, lambda t: t is not x and t is not ratio, args)
+    args = PatchEmbedBwdArgs(y, args, *(kept or (None, None)), needs, False)
+    patch_embed_bwd.launch.plan(args)(args)
 
 
 def fill(s_e: int, compacted: bool, b: int = 2) -> None:
@@ -114,18 +130,19 @@ def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torc
     """A mask, forward and backward; with lengths the forward alone, as in decoding."""
     hkv = 2
     q, k = torch.zeros(b, s, hkv * G, d, dtype=dtype).transpose(1, 2), torch.zeros(b, hkv, s_e, d, dtype=dtype)
-    lengths, visible, blocks = None, (None, None), (None,) * 4
-    if mask == "lengths":
-        lengths = torch.zeros(b, dtype=torch.int32)
-    elif mask:
-        packed = body(_pack_tiles)(torch.zeros(masks, s, 2, dtype=torch.bool), s_e // 2, False) if mask == "tiles" else None
-        bits, empty = packed or body(_pack_mask)(torch.zeros(masks, s, s_e, dtype=torch.bool), False)
-        visible = torch.zeros(masks, s, 2, dtype=torch.int32) if mask == "interval" else bits, empty
-        blocks = body(_mask_blocks)(*visible, s_e, listed_tokens(G), mask != "interval", False)
-    o, lse = body(_cross_attention)(q, k, k, lengths, *visible, *blocks, 0.1, False)
-    if lengths is None:
-        for dlse, wanted in ((None, [True, True, True]), (lse, [False, False, True])):
-            body(_cross_attention_bwd)(o, q, k, k, o, lse, dlse, None, *visible, *blocks, 0.1, wanted, False)
+    seen = Lengths(torch.zeros(b, dtype=torch.int32) if mask == "lengths" else None)
+    if mask and mask != "lengths":
+        if mask == "tiles":
+            rows, empty = launched_once(pack_tiles, PackTilesArgs(torch.zeros(masks, s, 2, dtype=torch.bool), s_e // 2, False))
+        else:
+            rows, empty = launched_once(pack_mask, PackMaskArgs(torch.zeros(masks, s, s_e, dtype=torch.bool), False))
+        rows = torch.zeros(masks, s, 2, dtype=torch.int32) if mask == "interval" else rows
+        blocks = launched_once(mask_blocks, MaskBlocksArgs(rows, empty, s_e, listed_tokens(G), mask != "interval", False))
+        seen = AttentionMask(rows, empty, Blocks(*blocks))
+    o, lse = launched_once(_attention, AttentionArgs(q, k, k, seen, 0.1, False))
+    if mask != "lengths":
+        for dlse, needs_grad in ((None, (True, True, True)), (lse, (False, False, True))):
+            launched_once(_attention_grad, AttentionGradArgs(o, q, k, k, o, lse, dlse, seen, 0.1, needs_grad, False))
 
 
 if __name__ == "__main__":
@@ -177,8 +194,8 @@ if __name__ == "__main__":
     attend(1, 5120, mask="lengths", b=3)
     texts = len(compiled) - texts
     e = torch.zeros(3, 5, dtype=torch.bfloat16)
-    body(_swiglu)(e, e, False)
-    body(_swiglu_bwd)(e, e, e, False)
+    launched_once(_swiglu, SwiGLUArgs(e, e, None, False))
+    launched_once(_swiglu_bwd, SwiGLUArgs(e, e, e, False))
     counts = {"token counts": again - before, "image counts": images, "texts and encoder tokens": texts}
     said = {str(w.message) for w in warned if "triton" in w.filename}
     found = {"launched": launched, "unnamed": sorted(unnamed), "fused": fused, "Triton warned": sorted(said)}

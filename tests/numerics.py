@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastfuse.ops._fused_op import encoded
+
 aten = torch.ops.aten
 T = TypeVar("T")
 STEPS = 1024  # of one sum: larger K goes in slices, for time's sake
+
+
+def opcheck(op, args: tuple, checks: Sequence[str] = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")) -> None:
+    """PyTorch's own checks of a registered op."""
+    torch.library.opcheck(op.overload, encoded(args), test_utils=checks)
 
 
 def allowed_error(eager: Tensor | Sequence[Tensor], exact: Tensor) -> float:

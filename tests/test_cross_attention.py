@@ -1,12 +1,16 @@
 """Cross-attention against dense SDPA as torchtune calls it and float64; its masks, gradients, splits, and what it allocates and refuses."""
 
 import contextlib
+import functools
+import gc
 import itertools
+import weakref
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
-from numerics import assert_no_worse, in_several_orders
+from numerics import assert_no_worse, in_several_orders, opcheck
 from reference import assert_gradients_no_worse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,11 +19,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from waiting import OPS as REGISTERED
 from waiting import Launched
 
 import fastfuse
 from fastfuse import tune
-from fastfuse.ops import EncoderMask, cross_attention, cross_attention_bwd_cost, cross_attention_cost
+from fastfuse.kernels.arguments import Lengths
+from fastfuse.ops import EncoderMask, _mask_ops, cross_attention, cross_attention_bwd_cost, cross_attention_cost
+from fastfuse.ops._attention_ref import AttentionArgs, AttentionGradArgs
 from fastfuse.ops._op import Cost
 
 OP = cross_attention.__globals__  # fastfuse.ops.cross_attention names the function
@@ -293,10 +300,10 @@ def test_a_mask_outlives_the_mode_it_was_first_used_in(device):
 
 def test_lengths_have_no_gradient_beyond_them(device):
     """Of the op: decoding with gradients takes a mask in place of lengths."""
-    given, lengths = Given(device, (2, 3, 140), (1, 2, 16)), torch.tensor([5, 130], dtype=torch.int32, device=device)
+    given, lengths = Given(device, (2, 3, 140), (1, 2, 16)), Lengths(torch.tensor([5, 130], dtype=torch.int32, device=device))
     found = []
     for interpret in (True, False):
-        y, _ = torch.ops.fastfuse.cross_attention(given.q, given.k, given.v, lengths, *(None,) * 6, 0.25, interpret)
+        y, _ = OP["_attention"](AttentionArgs(given.q, given.k, given.v, lengths, 0.25, interpret))
         found.append(grads(given, y, torch.ones_like(y)))
     for n in NAMES:
         torch.testing.assert_close(found[0][n], found[1][n])
@@ -351,10 +358,55 @@ def test_lse_and_its_gradient(case, route, device):
         assert alone[0].any() and alone[1].any() and (alone[2] is None or not alone[2].any())
 
 
+def test_a_call_like_one_before_is_found_again_and_nothing_else_is(device):
+    given = Given(device, *CASES["random"])
+    q, k, v = (t.detach() for t in (given.q, given.k, given.v))
+    mask = EncoderMask.from_dense(given.mask)
+    call = functools.partial(cross_attention, k=k, v=v, mask=mask)
+    first = call(q)
+    with mock.patch.dict(OP, _check=None):  # what was checked is not checked again
+        assert torch.equal(call(q), first) and torch.equal(call(q.clone()), first)
+    with torch.autocast(device, torch.bfloat16):
+        assert call(q).dtype == torch.bfloat16
+    with fastfuse.backend("torch"), mock.patch.dict(OP, formula=mock.Mock(wraps=OP["formula"])):
+        call(q)
+        assert OP["formula"].called
+    assert call(q.clone().requires_grad_()).requires_grad and not call(q).requires_grad
+    with torch.no_grad():
+        assert not call(q.clone().requires_grad_()).requires_grad
+    for options in ({"scale": -0.7}, {"empty_rows": "uniform"}, {"mask": mask.filled(3)}, {"mask": None}):
+        for _ in range(2):
+            torch.testing.assert_close(call(q, **options), call(q, **options, backend="torch"))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fastfuse.Unsupported, match="forward-mode"):
+        call(q)
+    with pytest.raises(fastfuse.Unsupported, match=r"torch\.func"):
+        torch.func.vmap(call)(q[None])
+    with Made() as seen:
+        call(q)
+    assert seen.sizes
+    narrow = EncoderMask(mask.kind, mask.rows, mask.rows_empty, mask.s_e - 1)
+    wrong = {"k": k[:, :, 1:]}, {"v": v.double()}, {"mask": narrow}, {"empty_rows": "no"}, {"empty_rows": []}, {"backend": "no"}, {"mask": mask.narrow(0, 1)}
+    for options in wrong:
+        with pytest.raises(ValueError, match="cross_attention: "):
+            call(q, **options)
+    with pytest.raises(TypeError, match="not a tensor"):
+        call(None)
+
+
+def test_what_is_found_again_holds_no_tensors(device):
+    given = Given(device, *CASES["no mask"])
+    kept = [weakref.ref(t) for t in given.leaves()]
+    for _ in range(2):
+        given().sum().backward()
+    del given
+    gc.collect()
+    assert not any(t() is not None for t in kept)
+
+
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     names = []
-    for space in (OP, EncoderMask.from_dense.__func__.__globals__):
+    for space in (OP, vars(_mask_ops)):
         for name in [n for n in space if n.endswith("_kernel")]:
             monkeypatch.setitem(space, name, Launched(space[name], name, lambda name, grid: names.append(name)))
     return names
@@ -403,9 +455,8 @@ class Made(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert not (self.strict and name in self.WAITING), f"{func} waits for the device"
         if func.namespace == "fastfuse":
-            space = OP if "_" + name in OP else EncoderMask.from_dense.__func__.__globals__
             with self:
-                return space["_" + name]._backend_fns["cuda" if torch.cuda.is_available() else "cpu"](*args)
+                return REGISTERED[name]._backend_fns["cuda" if torch.cuda.is_available() else "cpu"](*args)
         out = func(*args, **(kwargs or {}))
         self.ops[name] += 1
         if not func.is_view:
@@ -568,15 +619,15 @@ def test_ops(case, interpret, device):
     given = Given(device, *CASES[case])
     mask = None if given.mask is None else EncoderMask.from_dense(given.mask)
     with fastfuse.backend("triton" if interpret else "auto"):
-        blocks = (None,) * 4 if mask is None or not (interpret or device == "cuda") else mask.blocks(OP["listed_tokens"](given.heads[1]))
-    rest = (None, *((None, None) if mask is None else (mask.rows, mask.rows_empty)), *blocks, 0.25)
+        tokens = OP["listed_tokens"](given.heads[1]) if interpret or device == "cuda" else None
+        seen = Lengths(None) if mask is None else mask.for_op(tokens, False)
     checks = ("test_schema", "test_faketensor", *(("test_autograd_registration", "test_aot_dispatch_dynamic") if case == "holes" and not interpret else ()))
-    torch.library.opcheck(torch.ops.fastfuse.cross_attention, (given.q, given.k, given.v, *rest, interpret), test_utils=checks)
+    opcheck(OP["_attention"], AttentionArgs(given.q, given.k, given.v, seen, 0.25, interpret), checks)
     q, k, v = (t.detach() for t in (given.q, given.k, given.v))
-    o, lse = torch.ops.fastfuse.cross_attention(q, k, v, *rest, interpret)
+    o, lse = OP["_attention"](AttentionArgs(q, k, v, seen, 0.25, interpret))
     for dlse in (None, torch.randn_like(lse)):
-        inputs = (torch.ones((), device=device).expand(o.shape), q, k, v, o, lse, dlse, *rest, [True, False, True], interpret)
-        torch.library.opcheck(torch.ops.fastfuse.cross_attention_bwd, inputs, test_utils=checks[:3])
+        do = torch.ones((), device=device).expand(o.shape)
+        opcheck(OP["_attention_grad"], AttentionGradArgs(do, q, k, v, o, lse, dlse, seen, 0.25, (True, False, True), interpret), checks[:3])
 
 
 def test_cost_counts_what_is_visible():

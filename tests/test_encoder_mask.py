@@ -11,16 +11,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from numerics import opcheck
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from waiting import Launched, NoReading
+from waiting import OPS, Launched, NoReading
 
 import fastfuse
 from fastfuse.data import VisionCrossAttentionMask
-from fastfuse.ops import encoder_mask
+from fastfuse.ops import _mask_ops, encoder_mask
+from fastfuse.ops._mask_ops import MaskBlocksArgs, PackMaskArgs, PackTilesArgs, mask_blocks, pack_mask, pack_tiles
 from fastfuse.ops.encoder_mask import COLUMNS, Blocks, EncoderMask
 
 CUDA = torch.cuda.is_available()
@@ -38,7 +40,7 @@ def examples(n: int, shrink: bool = True):
 
 @contextlib.contextmanager
 def routed(route: str, blocks: dict | None = None):
-    with fastfuse.backend(route), mock.patch.multiple(encoder_mask, **blocks) if blocks else contextlib.nullcontext():
+    with fastfuse.backend(route), mock.patch.multiple(_mask_ops, **blocks) if blocks else contextlib.nullcontext():
         yield
 
 
@@ -203,7 +205,7 @@ def test_the_strategy_draws_every_state_and_kind():
     def draw(mask):
         dense = (mask.cpu().contiguous().view(torch.uint8) != 0) if mask.numel() else mask.cpu()
         found.add("interval" if intervals_by_loop(dense) is not None else "holes")
-        full, seen = blocks_by_loop(dense, 4).cols_n.unbind(-1)
+        full, seen = blocks_by_loop(dense, 4).column_block_counts.unbind(-1)
         found.update(
             name for name, there in {"full": full > 0, "partial": seen > full, "both": (full > 0) & (seen > full), "none": seen == 0}.items() if there.any()
         )
@@ -221,13 +223,13 @@ WHOLE_WORDS = {  # layout: flags the kernel reads at once
 
 @pytest.mark.parametrize("layout", WHOLE_WORDS)
 def test_flags_are_read_four_at_a_time_where_they_lie_so(layout, monkeypatch):
-    kernel, read = encoder_mask.pack_mask_kernel, []
+    kernel, read = _mask_ops.pack_mask_kernel, []
 
     class Spy:
         def __getitem__(self, grid):
             return lambda *args, **options: (read.append(options["FLAGS"]), kernel[grid](*args, **options))
 
-    monkeypatch.setattr(encoder_mask, "pack_mask_kernel", Spy())
+    monkeypatch.setattr(_mask_ops, "pack_mask_kernel", Spy())
     rows = torch.rand(2, 3, 132, device=DEVICE) < 0.5
     rows[1] = rows[0] = rows[0, :1]  # so that every layout holds the same
     mask = laid_out(rows, layout)
@@ -280,11 +282,11 @@ def test_rows_that_see_nothing_have_no_say_in_what_is_full():
             for em in (EncoderMask.from_dense(dense, kind="bits"), EncoderMask.from_dense(dense[:, :3], kind="interval")):
                 b = em.blocks(4)
                 s = em.shape[1]
-                assert b.cols_n[0, 0].tolist() == [1, 3 if s == 8 else 2], route
-                assert b.cols[0, 0].tolist() == ([0, 1, 2] if s == 8 else [0, 1, 0])
-                assert b.toks_n[0].tolist() == [[1, 1], [0, 1], [0, 1 if s == 8 else 0]]
+                assert b.column_block_counts[0, 0].tolist() == [1, 3 if s == 8 else 2], route
+                assert b.column_blocks[0, 0].tolist() == ([0, 1, 2] if s == 8 else [0, 1, 0])
+                assert b.token_block_counts[0].tolist() == [[1, 1], [0, 1], [0, 1 if s == 8 else 0]]
             last = EncoderMask.from_dense(torch.ones(1, 1, 130, dtype=torch.bool, device=DEVICE), kind="bits").blocks(4)
-            assert last.cols_n.tolist() == [[[1, 2]]] and last.cols.tolist() == [[[0, 1]]]  # s_e cuts the second
+            assert last.column_block_counts.tolist() == [[[1, 2]]] and last.column_blocks.tolist() == [[[0, 1]]]  # s_e cuts the second
 
 
 def direct_lists(states: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:
@@ -293,7 +295,7 @@ def direct_lists(states: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:
     found = []
     for lists, n, strides in ((nq, nk, (nk, 1)), (nk, nq, (1, nk))):
         listed, counts = (torch.empty(shape, dtype=torch.int32, device=DEVICE) for shape in ((b, lists, n), (b, lists, 2)))
-        encoder_mask.block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=block)
+        _mask_ops.block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=block)
         found.append((listed, counts))
     return found
 
@@ -306,7 +308,7 @@ def test_lists_longer_than_a_block_of_the_kernel(shape, block):
     if directions is None:  # 1000 lists of the other direction would take the interpreter 10 s
         states = states[:, :, :1000]
         listed, counts = (torch.empty(s, dtype=torch.int32) for s in ((2, 2, 1000), (2, 2, 2)))
-        encoder_mask.block_list_kernel[(2, 2)](states, listed, counts, 2000, 1000, 1, 1000, BLOCK=block)
+        _mask_ops.block_list_kernel[(2, 2)](states, listed, counts, 2000, 1000, 1, 1000, BLOCK=block)
         directions = [(listed, counts)]
     for (listed, counts), of in zip(directions, (states, states.mT), strict=False):
         for got, n, row in zip(listed.flatten(0, 1).tolist(), counts.flatten(0, 1).tolist(), of.flatten(0, 1).tolist(), strict=True):
@@ -328,12 +330,12 @@ def test_bits_and_intervals_list_the_same_blocks_at_real_sizes(tokens):
     visible = (em.rows[..., :1] <= tiles) & (tiles < em.rows[..., 1:])
     bits = EncoderMask.from_tiles(visible.view(b, s, 4, 4), 1601, kind="bits")
     blocks = em.blocks(tokens)
-    assert (-(-s // tokens), -(-s_e // 128)) == blocks.cols.shape[1:]
+    assert (-(-s // tokens), -(-s_e // 128)) == blocks.column_blocks.shape[1:]
     assert all(torch.equal(x, y) for x, y in zip(blocks, bits.blocks(tokens), strict=True))
     assert (em.visible_fraction, em.rows_empty.tolist()) == (bits.visible_fraction, bits.rows_empty.tolist())
     assert bits.kind == "bits" and EncoderMask.from_tiles(visible.view(b, s, 4, 4), 1601).kind == ("bits" if CUDA else "interval")
-    n = blocks.cols_n[0, 1500 // tokens].tolist()  # 2 tiles of the first image: 25 whole column blocks and a cut one
-    assert n == [25, 26] and blocks.cols[0, 1500 // tokens, :26].tolist() == list(range(26))
+    n = blocks.column_block_counts[0, 1500 // tokens].tolist()  # 2 tiles of the first image: 25 whole column blocks and a cut one
+    assert n == [25, 26] and blocks.column_blocks[0, 1500 // tokens, :26].tolist() == list(range(26))
 
 
 def tiles_by_loop(visible: Tensor, tokens_per_tile: int) -> Tensor:
@@ -548,14 +550,14 @@ def test_pickled_copied_and_moved(kind):
     assert em.to(DEVICE) is em and em.to(em.device, non_blocking=True) is em
     meta = em.to("meta")
     assert (meta.device.type, meta.rows_empty.device.type, meta.kind, meta.shape) == ("meta", "meta", kind, em.shape)
-    assert meta.blocks(4).cols.device.type == "meta" and meta.blocks(4).cols.shape == em.blocks(4).cols.shape
+    assert meta.blocks(4).column_blocks.device.type == "meta" and meta.blocks(4).column_blocks.shape == em.blocks(4).column_blocks.shape
     assert repr(em) == f"EncoderMask({kind}, shape=(2, 7, 300), device='{em.device}')"
 
 
 def test_lists_are_made_once_for_each_size(monkeypatch):
     calls = []
     run = encoder_mask._run
-    monkeypatch.setattr(encoder_mask, "_run", lambda name, *args: calls.append(name) or run(name, *args))
+    monkeypatch.setattr(encoder_mask, "_run", lambda op, *args: calls.append(op.name) or run(op, *args))
     em = EncoderMask.from_dense(torch.ones(1, 9, 200, dtype=torch.bool, device=DEVICE), kind="bits")
     assert em.blocks(4) is em.blocks(4) and em.blocks(2) is not em.blocks(4)
     assert calls == ["pack_mask", "mask_blocks", "mask_blocks"]
@@ -679,9 +681,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastfuse":
-            op = getattr(encoder_mask, "_" + func._schema.name.removeprefix("fastfuse::"))
             with self:
-                return op._backend_fns[DEVICE](*args)
+                return OPS[func.overloadpacket.__name__]._backend_fns[DEVICE](*args)
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
@@ -707,8 +708,8 @@ def launches(monkeypatch) -> list[str]:
     """The names of the kernels that were launched. What the interpreter does inside of one is out of every mode's sight."""
     names = []
 
-    for name in [n for n in vars(encoder_mask) if n.endswith("_kernel")]:
-        monkeypatch.setattr(encoder_mask, name, Launched(getattr(encoder_mask, name), name, lambda name, grid: names.append(name)))
+    for name in [n for n in vars(_mask_ops) if n.endswith("_kernel")]:
+        monkeypatch.setattr(_mask_ops, name, Launched(getattr(_mask_ops, name), name, lambda name, grid: names.append(name)))
     return names
 
 
@@ -812,14 +813,13 @@ def test_ops(sample, interpret):
     b, s, s_e = SAMPLES[sample]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", *(("test_aot_dispatch_dynamic",) if sample == "rows" and not interpret else ()))
     mask = torch.rand(b, s, s_e, device=DEVICE) < 0.5
-    torch.library.opcheck(torch.ops.fastfuse.pack_mask, (mask, interpret), test_utils=tests)
+    opcheck(pack_mask, PackMaskArgs(mask, interpret), tests)
     for layout in ("transposed", "same rows") if b else ():  # opcheck cannot copy an expanded tensor of nothing
-        torch.library.opcheck(torch.ops.fastfuse.pack_mask, (laid_out(mask, layout), interpret), test_utils=tests[:3])
+        opcheck(pack_mask, PackMaskArgs(laid_out(mask, layout), interpret), tests[:3])
     visible = torch.rand(b, s, 2 if s_e else 0, device=DEVICE) < 0.5
-    torch.library.opcheck(torch.ops.fastfuse.pack_tiles, (visible, 150, interpret), test_utils=tests)
+    opcheck(pack_tiles, PackTilesArgs(visible, 150, interpret), tests)
     for em in (EncoderMask.from_dense(mask, kind="bits"), EncoderMask.from_intervals(torch.zeros(b, s, 2, dtype=torch.int64, device=DEVICE), s_e)):
-        args = (em.rows, em.rows_empty, s_e, 4, em.kind == "bits", interpret)
-        torch.library.opcheck(torch.ops.fastfuse.mask_blocks, args, test_utils=tests)
+        opcheck(mask_blocks, MaskBlocksArgs(em.rows, em.rows_empty, s_e, 4, em.kind == "bits", interpret), tests)
 
 
 def everything(em: EncoderMask) -> list[Tensor]:

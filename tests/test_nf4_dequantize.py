@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from numerics import assert_no_worse
+from numerics import assert_no_worse, opcheck
 from torch import nn
 from weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
 
 import fastfuse
 from fastfuse.ops import nf4_dequantize
+from fastfuse.ops.nf4_dequantize import DequantizeArgs, _dequantize
 from fastfuse.quant import NF4View
+from fastfuse.quant.nf4 import Layout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -124,7 +126,7 @@ def test_every_torchao_scaler(w_dtype, backend, device):
 @pytest.mark.parametrize("storage", [*STORAGES, "by 200"])
 def test_registered_op(storage, device):
     weight = NF4View.of(to_nf4(random_weight(100, 128), 64, 200) if storage == "by 200" else quantize(random_weight(64, 256, device=device), storage))
-    torch.library.opcheck(torch.ops.fastfuse.nf4_dequantize, (*weight.parts(), torch.bfloat16, False))
+    opcheck(_dequantize, DequantizeArgs(weight.tensors(), Layout.of(weight), weight.shape, torch.bfloat16, False))
 
 
 def test_refuses_other_dtypes():

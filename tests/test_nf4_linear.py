@@ -2,15 +2,27 @@
 
 import pytest
 import torch
-from numerics import assert_no_worse, assert_rounding_apart, in_several_orders
+from numerics import assert_no_worse, assert_rounding_apart, in_several_orders, opcheck
 from torch import nn
 from torch.nn import functional as F
 from weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
 
 import fastfuse
 from fastfuse import tune
-from fastfuse.ops import Projection, nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, nf4_lora_linear
-from fastfuse.ops.nf4_linear import Group
+from fastfuse.ops import (
+    Projection,
+    nf4_dequantize,
+    nf4_dequantize_ref,
+    nf4_linear,
+    nf4_linear_bwd_cost,
+    nf4_linear_cost,
+    nf4_linear_dx,
+    nf4_linear_ref,
+    nf4_lora_linear,
+)
+from fastfuse.ops._linear_group import linear_args
+from fastfuse.ops.nf4_linear import linear
+from fastfuse.ops.nf4_linear_dx import LinearDxArgs, linear_dx
 from fastfuse.quant import NF4View
 
 ROW_MAJOR = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": False})
@@ -225,7 +237,7 @@ def test_only_the_gradients_asked_for(kernels, device, monkeypatch):
     """A frozen input needs no dX, so the weight is not decoded in the backward at all."""
     x, weight, a, b, _ = inputs(4, 64, 64, bias=False, device=device)
     y = nf4_lora_linear(x.detach(), weight, a, b, 1.0)
-    monkeypatch.setitem(nf4_lora_linear.__globals__, "_nf4_linear_dx", None)
+    monkeypatch.setattr(nf4_linear_dx, "linear_dx", None)
     y.sum().backward()
     assert a.grad is not None and b.grad is not None
 
@@ -253,13 +265,13 @@ def test_the_backward_runs_what_the_forward_ran(device, monkeypatch):
     """The gradient is usually taken after the block that chose the backend."""
     x, weight, a, b, bias = inputs(4, 64, 64, device=device)
     launched = []
-    real = nf4_lora_linear.__globals__["nf4_linear_dx_kernel"]
+    real = nf4_linear_dx.nf4_linear_dx_kernel
 
     class Counted:
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append(1) or real[grid](*args, **options)
 
-    monkeypatch.setitem(nf4_lora_linear.__globals__, "nf4_linear_dx_kernel", Counted())
+    monkeypatch.setattr(nf4_linear_dx, "nf4_linear_dx_kernel", Counted())
     with fastfuse.backend("triton"), tune.pin("nf4_linear", TRANSPOSED):
         y = nf4_lora_linear(x, weight, a, b, 1.0, bias=bias)
     assert launched == []
@@ -321,13 +333,14 @@ def test_registered_op(case, interpret, device):
     if case == "group":
         projections.append(Projection(NF4View.of(quantize(random_weight(32, 64, device=device), "nested")), a, b[:32].detach(), 0.5))
     seeds = torch.randint(2**62, (1,), device=device) if case == "dropout" else None
-    group = Group.of("op", x, projections, seeds, 0.25)
-    torch.library.opcheck(torch.ops.fastfuse.nf4_linear, (x, *group.args(), case == "magnitude", interpret))
-    ranks = sum(t.shape[0] for t in group.a)
-    dxa = torch.randn(x.shape[0], ranks, device=device).requires_grad_() if ranks else None
-    dy = [torch.randn(x.shape[0], N, device=device, dtype=x.dtype).requires_grad_() for N in group.rows]
-    args = (dy, *group.args()[:8], group.factor, seeds, 0.25, dxa, 64, interpret)
-    torch.library.opcheck(torch.ops.fastfuse.nf4_linear_dx, args)
+    args = linear_args("op", x, projections, seeds, 0.25, interpret)
+    assert args.keep_pre_scale == (case == "magnitude")
+    opcheck(linear, args)
+    ranks = sum(p.R for p in args.operands)
+    d_xa = torch.randn(x.shape[0], ranks, device=device).requires_grad_() if ranks else None
+    dy = tuple(torch.randn(x.shape[0], p.N, device=device, dtype=x.dtype).requires_grad_() for p in args.operands)
+    operands = tuple(p._replace(b=None, bias=None) for p in args.operands)
+    opcheck(linear_dx, LinearDxArgs(dy, operands, args.layout, 64, seeds, args.dropout_p, d_xa, interpret))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -8,7 +8,7 @@ import mllama
 import pytest
 import torch
 import torchtune_tiles
-from numerics import assert_no_worse, in_several_orders
+from numerics import assert_no_worse, in_several_orders, opcheck
 from reference import assert_gradients_no_worse
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,17 +16,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mllama.modeling_mllama import MllamaPrecomputedAspectRatioEmbedding, MllamaPrecomputedPositionEmbedding
 from waiting import Launched, NoReading
 
 import fastfuse
 from fastfuse import tune
+from fastfuse.kernels.patch_embed import tile_rows_kernel
 from fastfuse.modules import CLSEmbedding, Fp32LayerNorm, TiledTokenPositionalEmbedding, TilePositionalEmbedding, TokenPositionalEmbedding
-from fastfuse.ops import patch_embed, patch_embed_bwd_cost, patch_embed_cost
+from fastfuse.ops import _patch_tokens, patch_embed, patch_embed_bwd, patch_embed_bwd_cost, patch_embed_cost
 from fastfuse.ops._op import Cost
+from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables
+from fastfuse.ops.patch_embed_bwd import PatchEmbedBwdArgs
 
-OP = patch_embed.__globals__  # fastfuse.ops.patch_embed names the function
+MODULES = patch_embed.__globals__, vars(patch_embed_bwd), vars(_patch_tokens)  # fastfuse.ops.patch_embed names the function
+OPS = {op.name: op for op in (MODULES[0]["patch_embed_op"], patch_embed_bwd.patch_embed_bwd)}
 T = 4
 BACKWARDS = ("reference", "library")  # the routes of the kernels share one
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -40,7 +45,7 @@ SMALL = {"ratios": ((1, 2), (1, 1)), "n_tiles": 2, "grid": (1, 2), "D": 8}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Several rows for each program of the norm's backward, as at real sizes; the interpreter takes 10 ms for a program."""
-    monkeypatch.setitem(OP, "_NORM_PROGRAMS", 5)
+    monkeypatch.setattr(patch_embed_bwd, "_NORM_PROGRAMS", 5)
 
 
 @contextlib.contextmanager
@@ -416,7 +421,7 @@ def test_rows_and_factors_of_the_kernel_are_the_loop_s(device):
 
     def launch(ratios, ids=False, entries=side):
         ratio = torch.tensor(ratios, device=device)
-        OP["tile_rows_kernel"][(1,)](ratio, None, None, rows, factors, fits, len(ratios) * n_tiles, n_tiles, side, entries, IDS=ids, BLOCK=1024)
+        tile_rows_kernel[(1,)](ratio, None, None, rows, factors, fits, len(ratios) * n_tiles, n_tiles, side, entries, IDS=ids, BLOCK=1024)
         return rows[: len(ratios) * n_tiles].tolist(), bool(fits)
 
     want = [t // w * side + t % w if right(h, w) and t < h * w else -1 for h, w in ratios for t in range(n_tiles)]
@@ -435,7 +440,7 @@ def test_gates_of_any_size_keep_their_digits(device):
     got = torch.empty(len(values), 3, device=device)
     for value, row in zip(values, got, strict=True):
         rows = torch.empty(1, dtype=torch.int32, device=device)
-        OP["tile_rows_kernel"][(1,)](ratio, value, value, rows, row, fits, 1, 1, T, T, IDS=False, BLOCK=1024)
+        tile_rows_kernel[(1,)](ratio, value, value, rows, row, fits, 1, 1, T, T, IDS=False, BLOCK=1024)
     exact = values.double()
     for factor, eager, true in ((0, 1 - values.tanh(), 2 / (1 + (2 * exact).exp())), (1, values.tanh(), exact.tanh()), (2, values.tanh(), exact.tanh())):
         for g, *triple in zip(values, got[:, factor], eager, true, strict=True):
@@ -462,8 +467,8 @@ class Counted(TorchDispatchMode):
 
 def inside(func):
     """What an op of fastfuse runs here, as Python: a dispatch mode would see one op instead of those in it."""
-    op = OP["_" + func._schema.name.removeprefix("fastfuse::")]
-    return op._backend_fns["cuda" if torch.cuda.is_available() else "cpu"]
+    op = OPS[func._schema.name.removeprefix("fastfuse::")]
+    return op._op._backend_fns["cuda" if torch.cuda.is_available() else "cpu"]
 
 
 class NoWaiting(Counted):
@@ -485,8 +490,9 @@ def launches(monkeypatch) -> list[str]:
     """The names of the kernels that were launched. What the interpreter does inside of one is out of every mode's sight."""
     names = []
 
-    for name in [n for n in OP if n.endswith("_kernel")]:
-        monkeypatch.setitem(OP, name, Launched(OP[name], name, lambda name, grid: names.append(name)))
+    for module in MODULES:
+        for name in [n for n in module if n.endswith("_kernel")]:
+            monkeypatch.setitem(module, name, Launched(module[name], name, lambda name, grid: names.append(name)))
     return names
 
 
@@ -519,13 +525,18 @@ def test_the_count_finds_torchtunes_loop_out(device):
     assert sixteen.ops.total() > 5 * one.ops.total() and sixteen.bytes > 40 * one.bytes
 
 
+def values_are_at_hand(monkeypatch, so: bool) -> None:
+    for module in (MODULES[0], MODULES[2]):
+        monkeypatch.setitem(module, "values_are_at_hand", lambda t: so)
+
+
 @pytest.mark.parametrize("route", [*BACKWARDS, "gemm", "gather", "torch"])
 @pytest.mark.parametrize(
     "options", [FULL, {"ratios": (3, 0), "ids": 9}, {"pixels": torch.uint8, "scale": [0.1, 0.2, 0.3], "shift": 1.0}, {**SMALL, "local": False, "norm": True}]
 )
 def test_nothing_waits_for_the_device(options, route, device, launches, monkeypatch):
     """Without the look at the ratios that a CPU's values allow."""
-    monkeypatch.setitem(OP, "values_are_at_hand", lambda t: False)
+    values_are_at_hand(monkeypatch, False)
     given = Given(device, **options)
     with fastfuse.backend("torch") if route == "torch" else routed(route), NoReading():
         assert step(given, NoWaiting()).ops["_assert_async"] > 0
@@ -540,7 +551,7 @@ def test_waiting_is_found_out(device, launches, monkeypatch):
             call(torch.zeros(()))
     with pytest.raises(AssertionError, match="waits"), NoWaiting():
         given.tensors["bias"] = given.ratio[given.ratio > 1]
-    monkeypatch.setitem(OP, "values_are_at_hand", lambda t: True)
+    values_are_at_hand(monkeypatch, True)
     for backend in ("auto", "torch"):
         with pytest.raises(AssertionError, match="waits"), fastfuse.backend(backend), NoReading():
             step(given, NoWaiting())
@@ -615,26 +626,24 @@ SAMPLES = {
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_ops(sample, interpret, device):
     given = Given(device, **SAMPLES[sample])
-    t, options = given.tensors, {"append_cls": False, "scale": [], "shift": [], "pad_tokens_to": 1} | given.options
+    t, options = given.tensors, dict(given.options)
     for name in ("scale", "shift"):
-        options[name] = options[name] if isinstance(options[name], list) else [options[name]]
-    ratio = given.ratio if t["global_pos"] is not None else None
-    inputs = [t[n] for n in ("images", "weight")] + [ratio] + [t[n] for n in OP["Tables"]._fields] + [given.eps]
-    keep = given.eps is not None
+        values = options.get(name)
+        options[name] = values if values is None else tuple(values) if isinstance(values, list) else (values,)
+    ratio, tables, keep = given.ratio if t["global_pos"] is not None else None, Tables(*[t[n] for n in Tables._fields]), given.eps is not None
+    args = PatchEmbedArgs(t["images"], t["weight"], ratio, tables, given.eps, **options, keep=keep, interpret=interpret)
     with tune.pin("patch_embed", None if keep else GEMM):
         checks = (
             "test_schema",
             "test_faketensor",
             *(("test_autograd_registration", "test_aot_dispatch_dynamic") if sample == "ids, uint8" and not interpret else ()),
         )
-        torch.library.opcheck(torch.ops.fastfuse.patch_embed, (*inputs, *options.values(), keep, interpret), test_utils=checks)
-        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        y, kept, stats = torch.ops.fastfuse.patch_embed(*inputs, *options.values(), keep, interpret)
-        wanted = [x is not None for x in inputs[:2] + inputs[3:12]]
-        wanted[0] = inputs[0].is_floating_point()
-        rest = (options["append_cls"], options["scale"], options["shift"], kept, stats, wanted, interpret)
+        opcheck(MODULES[0]["patch_embed_op"], args, checks=checks)
+        args = tree_map_only(Tensor, Tensor.detach, args)
+        y, *kept = MODULES[0]["patch_embed_op"](args)
+        needs = tree_map_only(Tensor, Tensor.is_floating_point, args)
         dy = torch.ones((), device=device).to(y.dtype).expand(y.shape)
-        torch.library.opcheck(torch.ops.fastfuse.patch_embed_bwd, (dy, *inputs, *rest), test_utils=checks[:3])
+        opcheck(patch_embed_bwd.patch_embed_bwd, PatchEmbedBwdArgs(dy, args, *(kept or (None, None)), needs, interpret), checks=checks[:3])
 
 
 def test_compiled_by_inductor(device):
@@ -918,3 +927,61 @@ def test_refusals(case, backend, launches):
         call()
     assert "\n" not in str(e.value)
     assert set(launches) <= {"tile_rows_kernel"}
+
+
+@pytest.mark.parametrize("route", ["library", "gemm", "gather"])
+@pytest.mark.parametrize(
+    "options", [EVERYTHING, {"ids": 9, "ratios": (3, 0, 1), "layout": "crop"}, {"dtype": torch.float16, "pre": False, "layout": "expanded"}]
+)
+def test_a_plan_serves_other_values(options, route, device):
+    """A plan is made of shapes, strides, dtypes and constants: what the first call's tensors held must not be in it."""
+    calls, forward, backward = [], MODULES[0]["patch_embed_op"].launch.plan, patch_embed_bwd.patch_embed_bwd.launch.plan
+    options = {"ratios": ((2, 2), (1, 3), (4, 1))} | options
+    for ratios in (options["ratios"], options["ratios"][::-1]):
+        given = Given(device, **options | {"ratios": ratios}).only()
+        t, more = given.tensors, {n: (v,) if isinstance(v, float) else tuple(v) if isinstance(v, list) else v for n, v in given.options.items()}
+        tables = Tables(*[t[n] for n in Tables._fields])
+        calls.append(PatchEmbedArgs(t["images"], t["weight"], given.ratio, tables, given.eps, **more, keep=given.eps is not None, interpret=True))
+    first, second = calls
+    with routed(route):
+        plan, own = forward(first), forward(second)
+        plan(first)
+        y, *kept = own(second)
+        assert all(torch.equal(a, b) for a, b in zip(plan(second), (y, *kept), strict=True))
+        needs = tree_map_only(Tensor, lambda t: t.is_floating_point(), first)
+        first, second = (PatchEmbedBwdArgs(torch.randn_like(y), args, *(kept or (None, None)), needs, True) for args in calls)
+        plan, own = backward(first), backward(second)
+        plan(first)
+        assert all(torch.equal(a, b) for a, b in zip(plan(second), own(second), strict=True))
+
+
+def test_a_call_that_passed_the_checks_lets_no_other_through(device):
+    """What is kept of it must not equal a refused call: 1.0 equals 1, and modes, backends and dtypes change between calls."""
+    given = Given(device, **SMALL)
+    options = {"pad_tokens_to": 1, "scale": 2.0, "append_cls": True}
+    want = given(**options)
+    assert torch.equal(given(**options), want)
+    for more, error in (
+        ({"pad_tokens_to": 1.0}, ValueError),
+        ({"scale": 2 + 0j}, TypeError),
+        ({"scale": [2.0, 2.0]}, ValueError),
+        ({"backend": "no"}, ValueError),
+    ):
+        with pytest.raises(error):
+            given(**options | more)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fastfuse.Unsupported, match="forward-mode"):
+        given(**options)
+    with pytest.raises(fastfuse.Unsupported, match=r"torch\.func"):
+        torch.func.vmap(lambda _: given(**options))(torch.zeros(2, device=device))
+    wide = given.only()
+    wide.tensors["weight"] = wide.tensors["weight"].double()
+    with fastfuse.backend("triton"):
+        with torch.autocast(device, torch.bfloat16):
+            wide(**options)
+        with pytest.raises(fastfuse.Unsupported, match=r"weight is torch\.float64"):
+            wide(**options)
+    integers = given.only()
+    integers.tensors["local_pos"] = integers.tensors["local_pos"].long()
+    with pytest.raises(ValueError, match=r"local_pos is torch\.int64"):
+        integers(**options)
+    assert torch.equal(given(**options), want)

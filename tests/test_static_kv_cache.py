@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import pickle
 from unittest import mock
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from waiting import Launched, NoReading
+from waiting import OPS, Launched, NoReading
 
 import fastfuse
-from fastfuse.ops import EncoderMask, cross_attention
+from fastfuse.ops import EncoderMask, _mask_ops, cross_attention
 from fastfuse.ops._op import Cost
 from fastfuse.ops.static_kv_cache import StaticKVCache, cross_attention_decode, cross_attention_decode_cost, cross_attention_decode_ref
 
@@ -591,6 +592,29 @@ def test_opcheck(interpret, with_places):
     torch.library.opcheck(OP["_kv_cache_write"], (cache.k, cache.v, cache.lengths, k, v, places, held, not with_places, interpret))
 
 
+def test_what_changes_after_a_step_is_seen_by_the_next():
+    cache, q = new_cache(2, 1, 16, 40, slack=0), tokens(2, 2, 1, 16)
+    again = functools.partial(cross_attention_decode, q, cache)
+    check = lambda: torch.testing.assert_close(again(), cross_attention_decode_ref(q, cache))  # noqa: E731
+    cache.fill(tokens(2, 1, 9, 16), tokens(2, 1, 9, 16))
+    check()
+    with mock.patch.dict(OP, _check_decode=None):  # what was checked is not checked again
+        again()
+    cache.append(tokens(2, 1, 9, 16), tokens(2, 1, 9, 16))
+    check()
+    cache.fill(tokens(2, 1, 9, 16), tokens(2, 1, 9, 16), scattered(2, 3, 9), compact=False)
+    check()
+    cache.fill(tokens(2, 1, 9, 16), tokens(2, 1, 9, 16))
+    cache.lengths = torch.full_like(cache.lengths, 3)
+    check()
+    assert cross_attention_decode(q.clone().requires_grad_(), cache).requires_grad
+    with pytest.raises(ValueError, match="a batch of 1"):
+        cross_attention_decode(q[:1], cache)
+    cache.is_filled = False
+    with pytest.raises(ValueError, match="holds nothing"):
+        again()
+
+
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("route, dynamic", [*((route, False) for route in ROUTES), ("auto", True)])
 def test_a_decode_step_compiles_once(route, dynamic, compact):
@@ -656,9 +680,8 @@ class NoWaiting(TorchDispatchMode):
         assert name not in self.WAITING and not by_mask, f"{func} waits for the device"
         self.ops.append(name)
         if func.namespace == "fastfuse":
-            op = next(names["_" + name] for names in (OP, ATTEND, MASK) if "_" + name in names)
             with self:
-                return op._backend_fns[DEVICE](*args)
+                return OPS[name]._backend_fns[DEVICE](*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -667,7 +690,7 @@ def launches(monkeypatch) -> list[tuple]:
     """(name, grid) of the kernels that were launched. What the interpreter does inside of one is out of every mode's sight."""
     seen = []
 
-    for names in (OP, ATTEND, MASK):
+    for names in (OP, ATTEND, vars(_mask_ops)):
         for name in [n for n in names if n.endswith("_kernel")]:
             monkeypatch.setitem(names, name, Launched(names[name], name, lambda *launch: seen.append(launch)))
     return seen

@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import fastfuse.ops  # noqa: F401
+
 
 class NoReading(TorchFunctionMode):
     """Fails on ways between host and device that are no op on a CPU."""
@@ -36,10 +38,10 @@ class Launched:
 
 
 OPS = {
-    f"{name.removeprefix('_')}": op
+    op._name: op
     for module in list(sys.modules.values())
     if getattr(module, "__name__", "").startswith("fastfuse.ops.")
-    for name, op in vars(module).items()
+    for op in [getattr(value, "_op", value) for value in vars(module).values()]
     if isinstance(op, torch.library.CustomOpDef)
 }
 

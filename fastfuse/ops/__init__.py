@@ -1,5 +1,6 @@
 """The fused ops, each with its eager reference (<op>_ref) and its cost (<op>_cost)."""
 
+from fastfuse.ops._linear_group import Projection as Projection
 from fastfuse.ops._scratch import freeing_scratch as freeing_scratch
 from fastfuse.ops.cross_attention import cross_attention as cross_attention
 from fastfuse.ops.cross_attention import cross_attention_bwd_cost as cross_attention_bwd_cost
@@ -12,7 +13,6 @@ from fastfuse.ops.lora_row_norms import lora_row_norms_ref as lora_row_norms_ref
 from fastfuse.ops.nf4_dequantize import nf4_dequantize as nf4_dequantize
 from fastfuse.ops.nf4_dequantize import nf4_dequantize_cost as nf4_dequantize_cost
 from fastfuse.ops.nf4_dequantize import nf4_dequantize_ref as nf4_dequantize_ref
-from fastfuse.ops.nf4_linear import Projection as Projection
 from fastfuse.ops.nf4_linear import lora_linear as lora_linear
 from fastfuse.ops.nf4_linear import nf4_linear as nf4_linear
 from fastfuse.ops.nf4_linear import nf4_linear_bwd_cost as nf4_linear_bwd_cost

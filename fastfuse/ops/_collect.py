@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastfuse import tune
 from fastfuse.ops import _op
+from fastfuse.ops._fused_op import leaves
 
 if _op.HAS_TRITON:
     import triton
@@ -33,7 +34,7 @@ def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict
     found: dict[str, Callable] = {}
 
     def stand_in(launch: Callable, args: tuple):
-        device = _op._lead(args[0]).device
+        device = leaves(args)[0][0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("warmup: a call captures a CUDA graph, which would hold zeros for good: warm up first, capture afterwards")
         with _lock, _driver(target), _Finder(found):

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import sys
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -117,117 +117,14 @@ def backend_for(device: torch.device, name: str = "auto") -> str:
     return "triton" if device.type == "cuda" else "triton (interpreter)"
 
 
-def fused_op(name: str, reference: Callable, cpu: Callable | None = None) -> Callable:
-    """Register a Triton launcher as torch.ops.fastfuse.<name>, an opaque op for autograd and torch.compile.
-
-    The eager reference does three more jobs: it is the CPU implementation (unless `cpu` is a faster one), the fake kernel
-    that torch.compile traces, and the truth the tests compare with. The first argument of all is a tensor or
-    a list of them; the last is `interpret`, which sends a CPU call through the launcher, in Triton's interpreter.
-    """
-
-    def register(launch: Callable) -> FusedOp:
-        launch = replaceable(launch)
-
-        def on_cpu(*args):
-            return (launch if args[-1] else cpu or reference)(*args)
-
-        kernels = {"cuda": no_autocast(_on_device(launch)), "cpu": no_autocast(on_cpu), "meta": launch}
-        op = torch.library.custom_op(f"fastfuse::{name}", kernels["cuda"], mutates_args=(), device_types="cuda")
-        op.register_kernel("cpu")(kernels["cpu"])
-        op.register_fake(reference)
-        op.__class__ = FusedOp  # torch.library makes the object
-        op._kernels, op._function = kernels, None
-        op._gives_list = isinstance(op._opoverload._schema.returns[0].type, torch._C.ListType)
-        return op
-
-    return register
-
-
-class FusedOp(torch.library.CustomOpDef):
-    """A registered op that eager calls reach past the dispatcher: of PyTorch's way there and back, which torch.compile, modes and tracers need, one call
-    of nf4_linear with gradients has 0.5 ms of Python, half of it to look for tensors in lists."""
-
-    def register_autograd(self, backward: Callable, /, *, setup_context: Callable, **kwargs) -> None:
-        super().register_autograd(backward, setup_context=setup_context, **kwargs)
-        self._function = _autograd_function(self._name, self._kernels, backward, setup_context, self._gives_list)
-
-    def __call__(self, *args):
-        flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-        if not _is_eager(flat):
-            return super().__call__(*args)
-        if self._function is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
-            made = self._function.apply(tuple(len(arg) if isinstance(arg, (list, tuple)) else None for arg in args), *flat)
-            return list(made) if self._gives_list else made
-        return self._kernels[_lead(args[0]).device.type](*args)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _is_eager(flat: list) -> bool:
-    """Whether nobody would see the op go by: plain tensors on a device with kernels, no mode, transform, tracer or profiler."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._get_tracing_state() is not None or torch.autograd._profiler_enabled() or forward_mode() or transformed():
-        return False
-    return all(_is_plain(a) for a in flat if isinstance(a, Tensor))
-
-
-def _is_plain(t: Tensor) -> bool:
-    """A tensor whose memory holds its values: the dispatcher would negate or fill in others."""
-    if type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor():
-        return False
-    return t.device.type in ("cuda", "cpu") or (stand_in is not None and t.is_meta)
-
-
-def _autograd_function(name: str, kernels: dict[str, Callable], backward: Callable, setup_context: Callable, gives_list: bool) -> type[torch.autograd.Function]:
-    """The op's backward as an autograd.Function of its arguments one after the other, lists taken apart."""
-
-    def packed(flat: Sequence, sizes: tuple) -> list:
-        it = iter(flat)
-        return [next(it) if n is None else [next(it) for _ in range(n)] for n in sizes]
-
-    def forward(ctx, sizes, *flat):
-        args = packed(flat, sizes)
-        ctx._sizes, ctx.needs_input_grad = sizes, packed(ctx.needs_input_grad[1:], sizes)
-        out = kernels[_lead(args[0]).device.type](*args)
-        setup_context(ctx, args, out)
-        return tuple(out) if gives_list else out
-
-    def run_backward(ctx, *grads):
-        found = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
-        found = found if isinstance(found, tuple) else (found,)
-        flat = [None]
-        for g, n in zip(found, ctx._sizes, strict=True):
-            flat += [g] if n is None else [None] * n if g is None else g
-        return tuple(flat)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
-    return type(f"fastfuse_{name}", (torch.autograd.Function,), members)
-
-
 def replaceable(launch: Callable) -> Callable:
     """The launcher, or what stands in for it."""
 
     @functools.wraps(launch)
     def run(*args):
-        _settle_cache_keys()
         return launch(*args) if stand_in is None else stand_in(launch, args)
 
     return run
-
-
-@functools.cache
-def _settle_cache_keys() -> None:
-    """Compute the kernels' cache keys in one order, before the first launch.
-
-    Up to Triton 3.7 (triton-lang/triton#10494 mends it) a kernel's key depends on which kernels got theirs before it: a process that launches in another
-    order than the one before compiles its NF4 kernels again. 0.2 s once, most of it to parse their source, which launching all of them would do too.
-    """
-    if not INTERPRET:
-        for module in [sys.modules[name] for name in sorted(sys.modules) if name.startswith("fastfuse.kernels.")]:
-            for value in vars(module).values():
-                getattr(value, "cache_key", None)
 
 
 def no_autocast(kernel: Callable) -> Callable:
@@ -260,6 +157,26 @@ def _on_device(launch: Callable) -> Callable:
 
 def _lead(x: Tensor | Sequence[Tensor]) -> Tensor:
     return x if isinstance(x, Tensor) else x[0]
+
+
+def number(value: float, like: Tensor) -> float | Tensor:
+    """A number as ops take it. torch.compile has symbols for floats that change from call to call; a custom op would make a constant of one, and a graph of its
+    own for every value. So a symbol becomes a tensor, by a product: of the ways to do so the one that keeps it a symbol."""
+    if torch.compiler.is_dynamo_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes sympy along
+
+        # No constant is this number, a symbol might be. It is written here, as of a global one there would be a symbol too.
+        if not statically_known_true(value != 1.2345e30):
+            return torch.ones((), dtype=torch.float32, device=like.device) * value
+    return float(value)
+
+
+def constant(value: float) -> float:
+    """A number that kernels are made for: where torch.compile has a symbol for it, the graph becomes one for this value alone."""
+    if torch.compiler.is_dynamo_compiling() and -math.inf < value < math.inf:
+        numerator, denominator = float(value).as_integer_ratio()  # of the ways to ask for the value the one that gives it back as it was
+        return numerator / denominator
+    return float(value)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,17 +1,30 @@
 """Attention of text over encoder tokens where a mask lets it, forward and backward."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import DkDvStrides, DqStrides, ForwardStrides, Lengths, Mask, Strides
-from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, no_autocast, precision, route
-from fastfuse.ops.encoder_mask import EncoderMask
+from fastfuse.ops._attention_ref import (
+    LOG2E,
+    AttentionArgs,
+    AttentionGradArgs,
+    backward,
+    backward_on_cpu,
+    dense,
+    empty_like,
+    formula,
+    forward,
+    forward_on_cpu,
+    group_of,
+)
+from fastfuse.ops._fused_op import fused_op, remember, signature
+from fastfuse.ops._launch import Launch
+from fastfuse.ops._op import HAS_TRITON, Cost, constant, kernel_dtype, nbytes, no_autocast, precision, route
+from fastfuse.ops.encoder_mask import AttentionMask, Blocks, EncoderMask
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,7 +41,8 @@ if HAS_TRITON:
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 MAX_GROUP = 32  # rows of 64 heads and more need more shared memory than the smaller chips have
 MAX_KEY_HEADS = 65535  # of a grid's second dimension
-LOG2E = math.log2(math.e)
+EVERYTHING = Lengths(None)
+served: dict[tuple, Callable] = {}  # calls that have passed the checks: see signature()
 
 
 def cross_attention(
@@ -54,37 +68,49 @@ def cross_attention(
     Gradients for q, k, v, of the lse too. Under autocast all three follow its dtype. Nothing waits for the device.
     Raises TypeError, ValueError or Unsupported before any launch.
     """
-    op = "cross_attention"
-    _check(op, q, k, v, mask, empty_rows)
-    o, lse = attend(op, q, k, v, mask, None, scale, backend, empty_rows == "uniform")
+    op, key = "cross_attention", None
+    if mask is None:
+        key = signature((q, k, v), (op, scale, empty_rows, backend))
+    elif type(mask) is EncoderMask:
+        key = signature((q, k, v, mask.rows), (op, scale, empty_rows, backend, mask.kind, mask.s_e))
+    uniform = empty_rows == "uniform"
+    if key is not None and key in served and (mask is None or (q.shape[1] // k.shape[1], uniform) in mask.served):
+        for_op = EVERYTHING if mask is None else mask.served[q.shape[1] // k.shape[1], uniform]
+        o, lse = served[key](_new(AttentionArgs, (q, k, v, for_op, q.shape[3] ** -0.5 if scale is None else float(scale), False)))
+    else:
+        _check(op, q, k, v, mask, empty_rows)
+        o, lse = attend(op, q, k, v, mask, scale, backend, uniform, key)
     return (o, _public_lse(lse, q)) if return_lse else o
 
 
 def attend(
-    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | EncoderMask | None, lengths: Tensor | None, scale: float | None, backend: str | None,
-    uniform: bool = False,
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | EncoderMask | Lengths | None, scale: float | None, backend: str | None,
+    uniform: bool = False, key: tuple | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, lse [b, hkv, s, GP], base 2) of checked arguments; lengths: int32 [b], how many of the columns there are, in place of a mask."""
+    """(o, lse [b, hkv, s, GP], base 2) of checked arguments; with Lengths each batch row sees the first columns. key: of the call's signature."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     chosen = route(op, q, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = constant(q.shape[-1] ** -0.5 if scale is None else scale)
     if chosen == "reference":
-        visible = mask.to_dense() if isinstance(mask, EncoderMask) else mask
+        visible = mask.to_dense() if isinstance(mask, EncoderMask) else dense(mask, q.shape[2], k.shape[2]) if isinstance(mask, Lengths) else mask
         if uniform and visible is not None:
             visible = visible | ~visible.any(-1, keepdim=True)
-        return no_autocast(_formula)(q, k, v, visible if lengths is None else _dense(lengths, None, q.shape[2], k.shape[2]), scale)
-    by_kernels = chosen == "interpreter" or q.device.type == "cuda"
-    if by_kernels and (reason := uncovered(q.dtype, q.shape[-1], q.shape[1] // k.shape[1], q.shape[0] * k.shape[1])):
+        return no_autocast(formula)(q, k, v, visible, scale)
+    G, by_kernels = q.shape[1] // k.shape[1], chosen == "interpreter" or q.device.type == "cuda"
+    if by_kernels and (reason := uncovered(q.dtype, q.shape[-1], G, q.shape[0] * k.shape[1])):
         raise Unsupported(f"{op}: {reason}")
-    visible, blocks = (None, None), (None,) * 4
-    if mask is not None:
+    if mask is None or isinstance(mask, Lengths):
+        for_op = mask or EVERYTHING
+    else:
         mask = mask if isinstance(mask, EncoderMask) else EncoderMask.from_dense(mask)
-        mask = mask.filled() if uniform else mask
-        visible = mask.rows, mask.rows_empty
-        if by_kernels:
-            blocks = mask.blocks(listed_tokens(q.shape[1] // k.shape[1]))
-    return _cross_attention(q, k, v, lengths, *visible, *blocks, scale, chosen == "interpreter")
+        for_op = mask.for_op(listed_tokens(G) if by_kernels else None, uniform)
+        if key is not None and mask.serves(for_op):
+            mask.served[G, uniform] = for_op
+    args = AttentionArgs(q, k, v, for_op, scale, chosen == "interpreter")
+    o, lse = _attention(args)
+    remember(served, key, _attention, args)
+    return o, lse
 
 
 def _check(op: str, q, k, v, mask, empty_rows: str) -> None:
@@ -134,12 +160,6 @@ def uncovered(dtype: torch.dtype, head_dim: int, group: int, key_heads: int = 1)
     return f"the batch has {key_heads} key heads in all, covered are up to {MAX_KEY_HEADS}" if key_heads > MAX_KEY_HEADS else None
 
 
-def _group(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """(query heads of a key head, that rounded up to a power of two)"""
-    G = q.shape[1] // k.shape[1]
-    return G, 1 << (G - 1).bit_length()
-
-
 def listed_tokens(G: int) -> int:
     """Tokens of a block in the mask's lists: 128 rows."""
     return max(1, 128 // (1 << (G - 1).bit_length()))
@@ -155,43 +175,6 @@ def cross_attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | EncoderM
     return cross_attention(q, k, v, mask, **options, backend="torch")
 
 
-def _formula(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    hkv, (G, GP), wide = k.shape[1], _group(q, k), torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(wide).unflatten(1, (hkv, G)) @ k.to(wide).mT[:, :, None] * scale
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    # The softmax of nothing is NaN, and so is its gradient: such rows get scores of zero and then weights of zero.
-    empty = (lse == -torch.inf)[..., None]
-    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    o = (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
-    lse = (lse * LOG2E).masked_fill(empty[..., 0], torch.inf)
-    return _like(q, o), F.pad(lse.transpose(2, 3), (0, GP - G), value=torch.inf).contiguous()
-
-
-def _dense(lengths: Tensor | None, rows: Tensor | None, s: int, s_e: int) -> Tensor | None:
-    """What a mask's rows show, bool [b or 1, s, s_e]."""
-    n = None if lengths is None and rows is None else torch.arange(s_e, device=(rows if lengths is None else lengths).device)
-    if lengths is not None:
-        return (n < lengths[:, None])[:, None].expand(-1, s, -1)
-    return None if rows is None else _shown(rows, s_e)
-
-
-def _shown(rows: Tensor, s_e: int) -> Tensor:
-    return EncoderMask("interval" if rows.shape[-1] == 2 else "bits", rows, rows[..., 0], s_e).to_dense()
-
-
-def _like(q: Tensor, x: Tensor) -> Tensor:
-    """x in the layout that kernels give a result."""
-    return _empty_like(q, x.dtype).copy_(x)
-
-
-def _empty_like(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """A result in q's layout, without its gaps; contiguous where that would put another dim than the last one innermost."""
-    made = torch.empty_like(q, dtype=dtype)
-    return made if made.stride(-1) == 1 else torch.empty(q.shape, dtype=dtype, device=q.device)
-
-
 def cross_attention_cost(q: Tensor, k: Tensor, v: Tensor, mask: object = None, *, visible: float = 1.0) -> Cost:
     """Forward: q, and of k and v the visible fraction, read once; o written once. Two products over what is visible."""
     return Cost(2 * nbytes(q) + round(visible * nbytes(k, v)), round(4 * q.numel() * k.shape[2] * visible))
@@ -202,126 +185,63 @@ def cross_attention_bwd_cost(q: Tensor, k: Tensor, v: Tensor, mask: object = Non
     return Cost(4 * nbytes(q) + round((1 + visible) * nbytes(k, v)), round(10 * q.numel() * k.shape[2] * visible))
 
 
-def _reference(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, interpret) -> tuple[Tensor, Tensor]:
-    return _formula(q, k, v, _dense(lengths, rows, q.shape[2], k.shape[2]), scale)
-
-
-def _on_cpu(q, k, v, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, interpret) -> tuple[Tensor, Tensor]:
-    """PyTorch's CPU kernel over what each run of tokens sees, without a copy of k or v for every query head and without scores."""
-    (b, hkv, s_e, _), (G, GP), s = k.shape, _group(q, k), q.shape[2]
-    o = _empty_like(q, q.dtype).zero_()
-    q, k, v = (_apart(t) for t in (q, k, v))
-    lse = torch.full((b, hkv, s, GP), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for row, tokens, columns, bias in _pieces(lengths, rows, b, s, s_e, q.dtype):
-        packed = _packed(q[row][:, :, tokens], hkv)
-        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            packed, k[row][:, :, columns], v[row][:, :, columns], 0.0, False, attn_mask=_repeated(bias, G, packed.shape[2]), scale=scale
-        )
-        o[row, :, tokens] = _unpacked(found, G)
-        lse[row, :, tokens, :G] = (sums * LOG2E).unflatten(-1, (G, -1)).transpose(2, 3)
-    return o, lse
-
-
-def _apart(t: Tensor) -> Tensor:
-    """Rows that share no memory: of windows over one another PyTorch's kernel makes results that are partly uninitialised."""
-    own = t.stride(-1) == 1 and all(n == 1 or stride >= t.shape[-1] for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True))
-    return t if own else t.contiguous()
-
-
-def _packed(q: Tensor, hkv: int) -> Tensor:
-    """[b, hq, s, d] -> [b, hkv, G * s, d]: the heads of a group as rows of one."""
-    return q.unflatten(1, (hkv, -1)).flatten(2, 3)
-
-
-def _unpacked(x: Tensor, G: int) -> Tensor:
-    return x.unflatten(2, (G, -1)).flatten(1, 2)
-
-
-def _repeated(bias: Tensor | None, G: int, rows: int) -> Tensor | None:
-    """[s or 1, columns] -> [1, 1, rows, columns], rows = G * s; one row for all is not copied."""
-    if bias is None:
-        return None
-    return (bias.expand(rows, -1) if bias.shape[0] == 1 else bias.expand(G, -1, -1).flatten(0, 1))[None, None]
-
-
-def _pieces(lengths: Tensor | None, rows: Tensor | None, b: int, s: int, s_e: int, dtype: torch.dtype) -> Iterator[tuple]:
-    """(batch rows, tokens, slice of columns, bias or None) of everything that is visible: tokens that see the same go together."""
-    if not (b and s and s_e):
-        return
-    if lengths is not None:
-        for i, length in enumerate(lengths.tolist()):
-            if length:
-                yield slice(i, i + 1), slice(0, s), slice(0, length), None
-        return
-    if rows is None:
-        yield slice(0, b), slice(0, s), slice(0, s_e), None
-        return
-    for i, one in enumerate(rows):
-        batch = slice(i, i + 1) if rows.shape[0] == b else slice(0, b)
-        runs, counts = torch.unique_consecutive(one, dim=0, return_counts=True)
-        if len(runs) <= max(4, s // 8):
-            ends = counts.cumsum(0).tolist()
-            chunks = [(slice(start, end), _shown(run[None, None], s_e)[0]) for start, end, run in zip([0, *ends], ends, runs, strict=False)]
-        else:  # every token its own: 64 at a time
-            chunks = ((slice(t, t + 64), _shown(one[None, t : t + 64], s_e)[0]) for t in range(0, s, 64))
-        for tokens, seen in chunks:
-            columns = seen.any(0).nonzero().flatten()
-            if not len(columns):
-                continue
-            first, last = columns[0].item(), columns[-1].item() + 1
-            if len(seen) > 1:
-                # PyTorch's kernel sums 512 columns at a time: whole ones, so that no row's rounding depends on what its neighbours see
-                first, last = first // 512 * 512, min(-(-last // 512) * 512, s_e)
-                rows_seen = seen.any(1).nonzero().flatten()
-                tokens, seen = tokens.start + rows_seen, seen[rows_seen]
-            seen = seen[:, first:last]
-            # Columns that nobody sees between others are read and thrown away: a copy without them would cost more.
-            bias = None if seen.all() else torch.zeros((), dtype=dtype).where(seen, -torch.inf)
-            yield batch, tokens, slice(first, last), bias
-
-
-@fused_op("cross_attention", reference=_reference, cpu=_on_cpu)
-def _cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, rows: Tensor | None, rows_empty: Tensor | None,
-    cols: Tensor | None, cols_n: Tensor | None, toks: Tensor | None, toks_n: Tensor | None, scale: float, interpret: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, lse [b, hkv, s, GP], base 2); the lists of blocks are the kernels' alone."""
-    (b, hkv, s_e, d), (G, GP), s, dtype = k.shape, _group(q, k), q.shape[2], q.dtype
-    o = _empty_like(q, kernel_dtype(dtype))
-    lse = torch.empty((b, hkv, s, GP), dtype=torch.float32, device=q.device)
-    if not (o.numel() and s_e):
-        return o.zero_().to(dtype), lse.fill_(torch.inf)
-    q, k, v = (_operand(t.to(kernel_dtype(dtype))) for t in (q, k, v))
-    q, scale = (_operand(-q), -scale) if scale < 0 else (q, scale)  # the largest score is the largest product only then
-    mask, kind = _kernel_mask(lengths, rows, rows_empty, cols, cols_n)
-    tile = _tile("cross_attention", q, k, s * GP, *(() if lengths is not None else (k, v)))  # TMA reads what lies beyond lengths
-    BLOCK_M, BLOCK_N = max(tile["BLOCK_M"], GP), tile["BLOCK_N"]
-    grid = -(-s * GP // BLOCK_M), b * hkv
-    splits = _splits(grid[0] * grid[1], s_e, q.device)
-    parts, part_lse = (o, lse) if splits == 1 else (_fp32(q, splits, b * hkv, s * GP, d), _fp32(q, splits, b * hkv, s * GP))
-    heads = {"G": G, "GP": GP, "D": d}
-    block_d = {"BLOCK_D": max(16, 1 << (d - 1).bit_length())}
-    sides = [_descriptor(t, (1, 1, BLOCK_N, block_d["BLOCK_D"])) if tile["TMA"] else t for t in (k, v)]
-    strides = ForwardStrides(*(_strides(t) for t in (q, k, v, o)))
-    cross_attention_fwd_kernel[(*grid, splits)](
-        q, *sides, parts, part_lse, mask, strides, *_shape(q, k, rows), scale * LOG2E, splits, **heads, KIND=kind, SPLIT=splits > 1,
-        TOKENS_PER_BLOCK=listed_tokens(G), PRECISION=precision(), **tile.launch() | {"BLOCK_M": BLOCK_M}, **block_d,
-    )  # fmt: skip
-    if splits > 1:
-        rows_each, warps = max(GP, 16), merge_warps(d)
-        cross_attention_merge_kernel[(-(-s * GP // rows_each), b * hkv)](
-            parts, part_lse, o, lse, _strides(o), *_shape(q, k, rows), splits, **heads, BLOCK_M=rows_each, **block_d, num_warps=warps, **tune.OPTIONS
-        )
-    return o.to(dtype), lse
-
-
 def merge_warps(head_dim: int) -> int:
     """Of cross_attention_merge_kernel: four spill 256 columns with Triton 3.9 on sm_100."""
     return 8 if head_dim > 128 else 4
 
 
-def _operand(t: Tensor) -> Tensor:
-    """As kernels read it: any strides, but of the last dim."""
+class _Common:
+    """What the launches for one kind of arguments have in common."""
+
+    def __init__(self, args: AttentionArgs | AttentionGradArgs, *tensors: Tensor):
+        """tensors: q, k, v and what else kernels read of the args, in their order."""
+        (b, hkv, s_e, d), (G, GP), s = args.k.shape, group_of(args.q, args.k), args.q.shape[2]
+        self.device, self.dtype, self.work = args.q.device, args.q.dtype, kernel_dtype(args.q.dtype)
+        self.rows, self.heads, self.columns = s * GP, b * hkv, s_e
+        self.kind, masks = 0, 1
+        if isinstance(args.mask, AttentionMask):
+            self.kind, masks = 1 if args.mask.rows.shape[-1] == 2 else 2, args.mask.rows.shape[0]
+        self.shape = s, s_e, hkv, masks
+        self.block_d = max(16, 1 << (d - 1).bit_length())
+        self.constants = {"G": G, "GP": GP, "D": d, "BLOCK_D": self.block_d}
+        self.negative = args.scale < 0  # the largest score is the largest product only where it is not: q changes its sign too
+        self.scale = (-args.scale if self.negative else args.scale) * LOG2E
+        self.as_it_is = not self.negative and all(t.dtype == kernel_dtype(t.dtype) and t.stride(-1) == 1 for t in tensors)
+        read = tensors if self.as_it_is else self.readable([_without_values(t) for t in tensors])
+        self.has_descriptor, self.strides = [_has_descriptor(t) for t in read], [_strides(t) for t in read]
+        self.columns_by_tma = self.has_descriptor[1] and self.has_descriptor[2] and (self.kind != 0 or args.mask.lengths is None)  # it reads past lengths
+        self.read = [_without_values(t) for t in read]  # the plan is kept for long, and must not hold the tensors
+
+    def readable(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """In a kernel's dtype, with any strides but of the last dim."""
+        q, *others = [_adjacent(t.to(kernel_dtype(t.dtype))) for t in tensors]
+        return [_adjacent(-q) if self.negative else q, *others]
+
+    def tile(self, op: str, by_tma: bool) -> tuple[dict, int]:
+        """(the kernel's constants, BLOCK_M of them)"""
+        G, GP, D = (self.constants[name] for name in ("G", "GP", "D"))
+        kind = "fp32" if self.work == torch.float32 else "16-bit"
+        tile = tune.pick(op, tune.arch_of(self.device), dtype=kind, D=D, M=self.rows, N=self.columns, tma=int(by_tma)).launch()
+        BLOCK_M = max(tile["BLOCK_M"], GP)
+        return tile | {"BLOCK_M": BLOCK_M, "KIND": self.kind, "TOKENS_PER_BLOCK": listed_tokens(G), "PRECISION": precision()} | self.constants, BLOCK_M
+
+    def by_rows(self, rows: int, depth: int = 1) -> tuple[int, int, int]:
+        """A grid of programs for so many rows each."""
+        return -(-self.rows // rows), self.heads, depth
+
+    def like(self, t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(shape, strides) of a result in t's layout."""
+        return t.shape, empty_like(t, self.work).stride()  # made for once: on "meta" the strides of dims of one element are others
+
+    def empty(self, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        return torch.empty_strided(*layout, dtype=self.work, device=self.device)
+
+
+def _without_values(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _adjacent(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -329,35 +249,25 @@ def _strides(t: Tensor) -> Strides:
     return Strides(*t.stride()[:3])
 
 
-def _fp32(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _shape(q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[int, int, int, int]:
-    return q.shape[2], k.shape[2], k.shape[1], 1 if rows is None else rows.shape[0]
-
-
-def _kernel_mask(lengths: Tensor | None, rows: Tensor | None, rows_empty: Tensor | None, blocks: Tensor | None, counts: Tensor | None) -> tuple[tuple, int]:
-    """The kernels' tuple and its KIND."""
-    if rows is None:
-        return Lengths(lengths), 0
-    return Mask(rows, rows_empty, blocks, counts), 1 if rows.shape[-1] == 2 else 2
-
-
-def _tile(op: str, q: Tensor, k: Tensor, rows: int, *descriptors: Tensor) -> tune.Tile:
-    """descriptors: the tensors that TMA would read, if it may."""
-    kind = "fp32" if q.dtype == torch.float32 else "16-bit"
-    tma = int(bool(descriptors) and all(_has_descriptor(t) for t in descriptors))
-    return tune.pick(op, tune.arch_of(q.device), dtype=kind, D=q.shape[-1], M=rows, N=k.shape[2], tma=tma)
-
-
 def _has_descriptor(t: Tensor) -> bool:
-    """TMA asks for 16 bytes everywhere."""
+    """Whether TMA could read it, which asks for 16 bytes everywhere."""
     return not t.data_ptr() % 16 and all(stride * t.element_size() % 16 == 0 and stride > 0 for stride in t.stride()[:3])
 
 
-def _descriptor(t: Tensor, block: tuple[int, ...]) -> "TensorDescriptor":
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+def _descriptor(like: Tensor, *block: int) -> Callable[[Tensor], "TensorDescriptor"]:
+    """Makes the descriptors of tensors like this one, for which Triton's constructor would check each time what is the same each time, in 16 Python calls."""
+    fields = dict(vars(TensorDescriptor(like, list(like.shape), list(like.stride()), list(block))))
+    del fields["base"]
+
+    def describe(t: Tensor) -> "TensorDescriptor":
+        descriptor = _bare(TensorDescriptor)
+        descriptor.__dict__ = {**fields, "base": t}
+        return descriptor
+
+    return describe
+
+
+_new, _bare = tuple.__new__, object.__new__
 
 
 def _splits(programs: int, columns: int, device: torch.device) -> int:
@@ -365,133 +275,147 @@ def _splits(programs: int, columns: int, device: torch.device) -> int:
     return max(1, min(2 * tune.processors_of(device, 8) // programs, columns // 256))
 
 
-def _bwd_reference(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, wanted, interpret) -> list[Tensor]:
-    (_, hkv, s_e, _), (G, _), wide = k.shape, _group(q, k), torch.promote_types(q.dtype, torch.float32)
-    grouped_q, grouped_do, grouped_o = (t.to(wide).unflatten(1, (hkv, G)) for t in (q, do, o))
-    wide_k, wide_v = (t.to(wide)[:, :, None] for t in (k, v))
-    sums = lse[..., :G].transpose(2, 3)[..., None] / LOG2E
-    p = (grouped_q @ wide_k.mT * scale - sums).exp()
-    visible = _dense(lengths, rows, q.shape[2], s_e)
-    if visible is not None:
-        p = p.masked_fill(~visible[:, None, None], 0)
-    delta = (grouped_o * grouped_do).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - dlse[..., :G].transpose(2, 3)[..., None] * LOG2E
-    ds = p * (grouped_do @ wide_v.mT - delta) * scale
-    made = (ds @ wide_k).flatten(1, 2), (ds.mT @ grouped_q).sum(2), (p.mT @ grouped_do).sum(2)
-    return [_like(t, g.to(t.dtype)) if wants else q.new_empty(0) for t, g, wants in zip((q, k, v), made, wanted, strict=True)]
+def _columns_of(mask: Lengths | AttentionMask) -> Lengths | Mask:
+    """The mask as kernels take it that go over columns."""
+    return mask if type(mask) is Lengths else _new(Mask, (mask.rows, mask.rows_empty, mask.blocks.column_blocks, mask.blocks.column_block_counts))
 
 
-def _bwd_on_cpu(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, wanted, interpret) -> list[Tensor]:
-    if dlse is not None:
-        # PyTorch's kernel knows no gradient of the sums: that of o would have to be one whose product with o is less by it
-        return _bwd_reference(do, q, k, v, o, lse, dlse, lengths, rows, rows_empty, cols, cols_n, toks, toks_n, scale, wanted, interpret)
-    (b, hkv, s_e, _), (G, _), s = k.shape, _group(q, k), q.shape[2]
-    wide = torch.promote_types(k.dtype, torch.float32)
-    dq, dk, dv = (
-        _empty_like(t, dtype).zero_() for t, dtype in ((q, q.dtype), (k, wide), (v, wide))
-    )  # several runs may see a column: their parts add up in fp32
-    do, q, k, v, o = (_apart(t) for t in (do, q, k, v, o))
-    for row, tokens, columns, bias in _pieces(lengths, rows, b, s, s_e, q.dtype):
-        packed = [_packed(t[row][:, :, tokens], hkv) for t in (do, q, o)]
-        sums = lse[row, :, tokens, :G].transpose(2, 3).flatten(2, 3) / LOG2E
-        of_k, of_v = (t[row][:, :, columns] for t in (k, v))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            packed[0], packed[1], of_k, of_v, packed[2], sums, 0.0, False, attn_mask=_repeated(bias, G, packed[0].shape[2]), scale=scale
-        )
-        dq[row, :, tokens] = _unpacked(found[0], G)
-        dk[row, :, columns] += found[1]
-        dv[row, :, columns] += found[2]
-    return [t.to(q.dtype) if wants else q.new_empty(0) for t, wants in zip((dq, dk, dv), wanted, strict=True)]
+def _launch(args: AttentionArgs) -> Callable[[AttentionArgs], tuple[Tensor, Tensor]]:
+    """Where few programs would have all the columns, several share them, and a second kernel puts their parts together."""
+    c = _Common(args, args.q, args.k, args.v)
+    (_, k, v), (b, hkv, s_e, d), GP = c.read, args.k.shape, c.constants["GP"]
+    s, layout, fp32 = args.q.shape[2], c.like(args.q), {"dtype": torch.float32, "device": c.device}
+    if not (args.q.numel() and s_e):
+        return lambda args: (c.empty(layout).zero_().to(c.dtype), torch.full((b, hkv, s, GP), torch.inf, **fp32))
+    tile, BLOCK_M = c.tile("cross_attention", c.columns_by_tma)
+    splits = _splits(-(-c.rows // BLOCK_M) * c.heads, s_e, c.device)
+    attend_part = Launch(cross_attention_fwd_kernel, SPLIT=splits > 1, **tile)
+    merge = Launch(cross_attention_merge_kernel, BLOCK_M=max(GP, 16), num_warps=merge_warps(d), **c.constants, **tune.OPTIONS)
+    grid, grid_of_merge = c.by_rows(BLOCK_M, splits), c.by_rows(max(GP, 16))
+    o_strides = Strides(*layout[1][:3])
+    strides = ForwardStrides(*c.strides, o_strides)
+    describe_k, describe_v = (_descriptor(t, 1, 1, tile["BLOCK_N"], c.block_d) for t in (k, v)) if tile["TMA"] else (None, None)
+    as_it_is, kind, shape, scale, work, device = c.as_it_is, c.kind, c.shape, c.scale, c.work, c.device
+
+    def run(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        q, k, v, mask = args.q, args.k, args.v, args.mask
+        if not as_it_is:
+            q, k, v = c.readable((q, k, v))
+        o, lse = torch.empty_strided(*layout, dtype=work, device=device), torch.empty((b, hkv, s, GP), **fp32)
+        if describe_k is not None:
+            k, v = describe_k(k), describe_v(v)
+        if kind:
+            mask = _columns_of(mask)
+        if splits == 1:
+            attend_part(grid, q, k, v, o, lse, mask, strides, *shape, scale, splits)
+        else:
+            parts, part_lse = torch.empty((splits, b * hkv, s * GP, d), **fp32), torch.empty((splits, b * hkv, s * GP), **fp32)
+            attend_part(grid, q, k, v, parts, part_lse, mask, strides, *shape, scale, splits)
+            merge(grid_of_merge, parts, part_lse, o, lse, o_strides, *shape, splits)
+        return (o, lse) if as_it_is else (o.to(c.dtype), lse)
+
+    return run
 
 
-@fused_op("cross_attention_bwd", reference=_bwd_reference, cpu=_bwd_on_cpu)
-def _cross_attention_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, lengths: Tensor | None, rows: Tensor | None,
-    rows_empty: Tensor | None, cols: Tensor | None, cols_n: Tensor | None, toks: Tensor | None, toks_n: Tensor | None,
-    scale: float, wanted: Sequence[bool], interpret: bool,
-) -> list[Tensor]:  # fmt: skip
-    """[dq, dk, dv], as far as `wanted`, the others empty. Without atomics: every sum has one owner and one order."""
-    (b, hkv, s_e, d), (G, GP), s, dtype = k.shape, _group(q, k), q.shape[2], q.dtype
-    made = [_empty_like(t, kernel_dtype(dtype)) if wants else t.new_empty(0) for t, wants in zip((q, k, v), wanted, strict=True)]
-    if not (q.numel() and k.numel()):
-        return [t.zero_().to(dtype) for t in made]
-    q, k, v, o, do = (_operand(t.to(kernel_dtype(dtype))) for t in (q, k, v, o, do))
-    negative = scale < 0
-    q, scale = (_operand(-q), -scale) if negative else (q, scale)
-    delta = torch.empty_like(lse)
-    heads, block_d, shape = {"G": G, "GP": GP, "D": d}, {"BLOCK_D": max(16, 1 << (d - 1).bit_length())}, _shape(q, k, rows)
-    rows_each = max(GP, 32)
-    dlse = None if dlse is None else dlse.contiguous()
-    cross_attention_delta_kernel[(-(-s * GP // rows_each), b * hkv)](
-        o, do, dlse, delta, _strides(o), _strides(do), *shape, **heads, BLOCK_M=rows_each, **block_d, **tune.OPTIONS
-    )
-    common = heads | {"TOKENS_PER_BLOCK": listed_tokens(G), "PRECISION": precision()} | block_d
-    strides = [_strides(t) for t in (q, k, v, do)]
-    if wanted[0]:
-        mask, kind = _kernel_mask(lengths, rows, rows_empty, cols, cols_n)
-        tile = _tile("cross_attention_dq", q, k, s * GP, *(() if lengths is not None else (k, v)))
-        BLOCK_M = max(tile["BLOCK_M"], GP)
-        sides = [_descriptor(t, (1, 1, tile["BLOCK_N"], block_d["BLOCK_D"])) if tile["TMA"] else t for t in (k, v)]
-        cross_attention_dq_kernel[(-(-s * GP // BLOCK_M), b * hkv)](
-            q, *sides, do, lse, delta, made[0], mask, DqStrides(*strides, _strides(made[0])), *shape, scale * LOG2E, **common, KIND=kind,
-            **tile.launch() | {"BLOCK_M": BLOCK_M},
-        )  # fmt: skip
-        made[0] = made[0].neg_() if negative else made[0]
-    if wanted[1] or wanted[2]:
-        mask, kind = _kernel_mask(lengths, rows, rows_empty, toks, toks_n)
-        by_token = [t.transpose(1, 2) for t in (q, do)]
-        tile = _tile("cross_attention_dkdv", q, k, s * GP, *(by_token if G == GP else ()))
-        BLOCK_M = max(tile["BLOCK_M"], GP)
-        sides = [_descriptor(t, (1, BLOCK_M // GP, G, block_d["BLOCK_D"])) for t in by_token] if tile["TMA"] else [q, do]
-        columns = [_strides(made[i]) if wanted[i] else strides[i] for i in (1, 2)]
-        cross_attention_dkdv_kernel[(-(-s_e // tile["BLOCK_N"]), b * hkv)](
-            sides[0], k, v, sides[1], lse, delta, made[1], made[2], mask, DkDvStrides(*strides, *columns), *shape, scale * LOG2E, **common, KIND=kind,
-            DK=wanted[1], DV=wanted[2], **tile.launch() | {"BLOCK_M": BLOCK_M},
-        )  # fmt: skip
-    return [t.to(dtype) for t in made]
+_attention = fused_op("cross_attention", AttentionArgs, AttentionMask, Blocks, reference=forward, launch=_launch, cpu=forward_on_cpu)
+"""(args) -> o, lse [b, hkv, s, GP], base 2."""
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.interpret = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+def _grad_launch(args: AttentionGradArgs) -> Callable[[AttentionGradArgs], tuple[Tensor, ...]]:
+    """Without atomics: every sum has one owner and one order."""
+    c = _Common(args, args.q, args.k, args.v, args.o, args.do)
+    needs_q, needs_k, needs_v = args.needs_grad
+    if not (args.q.numel() and args.k.numel()):
+        layouts = [c.like(t) for t, needed in zip((args.q, args.k, args.v), args.needs_grad, strict=True) if needed]
+        return lambda args: tuple([c.empty(layout).zero_().to(c.dtype) for layout in layouts])
+    rows_each = max(c.constants["GP"], 32)
+    subtract = Launch(cross_attention_delta_kernel, BLOCK_M=rows_each, **c.constants, **tune.OPTIONS)
+    grid, (*_, o_strides, do_strides) = c.by_rows(rows_each), c.strides
+    d_q = _dq_plan(args, c) if needs_q else None
+    d_kv = _dkdv_plan(args, c) if needs_k or needs_v else None
+
+    def run(args: AttentionGradArgs) -> tuple[Tensor, ...]:
+        tensors = args.q, args.k, args.v, args.o, args.do
+        q, k, v, o, do = tensors if c.as_it_is else c.readable(tensors)
+        delta, dlse = torch.empty_like(args.lse), args.dlse
+        subtract(grid, o, do, dlse if dlse is None else dlse.contiguous(), delta, o_strides, do_strides, *c.shape)
+        grads = [] if d_q is None else [d_q(args, q, k, v, do, delta)]
+        if d_kv is not None:
+            grads += d_kv(args, q, k, v, do, delta)
+        return tuple(grads) if c.work == c.dtype else tuple([t.to(c.dtype) for t in grads])
+
+    return run
 
 
-def _backward(ctx, do: Tensor | None, dlse: Tensor | None):
-    nothing = (None,) * 9
-    if do is None and dlse is None:
-        return None, None, None, *nothing
-    q, k, v, *mask, o, lse = ctx.saved_tensors
+def _dq_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., Tensor]:
+    q, k, v, _, do = c.strides
+    tile, BLOCK_M = c.tile("cross_attention_dq", c.columns_by_tma)
+    launch, grid, layout = Launch(cross_attention_dq_kernel, **tile), c.by_rows(BLOCK_M), c.like(args.q)
+    strides = DqStrides(q, k, v, do, Strides(*layout[1][:3]))
+    describe = [_descriptor(t, 1, 1, tile["BLOCK_N"], c.block_d) for t in c.read[1:3]] if tile["TMA"] else None
+
+    def run(args: AttentionGradArgs, q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor) -> Tensor:
+        if describe is not None:
+            k, v = describe[0](k), describe[1](v)
+        dq = c.empty(layout)
+        launch(grid, q, k, v, do, args.lse, delta, dq, _columns_of(args.mask), strides, *c.shape, c.scale)
+        return dq.neg_() if c.negative else dq
+
+    return run
+
+
+def _dkdv_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., list[Tensor]]:
+    _, needs_k, needs_v = args.needs_grad
+    G, GP = c.constants["G"], c.constants["GP"]
+    q, k, v, _, do = c.strides
+    tile, BLOCK_M = c.tile("cross_attention_dkdv", G == GP and c.has_descriptor[0] and c.has_descriptor[4])
+    launch, grid = Launch(cross_attention_dkdv_kernel, DK=needs_k, DV=needs_v, **tile), (-(-c.columns // tile["BLOCK_N"]), c.heads, 1)
+    of_k, of_v = c.like(args.k), c.like(args.v)
+    strides = DkDvStrides(q, k, v, do, Strides(*of_k[1][:3]) if needs_k else k, Strides(*of_v[1][:3]) if needs_v else v)
+    describe = [_descriptor(c.read[i].transpose(1, 2), 1, BLOCK_M // GP, G, c.block_d) for i in (0, 4)] if tile["TMA"] else None
+
+    def run(args: AttentionGradArgs, q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor) -> list[Tensor]:
+        mask = args.mask
+        if c.kind:
+            mask = _new(Mask, (mask.rows, mask.rows_empty, mask.blocks.token_blocks, mask.blocks.token_block_counts))
+        if describe is not None:
+            q, do = describe[0](q.transpose(1, 2)), describe[1](do.transpose(1, 2))
+        dk = c.empty(of_k) if needs_k else args.k.new_empty(0)
+        dv = c.empty(of_v) if needs_v else args.v.new_empty(0)
+        launch(grid, q, k, v, do, args.lse, delta, dk, dv, mask, strides, *c.shape, c.scale)
+        return [dk, dv] if needs_k and needs_v else [dk] if needs_k else [dv]
+
+    return run
+
+
+_attention_grad = fused_op("cross_attention_bwd", AttentionGradArgs, AttentionMask, Blocks, reference=backward, launch=_grad_launch, cpu=backward_on_cpu)
+"""(args) -> of dq, dk and dv those that are needed."""
+
+
+def _backward(args: AttentionArgs, outs: tuple[Tensor, Tensor], grads: tuple, needs: AttentionArgs) -> AttentionArgs:
+    q, k, v, mask, scale, interpret = args
+    (o, lse), (do, dlse), needs_grad = outs, grads, (needs.q, needs.k, needs.v)
     do = torch.zeros_like(o) if do is None else do
-    wanted = list(ctx.needs_input_grad[:3])
-    found = _cross_attention_bwd(do, q, k, v, o, lse, dlse, *mask, ctx.scale, wanted, ctx.interpret)
-    return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), *nothing
+    made = iter(_attention_grad(AttentionGradArgs(do, q, k, v, o, lse, dlse, mask, scale, needs_grad, interpret)))
+    dq, dk, dv = (next(made) if needed else None for needed in needs_grad)
+    return AttentionArgs(dq, dk, dv, mask=None, scale=None, interpret=None)
 
 
-def _bwd_setup_context(ctx, inputs, output) -> None:
-    do, q, k, v, _o, _lse, dlse, lengths, rows, *_, ctx.scale, ctx.wanted, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(do, q, k, v, dlse, lengths, rows)
-
-
-def _bwd_backward(ctx, grads: list[Tensor | None]):
+def _grad_backward(args: AttentionGradArgs, outs: tuple, grads: tuple, needs: AttentionGradArgs) -> AttentionGradArgs:
     """The gradient of a gradient is rare enough to be left to autograd: the formula, differentiated twice."""
-    if all(g is None for g in grads):
-        return (None,) * 17
-    *leaves, lengths, rows = ctx.saved_tensors
-    leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (args.do, args.q, args.k, args.v, args.dlse)]
     do, q, k, v, dlse = leaves
     with torch.enable_grad():
-        y, lse = _formula(q, k, v, _dense(lengths, rows, q.shape[2], k.shape[2]), ctx.scale)
-        asked = [(t, g) for t, g, wanted in zip((q, k, v), grads, ctx.wanted, strict=True) if wanted and g is not None]
+        y, lse = formula(q, k, v, dense(args.mask, q.shape[2], k.shape[2]), args.scale)
+        differentiated = [t for t, needed in zip((q, k, v), args.needs_grad, strict=True) if needed]
+        asked = [(t, g) for t, g in zip(differentiated, grads, strict=True) if g is not None]
         ups = [do] if dlse is None else [do, dlse]
         first = torch.autograd.grad([y, lse][: len(ups)], [t for t, _ in asked], ups, create_graph=True)
         second = iter(torch.autograd.grad(first, [t for t in leaves if t is not None], [g for _, g in asked], allow_unused=True))
     do, q, k, v, dlse = (None if t is None else next(second) for t in leaves)
     # What o and lse are to q, k and v is in the formula already.
-    return do, q, k, v, None, None, dlse, *(None,) * 10
+    return AttentionGradArgs(do, q, k, v, o=None, lse=None, dlse=dlse, mask=None, scale=None, needs_grad=None, interpret=None)
 
 
-_cross_attention.register_autograd(_backward, setup_context=_setup_context)
-_cross_attention_bwd.register_autograd(_bwd_backward, setup_context=_bwd_setup_context)
+_attention.register_backward(_backward)
+_attention_grad.register_backward(_grad_backward, lambda args, outs, needs: (args._replace(o=None, lse=None), ()))

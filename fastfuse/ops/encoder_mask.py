@@ -1,36 +1,42 @@
 """Which encoder tokens each text token may see: built once for a forward, shared by its cross-attention layers and by their backward."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastfuse import tune
 from fastfuse.ops import _op
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
-from fastfuse.ops._op import HAS_TRITON, fused_op, route, transformed
+from fastfuse.ops._fused_op import FusedOp
+from fastfuse.ops._mask_ops import (
+    COLUMNS as COLUMNS,
+)
+from fastfuse.ops._mask_ops import (
+    WORD,
+    Blocks,
+    MaskBlocksArgs,
+    PackMaskArgs,
+    PackTilesArgs,
+    bits_of_intervals,
+    mask_blocks,
+    pack_mask,
+    pack_tiles,
+    padded,
+    words,
+)
+from fastfuse.ops._op import route, transformed
 
-if HAS_TRITON:
-    from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_mask_kernel, pack_tiles_kernel
-
-COLUMNS = 128  # of a column block
 KINDS = ("auto", "interval", "bits")
-_WORD = 32
 
 
-class Blocks(NamedTuple):
-    """Which blocks of COLUMNS columns and of `tokens` text tokens meet, listed both ways, int32.
+class AttentionMask(NamedTuple):
+    """An EncoderMask as cross-attention's ops take it. blocks: those of listed_tokens(...), for kernels alone; else None."""
 
-    A pair is full where every row that sees anything at all sees all of the columns, and some row does: no mask is needed inside of it, as
-    what is computed for rows that see nothing is thrown away. Lists have the full ones first, each group ascending; 0 follows.
-    """
-
-    cols: Tensor  # [b, NQ, NK]: the column blocks that some row of a token block sees
-    cols_n: Tensor  # [b, NQ, 2]: how many of them are full, how many there are
-    toks: Tensor  # [b, NK, NQ]: the token blocks that see some column of a column block
-    toks_n: Tensor  # [b, NK, 2]
+    rows: Tensor
+    rows_empty: Tensor
+    blocks: Blocks | None
 
 
 class EncoderMask:
@@ -47,6 +53,7 @@ class EncoderMask:
         self.kind, self.rows, self.rows_empty, self.s_e = kind, rows, rows_empty, s_e
         self._blocks: dict[int, Blocks] = {}
         self._filled: dict[int | None, EncoderMask] = {}
+        self.served: dict[tuple[int, bool], AttentionMask] = {}  # cross_attention's own
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, kind: str = "auto") -> "EncoderMask":
@@ -61,7 +68,7 @@ class EncoderMask:
             raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where a token is seen")
         if mask.dim() != 3:
             raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected [b, s, s_e]")
-        bits, rows_empty = _run("pack_mask", _pack_mask, _pack_mask_ref, mask)
+        bits, rows_empty = _run(pack_mask, PackMaskArgs, mask)
         if kind == "interval" or (kind == "auto" and values_are_at_hand(mask)):
             rows, single = _intervals_of_bits(bits)
             if _all_single(op, "mask", kind, single):
@@ -85,7 +92,7 @@ class EncoderMask:
             rows, single = _intervals(flags, first, first + tokens_per_tile, tokens_per_tile)
             if _all_single(op, "visible", kind, single):
                 return cls("interval", rows, ~flags.any(-1), s_e)
-        bits, rows_empty = _run("pack_tiles", _pack_tiles, _pack_tiles_ref, flags, tokens_per_tile)
+        bits, rows_empty = _run(pack_tiles, PackTilesArgs, flags, tokens_per_tile)
         return cls("bits", bits, rows_empty, s_e)
 
     @classmethod
@@ -153,7 +160,7 @@ class EncoderMask:
             if m.device != head.device:
                 raise ValueError(f"{op}: masks are on {head.device} and {m.device}")
         kind = head.kind if all(m.kind == head.kind for m in masks) else "bits"
-        rows = torch.cat([m.rows if m.kind == kind else _bits_of_intervals(m.rows[..., 0], m.rows[..., 1], m.s_e) for m in masks])
+        rows = torch.cat([m.rows if m.kind == kind else bits_of_intervals(m.rows[..., 0], m.rows[..., 1], m.s_e) for m in masks])
         return EncoderMask(kind, rows, torch.cat([m.rows_empty for m in masks]), head.s_e)
 
     @property
@@ -167,15 +174,24 @@ class EncoderMask:
 
     def blocks(self, tokens: int) -> Blocks:
         """The block lists for token blocks of `tokens` rows, made at the first call. NQ = ceil(s / tokens), NK = ceil(s_e / 128)."""
-        found = self._blocks.get(tokens)
-        if found is None:
+        blocks = self._blocks.get(tokens)
+        if blocks is None:
             _check_count("EncoderMask.blocks", "tokens", tokens, 1)
-            args = self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits"
             with _as_to_last():
-                found = Blocks(*_run("mask_blocks", _mask_blocks, _mask_blocks_ref, *args))
+                blocks = Blocks(*_run(mask_blocks, MaskBlocksArgs, self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits"))
             if _will_last(self.device):
-                self._blocks[tokens] = found
-        return found
+                self._blocks[tokens] = blocks
+        return blocks
+
+    def for_op(self, tokens: int | None, uniform: bool) -> AttentionMask:
+        """As cross-attention's ops take it, with the lists for token blocks of `tokens` rows where that is a number; uniform: filled()."""
+        mask = self.filled() if uniform else self
+        return AttentionMask(mask.rows, mask.rows_empty, None if tokens is None else mask.blocks(tokens))
+
+    def serves(self, for_op: AttentionMask) -> bool:
+        """Whether what for_op() made serves other calls too, of which nobody will look at it."""
+        rows_empty = for_op.rows_empty
+        return _will_last(self.device) and rows_empty.is_contiguous() and rows_empty.data_ptr() % 16 == 0
 
     def filled(self, length: int | Tensor | None = None) -> "EncoderMask":
         """Rows that see nothing see columns < length instead, all of them where None. length: a number, or an integer tensor () or [b].
@@ -201,20 +217,20 @@ class EncoderMask:
         return self._fill(length)
 
     def _filled_once(self, key: int | None, length: int) -> "EncoderMask":
-        found = self._filled.get(key)
-        if found is None:
+        filled = self._filled.get(key)
+        if filled is None:
             with _as_to_last():
-                found = self._fill(length)
+                filled = self._fill(length)
             if _will_last(self.device):
-                self._filled[key] = found
-        return found
+                self._filled[key] = filled
+        return filled
 
     def _fill(self, length: int | Tensor) -> "EncoderMask":
         if not isinstance(length, Tensor):  # made on the device, not copied there
             length = torch.full((), length, dtype=torch.int32, device=self.device)
         length = length.view(-1, 1)
         low = torch.zeros_like(length)
-        row = torch.stack([low, length], -1) if self.kind == "interval" else _bits_of_intervals(low, length, self.s_e)
+        row = torch.stack([low, length], -1) if self.kind == "interval" else bits_of_intervals(low, length, self.s_e)
         rows = torch.where(self.rows_empty[..., None], row.to(torch.int32), self.rows)
         return EncoderMask(self.kind, rows, self.rows_empty & (length == 0), self.s_e)
 
@@ -244,7 +260,7 @@ class EncoderMask:
         """s_e columns, nobody sees the new ones. Raises ValueError where there are more already."""
         if s_e < self.s_e:
             raise ValueError(f"EncoderMask.widened: s_e is {s_e}, the mask has {self.s_e} columns")
-        rows = _padded(self.rows, 2, _words(s_e)) if self.kind == "bits" else self.rows
+        rows = padded(self.rows, 2, words(s_e)) if self.kind == "bits" else self.rows
         return EncoderMask(self.kind, rows, self.rows_empty, s_e)
 
     @property
@@ -259,7 +275,7 @@ class EncoderMask:
         n = torch.arange(self.s_e, dtype=torch.int32, device=self.device)
         if self.kind == "interval":
             return (self.rows[..., :1] <= n) & (n < self.rows[..., 1:])
-        return (self.rows[..., n // _WORD] >> (n % _WORD)) & 1 != 0
+        return (self.rows[..., n // WORD] >> (n % WORD)) & 1 != 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EncoderMask":
         """The mask on a device; itself where it is there already."""
@@ -291,10 +307,11 @@ def _will_last(device: torch.device) -> bool:
     return not (transformed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))
 
 
-def _run(name: str, op: Callable, reference: Callable, x: Tensor, *args):
+def _run(op: FusedOp, Args: type, x: Tensor, *others) -> tuple[Tensor, ...]:
     """The op by the backend in force."""
-    chosen = route(name, x, None)
-    return reference(x, *args, False) if chosen == "reference" else op(x, *args, chosen == "interpreter")
+    chosen = route(op.name, x, None)
+    args = Args(x, *others, chosen == "interpreter")
+    return op.reference(args) if chosen == "reference" else op(args)
 
 
 def _check_kind(op: str, kind: str) -> None:
@@ -338,31 +355,11 @@ def _all_single(op: str, name: str, kind: str, single: Tensor) -> bool:
     return False
 
 
-def _words(s_e: int) -> int:
-    """Words of a row of bits: whole column blocks of them."""
-    return COLUMNS // _WORD * ((s_e + COLUMNS - 1) // COLUMNS)
-
-
 def _ones(words: Tensor) -> Tensor:
     """How many bits of each int32 are set."""
     x = words - ((words >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-
-
-def _word_starts(s_e: int, device: torch.device) -> Tensor:
-    return torch.arange(_words(s_e), device=device) * _WORD
-
-
-def _span(lo: Tensor, hi: Tensor, start: Tensor) -> Tensor:
-    """Words whose first column is `start`, with the bits of columns lo <= n < hi: int64 [...] -> int32."""
-    past, before = (torch.bitwise_left_shift(1, (bound - start).clamp(0, _WORD)) for bound in (hi, lo))
-    return (past - before).to(torch.int32)
-
-
-def _bits_of_intervals(lo: Tensor, hi: Tensor, s_e: int) -> Tensor:
-    """int [...] twice -> int32 [..., W]"""
-    return _span(lo[..., None], hi[..., None], _word_starts(s_e, lo.device))
 
 
 def _intervals(seen: Tensor, first: Tensor, past: Tensor, n: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -378,133 +375,8 @@ def _intervals(seen: Tensor, first: Tensor, past: Tensor, n: Tensor | int) -> tu
 
 
 def _intervals_of_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
-    start = torch.arange(bits.shape[2], dtype=torch.int32, device=bits.device) * _WORD
+    start = torch.arange(bits.shape[2], dtype=torch.int32, device=bits.device) * WORD
     filled = bits  # every bit up to the highest one that is set
     for shift in (1, 2, 4, 8, 16):
         filled = filled | (filled >> shift)
     return _intervals(bits != 0, start + _ones((bits & -bits) - 1), start + _ones(filled), _ones(bits))
-
-
-def _padded(t: Tensor, dim: int, size: int) -> Tensor:
-    """t in memory of its own, zeros behind it. Assigned to a part of zeros, a t of that size already would need a graph of its own."""
-    shape = list(t.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([t, t.new_zeros(shape)], dim)
-
-
-def _pack_mask_ref(mask: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
-    b, s, s_e = mask.shape
-    flags = _padded(mask.view(torch.uint8) != 0, 2, _words(s_e) * _WORD)  # a byte that was made a bool need not be 1
-    flags = flags.view(torch.uint8).view(b, s, _words(s_e), _WORD)
-    # Eight flags at a time: the product adds flag i of each eight, bit 8 i, at bit 56 + i, and no two of the others meet.
-    octets = flags.view(torch.int64).mul_(0x0102040810204080).bitwise_right_shift_(56)
-    bits = octets.to(torch.uint8).view(torch.int32).squeeze(-1)
-    return bits, ~(bits != 0).any(-1)
-
-
-_PACK_ROWS, _PACK_WORDS = 8, 16  # of pack_mask_kernel: 32 flags a thread
-
-
-@fused_op("pack_mask", reference=_pack_mask_ref)
-def _pack_mask(mask: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
-    """mask: bool [b, s, s_e], any strides -> (bits int32 [b, s, W], rows that see nothing, bool [b, s])."""
-    b, s, s_e = mask.shape
-    bits = torch.empty((b, s, _words(s_e)), dtype=torch.int32, device=mask.device)
-    rows_empty = torch.empty((b, s), dtype=torch.bool, device=mask.device)
-    if b * s:
-        together = mask.stride(2) == 1 and all(n % 4 == 0 for n in (s_e, *mask.stride()[:2], mask.storage_offset()))
-        flags = mask.view(torch.int32 if together else torch.uint8)
-        pack_mask_kernel[(-(-s // _PACK_ROWS), b)](
-            flags, bits, rows_empty, *flags.stride(), s, flags.shape[2], bits.shape[2] // 4,
-            FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS, **tune.OPTIONS,
-        )  # fmt: skip
-    return bits, rows_empty
-
-
-def _tiles_in_a_word(tokens_per_tile: int) -> int:
-    """How many tiles a word's 32 columns can touch."""
-    return (_WORD - 2) // tokens_per_tile + 2
-
-
-def _pack_tiles_ref(visible: Tensor, tokens_per_tile: int, interpret: bool) -> tuple[Tensor, Tensor]:
-    b, s, n_tiles = visible.shape
-    s_e = n_tiles * tokens_per_tile
-    start = _word_starts(s_e, visible.device)
-    bits = torch.zeros((b, s, _words(s_e)), dtype=torch.int32, device=visible.device)
-    for i in range(_tiles_in_a_word(tokens_per_tile) if n_tiles else 0):
-        tile = start // tokens_per_tile + i
-        lo, hi = (tile * tokens_per_tile).clamp(max=s_e), ((tile + 1) * tokens_per_tile).clamp(max=s_e)
-        bits |= torch.where(visible[..., tile.clamp(max=n_tiles - 1)], _span(lo, hi, start), 0)
-    return bits, ~visible.any(-1)
-
-
-_TILES_ROWS, _TILES_WORDS = 16, 128  # of pack_tiles_kernel: 16 words a thread
-
-
-@fused_op("pack_tiles", reference=_pack_tiles_ref)
-def _pack_tiles(visible: Tensor, tokens_per_tile: int, interpret: bool) -> tuple[Tensor, Tensor]:
-    """visible: bool [b, s, tiles] -> as _pack_mask, s_e = tiles * tokens_per_tile. Nothing of [b, s, s_e] is made."""
-    b, s, n_tiles = visible.shape
-    bits = torch.empty((b, s, _words(n_tiles * tokens_per_tile)), dtype=torch.int32, device=visible.device)
-    rows_empty = torch.empty((b, s), dtype=torch.bool, device=visible.device)
-    if b * s:
-        grid = (-(-s // _TILES_ROWS), b)
-        pack_tiles_kernel[grid](
-            visible.contiguous().view(torch.uint8), bits, rows_empty, s, n_tiles, tokens_per_tile, bits.shape[2] // 4,
-            TILES_IN_A_WORD=_tiles_in_a_word(tokens_per_tile), BLOCK_S=_TILES_ROWS, BLOCK_W=_TILES_WORDS, **tune.OPTIONS,
-        )  # fmt: skip
-    return bits, rows_empty
-
-
-def _mask_blocks_ref(rows: Tensor, rows_empty: Tensor, s_e: int, tokens: int, bits: bool, interpret: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, s = rows_empty.shape
-    nq, nk = _block_counts(s, s_e, tokens)
-    if bits:
-        words = rows.reshape(b, s, nk, COLUMNS // _WORD)
-        some, every = (words != 0).any(-1), (words == -1).all(-1)
-    else:
-        start, (lo, hi) = torch.arange(nk, device=rows.device) * COLUMNS, (rows[..., i, None] for i in range(2))
-        some, every = (lo < start + COLUMNS) & (hi > start), (lo <= start) & (hi >= start + COLUMNS)
-    # Rows past s see nothing. Those that do have no say in what is full.
-    of_rows = _padded(torch.stack([some, ~(every | rows_empty[..., None])]), 2, nq * tokens)
-    some, cut = of_rows.view(2, b, nq, tokens, nk).any(3)
-    states = some.to(torch.uint8) + (some & ~cut).to(torch.uint8)
-    return *_listed(states), *_listed(states.mT.clone(memory_format=torch.contiguous_format))
-
-
-def _listed(states: Tensor) -> tuple[Tensor, Tensor]:
-    """states [b, lists, N], 0 none, 1 partial, 2 full -> (list int32 [b, lists, N], counts [b, lists, 2])."""
-    order = states.sort(dim=-1, descending=True, stable=True).indices
-    n = torch.stack([(states == 2).sum(-1), (states != 0).sum(-1)], -1)
-    listed = torch.where(torch.arange(states.shape[-1], device=states.device) < n[..., 1:], order, 0)
-    return listed.to(torch.int32), n.to(torch.int32)
-
-
-def _block_counts(s: int, s_e: int, tokens: int) -> tuple[int, int]:
-    """(NQ, NK)"""
-    return (s + tokens - 1) // tokens, (s_e + COLUMNS - 1) // COLUMNS
-
-
-_STATE_ROWS, _STATE_BLOCKS = 32, 32  # of block_states_kernel: 32 words a thread
-_LIST_BLOCK = 256  # of block_list_kernel
-
-
-@fused_op("mask_blocks", reference=_mask_blocks_ref)
-def _mask_blocks(rows: Tensor, rows_empty: Tensor, s_e: int, tokens: int, bits: bool, interpret: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Blocks. rows, rows_empty: those of an EncoderMask; bits: its kind."""
-    b, s = rows_empty.shape
-    nq, nk = _block_counts(s, s_e, tokens)
-    like = {"dtype": torch.int32, "device": rows.device}
-    if not b * nq * nk:
-        return tuple(torch.zeros((b, *shape), **like) for shape in ((nq, nk), (nq, 2), (nk, nq), (nk, 2)))
-    states = torch.empty((b, nq, nk), dtype=torch.int8, device=rows.device)
-    block = min(_STATE_ROWS, 1 << (tokens - 1).bit_length())
-    grid = (nq, -(-nk // _STATE_BLOCKS), b)
-    rows, rows_empty = rows.contiguous(), rows_empty.contiguous()
-    block_states_kernel[grid](rows, rows_empty, states, s, tokens, nk, BITS=bits, BLOCK_S=block, BLOCK_K=_STATE_BLOCKS, **tune.OPTIONS)
-    found = []
-    for lists, n, strides in ((nq, nk, (nk, 1)), (nk, nq, (1, nk))):
-        listed, counts = torch.empty((b, lists, n), **like), torch.empty((b, lists, 2), **like)
-        block_list_kernel[(lists, b)](states, listed, counts, nq * nk, *strides, n, BLOCK=_LIST_BLOCK, **tune.OPTIONS)
-        found += [listed, counts]
-    return tuple(found)

@@ -1,17 +1,21 @@
 """The lengths that DoRA divides by."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import NF4Weight
+from fastfuse.ops._fused_op import fused_op
+from fastfuse.ops._launch import Launch
 from fastfuse.ops._nf4_cpu import decoded_rows
-from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype, nbytes, route, triton_dtype
-from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, kernel_weight, nf4_dequantize_ref
-from fastfuse.quant.nf4 import NF4View, is_dense
+from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, number, route, triton_dtype
+from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, nf4_dequantize_ref
+from fastfuse.quant.nf4 import Layout, NF4View, is_dense, view_of
 
 if HAS_TRITON:
     from fastfuse.kernels.nf4_linear import nf4_row_norms_kernel
@@ -34,12 +38,13 @@ def lora_row_norms(
     view = weight if dense else NF4View.of(weight)
     dtype = dtype or view.dtype
     _check(view, lora_a, lora_b, scaling, dtype)
+    scaling = number(scaling, view.packed if isinstance(view, NF4View) else view)
     if dense:
         return lora_row_norms_ref(weight.to(dtype), lora_a, lora_b, scaling)
     chosen = route("lora_row_norms", view.packed, backend)
     if chosen == "reference":
         return lora_row_norms_ref(nf4_dequantize_ref(view, dtype), lora_a, lora_b, scaling)
-    return _nf4_row_norms(*view.parts(), dtype, lora_a, lora_b, float(scaling), chosen == "interpreter")
+    return row_norms(RowNormsArgs(view.tensors(), Layout.of(view), view.shape, dtype, lora_a, lora_b, scaling, chosen == "interpreter"))[0]
 
 
 def _check(weight, lora_a, lora_b, scaling, dtype: torch.dtype) -> None:
@@ -75,6 +80,7 @@ def lora_row_norms_ref(w: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, 
     if lora_a is None:
         return torch.linalg.vector_norm(w, dim=1, dtype=dtype)
     a, b = lora_a.to(dtype), lora_b.to(dtype)
+    b, scaling = (b * scaling, 1.0) if isinstance(scaling, Tensor) else (b, scaling)
     rows = max(_CHUNK // w.shape[1], 1)
     chunks = zip(w.split(rows), b.split(rows), strict=True)
     with contextlib.nullcontext() if w.is_meta else torch.autocast(w.device.type, enabled=False):
@@ -87,32 +93,49 @@ def lora_row_norms_cost(weight, lora_a: Tensor | None, lora_b: Tensor | None) ->
     return Cost(weight.nbytes + nbytes(lora_a, lora_b) + 4 * N, 2 * N * K * (R + 1))
 
 
-def _reference(packed: Tensor, *args) -> Tensor:
-    *parts, dtype, a, b, scaling, _interpret = args
-    return lora_row_norms_ref(nf4_dequantize_ref(NF4View.from_parts(packed, *parts), dtype), a, b, scaling)
+class RowNormsArgs(NamedTuple):
+    weight: NF4Weight
+    layout: Layout
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float | Tensor
+    interpret: bool
 
 
-def _cpu(packed: Tensor, *args) -> Tensor:
-    *parts, dtype, a, b, scaling, _interpret = args
-    chunks = decoded_rows(NF4View.from_parts(packed, *parts), dtype)
-    return torch.cat([lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], scaling) for row, w in chunks])
+def _reference(args: RowNormsArgs) -> tuple[Tensor]:
+    w = nf4_dequantize_ref(view_of(args.weight, args.layout, args.shape), args.dtype)
+    return (lora_row_norms_ref(w, args.a, args.b, args.scaling),)
 
 
-@fused_op("nf4_row_norms", reference=_reference, cpu=_cpu)
-def _nf4_row_norms(
-    packed: Tensor, code: Tensor, scales: Sequence[Tensor], block_size: int, shape: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, interpret: bool,
-) -> Tensor:  # fmt: skip
-    view = NF4View.from_parts(packed, code, scales, block_size, shape, w_dtype, scale_block)
-    (N, K), R = shape, 0 if a is None else a.shape[0]
-    decode = decode_branch(view, dtype)
-    tile = tune.pick("lora_row_norms", tune.arch_of(packed.device), decode=decode, N=N, K=K, R=R)
-    if tile is None or K % 64 or (K % tile["BLOCK_K"] and K % block_size):
-        return _reference(packed, code, scales, block_size, shape, w_dtype, scale_block, dtype, a, b, scaling, interpret)
-    norms = torch.empty(N, dtype=torch.float32, device=packed.device)
-    a, b = (t if t is None else t.to(kernel_dtype(t.dtype)).contiguous() for t in (a, b))
-    nf4_row_norms_kernel[(-(-N // tile["BLOCK_N"]),)](
-        kernel_weight(view), a, b, norms, N, K, R, scaling,
-        DTYPE=triton_dtype(kernel_dtype(dtype)), BLOCK_SIZE=block_size, SCALE_BLOCK=scale_block, DECODE=decode, CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
+def _on_cpu(args: RowNormsArgs) -> tuple[Tensor]:
+    a, b, chunks = args.a, args.b, decoded_rows(view_of(args.weight, args.layout, args.shape), args.dtype)
+    return (torch.cat([lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], args.scaling) for row, w in chunks]),)
+
+
+def _launch(args: RowNormsArgs) -> Callable[[RowNormsArgs], tuple[Tensor]]:
+    (N, K), R, size = args.shape, 0 if args.a is None else args.a.shape[0], args.layout.block_size
+    decode = decode_branch(args.weight, args.layout, args.dtype)
+    tile = tune.pick("lora_row_norms", tune.arch_of(args.weight.packed.device), decode=decode, N=N, K=K, R=R)
+    if tile is None or K % 64 or (K % tile["BLOCK_K"] and K % size):
+        return _reference
+    grid = -(-N // tile["BLOCK_N"]), 1, 1
+    measure = Launch(
+        nf4_row_norms_kernel, DTYPE=triton_dtype(kernel_dtype(args.dtype)), BLOCK_SIZE=size, SCALE_BLOCK=args.layout.scale_block, DECODE=decode,
+        CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
     )  # fmt: skip
-    return norms
+
+    def run(args: RowNormsArgs) -> tuple[Tensor]:
+        a, b, scaling = args.a, args.b, args.scaling
+        if isinstance(scaling, Tensor):
+            b, scaling = None if b is None else b.float() * scaling, 1.0
+        norms = torch.empty(N, dtype=torch.float32, device=args.weight.packed.device)
+        a, b = (t if t is None else t.to(kernel_dtype(t.dtype)).contiguous() for t in (a, b))
+        measure(grid, args.weight, a, b, norms, N, K, R, scaling)
+        return (norms,)
+
+    return run
+
+
+row_norms = fused_op("nf4_row_norms", RowNormsArgs, Layout, reference=_reference, launch=_launch, cpu=_on_cpu)

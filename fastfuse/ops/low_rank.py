@@ -3,11 +3,16 @@
 Everything is 2-D here. What no tune row covers is the library's matrix product.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastfuse import tune
-from fastfuse.ops._op import HAS_TRITON, fused_op, kernel_dtype, precision
+from fastfuse.ops._fused_op import Planned, fused_op
+from fastfuse.ops._launch import Launch
+from fastfuse.ops._op import HAS_TRITON, kernel_dtype, precision
 
 if HAS_TRITON:
     from fastfuse.kernels.lora import lora_down_kernel, lora_grad_kernel, lora_up_kernel
@@ -42,38 +47,45 @@ def drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return x if seed is None else x.masked_fill(~keep_mask(seed, p, *x.shape), 0)
 
 
-def lora_down(x: Tensor, a: Tensor, seed: Tensor | None = None, p: float = 0.0) -> Tensor:
+@Planned
+def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Callable[..., Tensor]:
     """drop(x) A^T, [M, R], in the wider of the two dtypes."""
     low = torch.promote_types(x.dtype, a.dtype)
-    a = a.to(low)
     (M, K), R = x.shape, a.shape[0]
     tile = tune.pick("lora_down", tune.arch_of(x.device), kind=_kind(x.dtype, low, seed), M=M, K=K, R=R)
     if tile is None or M == 0 or R == 0:
-        return drop(x, seed, p).to(low) @ a.T
-    work = kernel_dtype(low)
-    x, a = x.to(kernel_dtype(x.dtype)), a.to(work).contiguous()
+        return lambda x, a, seed, p: drop(x, seed, p).to(low) @ a.to(low).T
     splits = min(tile["SPLIT_K"], -(-K // tile["BLOCK_K"]))
-    part = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
-    options = tile.launch() | {"SPLIT_K": splits}
-    grid = (-(-M // tile["BLOCK_M"]) * -(-R // tile["BLOCK_R"]), splits)
-    lora_down_kernel[grid](x, a, seed, part, x.stride(0), M, K, R, threshold(p), PRECISION=precision(), **options)
-    return part.sum(0).to(low)
+    grid = -(-M // tile["BLOCK_M"]) * -(-R // tile["BLOCK_R"]), splits, 1
+    multiply = Launch(lora_down_kernel, PRECISION=precision(), **tile.launch() | {"SPLIT_K": splits})
+
+    def run(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
+        x, a = x.to(kernel_dtype(x.dtype)), a.to(kernel_dtype(low)).contiguous()
+        part = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
+        multiply(grid, x, a, seed, part, x.stride(0), M, K, R, threshold(p))
+        return part.sum(0).to(low)
+
+    return run
 
 
-def lora_up(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0) -> Tensor:
+@Planned
+def lora_up(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Callable[..., Tensor]:
     """scaling * drop(low thin), [M, C] in dtype. low: [M, R], thin: [R, C], any strides."""
     (M, R), C = low.shape, thin.shape[1]
-    thin = thin.to(low.dtype)
     tile = tune.pick("lora_up", tune.arch_of(low.device), kind=_kind(dtype, low.dtype, seed), M=M, C=C, R=R)
     if tile is None or M == 0 or R == 0:
-        return drop(scaled_product(low, thin, scaling), seed, p).to(dtype)
-    low, thin = low.to(kernel_dtype(low.dtype)).contiguous(), thin.to(kernel_dtype(thin.dtype))
-    out = torch.empty((M, C), dtype=kernel_dtype(dtype), device=low.device)
-    grid = (-(-M // tile["BLOCK_M"]) * -(-C // tile["BLOCK_C"]),)
-    lora_up_kernel[grid](
-        low, thin, seed, out, low.stride(0), thin.stride(0), thin.stride(1), M, C, R, scaling, threshold(p), PRECISION=precision(), **tile.launch()
-    )
-    return out.to(dtype)
+        return lambda low, thin, scaling, dtype, seed, p: drop(scaled_product(low, thin.to(low.dtype), scaling), seed, p).to(dtype)
+    grid = -(-M // tile["BLOCK_M"]) * -(-C // tile["BLOCK_C"]), 1, 1
+    multiply = Launch(lora_up_kernel, PRECISION=precision(), **tile.launch())
+
+    def run(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Tensor:
+        work = kernel_dtype(low.dtype)
+        low, thin = low.to(work).contiguous(), thin.to(work)
+        out = torch.empty((M, C), dtype=kernel_dtype(dtype), device=low.device)
+        multiply(grid, low, thin, seed, out, low.stride(0), thin.stride(0), thin.stride(1), M, C, R, scaling, threshold(p))
+        return out.to(dtype)
+
+    return run
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -86,70 +98,101 @@ def _kind(activation: torch.dtype, low: torch.dtype, seed: Tensor | None) -> str
     return "dropout" if seed is not None else "mixed" if activation != low else "plain"
 
 
-def _grad_reference(
-    tall: Tensor, low: Tensor, thin: Tensor | None, factor: Tensor | None, seed: Tensor | None, p: float, scaling: float, outer: bool, interpret: bool
-) -> tuple[Tensor, Tensor]:
-    t = drop(tall if factor is None else (tall * factor).to(tall.dtype), seed, p).to(low.dtype)
-    product = scaled_product(t.T, low, scaling) if outer else low.new_empty(0)
-    through = low.new_empty(0) if thin is None else scaled_product(t, thin.to(low.dtype), scaling)
-    return product, through
+class LoRAGradArgs(NamedTuple):
+    """activation: [M, C], low: [M, R], thin: [C, R] or None, factor: [C] or None, seed: of the dropout of activation's elements, or None."""
+
+    activation: Tensor
+    low: Tensor
+    thin: Tensor | None
+    factor: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+    scaling: float
+    want_outer: bool
+    interpret: bool
 
 
-@fused_op("lora_grad", reference=_grad_reference)
-def lora_grad(
-    tall: Tensor, low: Tensor, thin: Tensor | None, factor: Tensor | None, seed: Tensor | None, p: float, scaling: float, outer: bool, interpret: bool
-) -> tuple[Tensor, Tensor]:
-    """(scaling * t^T low [C, R], scaling * t thin [M, R]) with t = drop(tall * factor), in one pass over tall; in low's dtype.
+def _dropped(args: LoRAGradArgs) -> Tensor:
+    """t = drop(activation * factor), in the activation's dtype."""
+    t = args.activation if args.factor is None else (args.activation * args.factor).to(args.activation.dtype)
+    return drop(t, args.seed, args.dropout_p)
 
-    tall: [M, C], low: [M, R], thin: [C, R], factor: [C]. The first where `outer`, the second where thin is given, else empty.
-    dY with x A^T and B gives dB and d(x A^T); x with d(x A^T) gives dA^T. Deterministic: fp32 partial sums, added in order.
-    """
-    (M, C), R = tall.shape, low.shape[1]
-    shape = {"M": M, "C": C, "R": R, "products": int(outer) + (thin is not None), "low": "fp32" if low.dtype == torch.float32 else "16-bit"}
-    tile = tune.pick("lora_grad", tune.arch_of(tall.device), kind=_kind(tall.dtype, low.dtype, seed), **shape)
+
+def _grad_reference(args: LoRAGradArgs) -> tuple[Tensor, ...]:
+    t, low = _dropped(args).to(args.low.dtype), args.low
+    outer = (scaled_product(t.T, low, args.scaling),) if args.want_outer else ()
+    return outer if args.thin is None else (*outer, scaled_product(t, args.thin.to(low.dtype), args.scaling))
+
+
+def _grad_launch(args: LoRAGradArgs) -> Callable[[LoRAGradArgs], tuple[Tensor, ...]]:
+    (M, C), R, dtype = args.activation.shape, args.low.shape[1], args.low.dtype
+    outer, through = args.want_outer, args.thin is not None
+    shape = {"M": M, "C": C, "R": R, "products": int(outer) + through, "low": "fp32" if dtype == torch.float32 else "16-bit"}
+    tile = tune.pick("lora_grad", tune.arch_of(args.activation.device), kind=_kind(args.activation.dtype, dtype, args.seed), **shape)
     if tile is None or 0 in (M, C, R):
-        return _grad_reference(tall, low, thin, factor, seed, p, scaling, outer, interpret)
-    dtype, work = low.dtype, kernel_dtype(low.dtype)
-    if tall.stride(1) != 1:
-        tall = tall.contiguous()
-    tall, low = tall.to(kernel_dtype(tall.dtype)), low.to(work)
-    if low.stride(1) != 1:
-        low = low.contiguous()
+        return _grad_reference
     strips = -(-C // tile["BLOCK_C"])
     splits = max(1, min(tile["PROGRAMS"] // strips, -(-M // tile["BLOCK_M"])))
     rows = -(-M // (splits * tile["BLOCK_M"])) * tile["BLOCK_M"]
     splits = -(-M // rows)
-    product = torch.empty((splits, C, R), dtype=torch.float32, device=tall.device) if outer else None
-    through = None if thin is None else torch.empty((strips, M, R), dtype=torch.float32, device=tall.device)
-    options = {k: v for k, v in tile.launch().items() if k != "PROGRAMS"}
-    lora_grad_kernel[(strips, splits, -(-R // tile["BLOCK_R"]))](
-        tall, low, None if thin is None else thin.to(work).contiguous(), factor, seed, product, through,
-        tall.stride(0), low.stride(0), M, C, R, rows, threshold(p), PRECISION=precision(), **options,
-    )  # fmt: skip
-    empty = torch.empty(0, dtype=dtype, device=tall.device)
-    return (product.sum(0) * scaling).to(dtype) if outer else empty, empty.clone() if thin is None else (through.sum(0) * scaling).to(dtype)
+    grid = strips, splits, -(-R // tile["BLOCK_R"])
+    multiply = Launch(lora_grad_kernel, PRECISION=precision(), **{k: v for k, v in tile.launch().items() if k != "PROGRAMS"})
+    fp32, limit, cast = torch.float32, threshold(args.dropout_p), _caster(args)
+    stride_am, stride_lm = (t.stride(0) for t in cast(args)[:2])
+
+    def run(args: LoRAGradArgs) -> tuple[Tensor, ...]:
+        activation, low, thin = cast(args) if cast is not _as_they_are else args[:3]
+        outers = low.new_empty((splits, C, R), dtype=fp32) if outer else None
+        strips_of = low.new_empty((strips, M, R), dtype=fp32) if through else None
+        multiply(grid, activation, low, thin, args.factor, args.seed, outers, strips_of, stride_am, stride_lm, M, C, R, rows, limit)
+        made = ()
+        for part in (outers, strips_of):
+            if part is not None:
+                total = part.sum(0) * args.scaling
+                made += (total if dtype is fp32 else total.to(dtype),)
+        return made
+
+    return run
 
 
-def _grad_setup_context(ctx, inputs, output) -> None:
-    tall, low, thin, factor, seed, ctx.p, ctx.scaling, ctx.outer, _ = inputs
-    ctx.save_for_backward(tall, low, thin, factor, seed)
+def _as_they_are(args: LoRAGradArgs) -> tuple:
+    return args[:3]
 
 
-def _grad_backward(ctx, d_outer: Tensor, d_through: Tensor):
-    """Both products are linear in each of tall * factor, low and thin."""
-    tall, low, thin, factor, seed = ctx.saved_tensors
-    t = drop(tall if factor is None else (tall * factor).to(tall.dtype), seed, ctx.p).to(low.dtype)
+def _caster(args: LoRAGradArgs) -> Callable[[LoRAGradArgs], tuple]:
+    """What gives activation, low and thin as the kernel reads them."""
+
+    def cast(args: LoRAGradArgs) -> tuple:
+        activation, low = (_adjacent(t).to(kernel_dtype(t.dtype)) for t in args[:2])
+        return activation, low, None if args.thin is None else args.thin.to(low.dtype).contiguous()
+
+    return _as_they_are if all(a is b for a, b in zip(cast(args), args[:3], strict=True)) else cast
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+lora_grad = fused_op("lora_grad", LoRAGradArgs, reference=_grad_reference, launch=_grad_launch)
+"""(args) -> scaling * t^T low [C, R] where want_outer, and scaling * t thin [M, R] where thin is given, in low's dtype, with t = drop(activation * factor): one
+pass over the activation. dY with x A^T and B gives dB and d(x A^T); x with d(x A^T) gives dA^T. Deterministic: fp32 partial sums, added in order."""
+
+
+def _grad_backward(args: LoRAGradArgs, outs: tuple, grads: tuple, needs: LoRAGradArgs) -> LoRAGradArgs:
+    """Both products are linear in each of activation * factor, low and thin."""
+    low, thin, scaling = args.low, args.thin, args.scaling
+    t, grads = _dropped(args).to(low.dtype), list(grads)
     d_t, d_low, d_thin = torch.zeros_like(t), None, None
-    if ctx.outer:
-        d_t = d_t + low @ d_outer.T * ctx.scaling
-        d_low = t @ d_outer * ctx.scaling
-    if thin is not None:
-        d_t = d_t + d_through @ (thin.to(low.dtype) * ctx.scaling).T
-        d_thin = (t.T @ d_through * ctx.scaling).to(thin.dtype)
-    d_t = drop(d_t.to(tall.dtype), seed, ctx.p)
-    d_factor = None if factor is None else (d_t * tall).sum(0, dtype=torch.float32).to(factor.dtype)
-    d_tall = d_t if factor is None else (d_t * factor).to(tall.dtype)
-    return d_tall, d_low, d_thin, d_factor, None, None, None, None, None
+    if args.want_outer and (d_outer := grads.pop(0)) is not None:
+        d_t = d_t + low @ d_outer.T * scaling
+        d_low = t @ d_outer * scaling
+    if thin is not None and (d_through := grads.pop(0)) is not None:
+        d_t = d_t + d_through @ (thin.to(low.dtype) * scaling).T
+        d_thin = (t.T @ d_through * scaling).to(thin.dtype)
+    d_t = drop(d_t.to(args.activation.dtype), args.seed, args.dropout_p)
+    d_factor = None if args.factor is None else (d_t * args.activation).sum(0, dtype=torch.float32).to(args.factor.dtype)
+    d_activation = d_t if args.factor is None else (d_t * args.factor).to(args.activation.dtype)
+    return LoRAGradArgs(d_activation, d_low, d_thin, d_factor, *(None,) * 5)
 
 
-lora_grad.register_autograd(_grad_backward, setup_context=_grad_setup_context)
+lora_grad.register_backward(_grad_backward, lambda args, outs, needs: (args, ()))

@@ -1,14 +1,17 @@
 """NF4 weights as numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfuse.errors import Unsupported
-from fastfuse.kernels.arguments import FlatScales, NestedScales, NF4Weight, TorchaoScales
-from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, fused_op, kernel_dtype, route
-from fastfuse.quant.nf4 import NF4View
+from fastfuse.kernels.arguments import NF4Weight
+from fastfuse.ops._fused_op import Planned, fused_op
+from fastfuse.ops._launch import Launch
+from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, kernel_dtype, route
+from fastfuse.quant.nf4 import Layout, NF4View, view_of
 
 if HAS_TRITON:
     from fastfuse.kernels.nf4 import nf4_dequantize_kernel
@@ -31,7 +34,7 @@ def nf4_dequantize(weight, dtype: torch.dtype | None = None, *, backend: str | N
     chosen = route("nf4_dequantize", weight.packed, backend)
     if chosen == "reference":
         return nf4_dequantize_ref(weight, dtype)
-    return _nf4_dequantize(*weight.parts(), dtype, chosen == "interpreter")
+    return _dequantize(DequantizeArgs(weight.tensors(), Layout.of(weight), weight.shape, dtype, chosen == "interpreter"))[0]
 
 
 def nf4_dequantize_ref(weight: NF4View, dtype: torch.dtype) -> Tensor:
@@ -73,48 +76,47 @@ def nf4_dequantize_cost(weight, dtype: torch.dtype) -> Cost:
     return Cost(weight.nbytes + weight.shape[0] * weight.shape[1] * dtype.itemsize)
 
 
-def _reference(packed: Tensor, *args) -> Tensor:
-    *parts, dtype, _interpret = args
-    return nf4_dequantize_ref(NF4View.from_parts(packed, *parts), dtype)
+class DequantizeArgs(NamedTuple):
+    weight: NF4Weight
+    layout: Layout
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    interpret: bool
 
 
-@fused_op("nf4_dequantize", reference=_reference)
-def _nf4_dequantize(
-    packed: Tensor,
-    code: Tensor,
-    scales: Sequence[Tensor],
-    block_size: int,
-    shape: Sequence[int],
-    w_dtype: torch.dtype,
-    scale_block: int,
-    dtype: torch.dtype,
-    interpret: bool,
-) -> Tensor:
-    weight = NF4View.from_parts(packed, code, scales, block_size, shape, w_dtype, scale_block)
-    out = torch.empty(weight.shape, dtype=kernel_dtype(dtype), device=weight.device)
-    dequantize_into(out, weight, dtype)
-    return out.to(dtype)
+def _reference(args: DequantizeArgs) -> tuple[Tensor]:
+    return (nf4_dequantize_ref(view_of(args.weight, args.layout, args.shape), args.dtype),)
 
 
-def dequantize_into(out: Tensor, weight: NF4View, dtype: torch.dtype) -> None:
+def _launch(args: DequantizeArgs) -> Callable[[DequantizeArgs], tuple[Tensor]]:
+    def run(args: DequantizeArgs) -> tuple[Tensor]:
+        out = torch.empty(args.shape, dtype=kernel_dtype(args.dtype), device=args.weight.packed.device)
+        dequantize_into(out, args.weight, args.layout, args.dtype)
+        return (out.to(args.dtype),)
+
+    return run
+
+
+_dequantize = fused_op("nf4_dequantize", DequantizeArgs, reference=_reference, launch=_launch)
+
+
+@Planned
+def dequantize_into(out: Tensor, weight: NF4Weight, layout: Layout, dtype: torch.dtype) -> Callable[..., None]:
     """Launch. out: [N, K] in kernel_dtype(dtype): in the interpreter bf16 arithmetic is wrong, so fp32 is written and rounded later."""
-    n = weight.shape[0] * weight.shape[1]
-    blocks = max(_BYTES // dtype.itemsize // weight.block_size, 1)
-    each = blocks * weight.block_size
-    grid = (-(-n // each),)
-    decode = decode_branch(weight, dtype) if n % 2 == 0 else "gather"
-    nf4_dequantize_kernel[grid](
-        kernel_weight(weight), out, n,
-        weight.block_size, weight.scale_block, blocks, decode, CUT=n % each != 0, num_warps=4, enable_fp_fusion=False,
+    n = out.numel()
+    blocks = max(_BYTES // dtype.itemsize // layout.block_size, 1)
+    each = blocks * layout.block_size
+    grid = -(-n // each), 1, 1
+    decode = decode_branch(weight, layout, dtype) if n % 2 == 0 else "gather"
+    decode_all = Launch(
+        nf4_dequantize_kernel, BLOCK_SIZE=layout.block_size, SCALE_BLOCK=layout.scale_block, BLOCKS=blocks, DECODE=decode, CUT=n % each != 0, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
+    return lambda out, weight, layout, dtype: decode_all(grid, weight, out, n)
 
 
-def kernel_weight(weight: NF4View) -> NF4Weight:
-    return NF4Weight(weight.packed, weight.code, {1: FlatScales, 3: TorchaoScales, 4: NestedScales}[len(weight.scales)](*weight.scales))
-
-
-def decode_branch(weight: NF4View, dtype: torch.dtype) -> str:
+def decode_branch(weight: NF4Weight, layout: Layout, dtype: torch.dtype) -> str:
     """Byte permutes on NVIDIA for 16-bit results; of torchao's weights for those kernels/nf4.py holds the table of."""
     if INTERPRET or torch.version.hip or dtype == torch.float32:
         return "gather"
-    return "prmt" if len(weight.scales) != 3 or weight.dtype == dtype == torch.bfloat16 else "gather"
+    return "prmt" if len(weight.scales) != 3 or layout.dtype == dtype == torch.bfloat16 else "gather"

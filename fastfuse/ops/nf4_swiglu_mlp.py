@@ -1,6 +1,7 @@
 """The gated MLP of a Llama layer over NF4 weights, down(silu(gate(x)) * up(x)), keeping nothing of its width for the backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,21 +9,12 @@ from torch.nn import functional as F
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
-from fastfuse.ops._op import HAS_TRITON, Cost, fused_op, kernel_dtype
-from fastfuse.ops.nf4_linear import (
-    Group,
-    Projection,
-    _nf4_linear,
-    each,
-    gradients,
-    nf4_linear_bwd_cost,
-    nf4_linear_cost,
-    nf4_linear_ref,
-    prepare,
-    projection_of,
-    save_group,
-    saved_group,
-)
+from fastfuse.ops._fused_op import fused_op
+from fastfuse.ops._launch import Launch
+from fastfuse.ops._linear_group import LinearArgs, Projection, linear_args, subset
+from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype
+from fastfuse.ops.nf4_linear import linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, prepare, projection_of
+from fastfuse.ops.nf4_linear_dx import gradients
 from fastfuse.quant.nf4 import NF4View
 
 if HAS_TRITON:
@@ -64,8 +56,7 @@ def nf4_swiglu_mlp(
         seeds = torch.cat([fill if seeds is None else seeds, fill[:1] if seed is None else seed])
     if chosen == "reference":
         return nf4_swiglu_mlp_ref(cast, gate, up, down, seeds, dropout_p)
-    group = Group.of(op, cast, [gate, up, down], seeds, dropout_p)
-    return _nf4_swiglu_mlp(cast, *group.args(), chosen == "interpreter")[0]
+    return _mlp(linear_args(op, cast, [gate, up, down], seeds, dropout_p, chosen == "interpreter"))[0]
 
 
 def nf4_swiglu_mlp_ref(x: Tensor, gate: Projection, up: Projection, down: Projection, seeds: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
@@ -75,7 +66,7 @@ def nf4_swiglu_mlp_ref(x: Tensor, gate: Projection, up: Projection, down: Projec
         seed = None if seeds is None or p.lora_a is None else seeds[i]
         return nf4_linear_ref(x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, seed=seed, dropout_p=dropout_p)
 
-    return run(2, _swiglu_ref(run(0, x, gate), run(1, x, up), False), down)
+    return run(2, _swiglu_ref(run(0, x, gate), run(1, x, up)), down)
 
 
 def nf4_swiglu_mlp_cost(x: Tensor, gate: tuple, up: tuple, down: tuple) -> Cost:
@@ -96,111 +87,104 @@ def _sum_of_costs(cost, x: Tensor, gate: tuple, up: tuple, down: tuple, times_x:
     return Cost(sum(c.bytes for c in each) - shared, sum(c.flops for c in each))
 
 
-def _swiglu_ref(e: Tensor, g: Tensor, interpret: bool) -> Tensor:
+class SwiGLUArgs(NamedTuple):
+    """h = silu(e) g; with dh, its gradients."""
+
+    e: Tensor
+    g: Tensor
+    dh: Tensor | None
+    interpret: bool
+
+
+def _swiglu_ref(e: Tensor, g: Tensor) -> Tensor:
     wide = torch.promote_types(e.dtype, torch.float32)
     return (F.silu(e.to(wide)) * g.to(wide)).to(e.dtype)
 
 
-@fused_op("swiglu", reference=_swiglu_ref)
-def _swiglu(e: Tensor, g: Tensor, interpret: bool) -> Tensor:
-    dtype, work = e.dtype, kernel_dtype(e.dtype)
-    e, g = e.to(work).contiguous(), g.to(work).contiguous()
-    h = torch.empty_like(e)
-    if h.numel():
-        swiglu_fwd_kernel[(-(-h.numel() // _BLOCK),)](e, g, h, h.numel(), BLOCK=_BLOCK, **tune.OPTIONS)
-    return h.to(dtype)
+def _swiglu_launch(args: SwiGLUArgs) -> Callable[[SwiGLUArgs], tuple[Tensor]]:
+    dtype, n, kernel = args.e.dtype, args.e.numel(), Launch(swiglu_fwd_kernel, BLOCK=_BLOCK, **tune.OPTIONS)
+
+    def run(args: SwiGLUArgs) -> tuple[Tensor]:
+        e, g = (t.to(kernel_dtype(dtype)).contiguous() for t in (args.e, args.g))
+        h = torch.empty_like(e)
+        if n:
+            kernel((-(-n // _BLOCK), 1, 1), e, g, h, n)
+        return (h.to(dtype),)
+
+    return run
 
 
-def _swiglu_bwd_ref(dh: Tensor, e: Tensor, g: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(e.dtype, torch.float32)
-    dh, e32, g32 = (t.to(wide) for t in (dh, e, g))
-    s = e32.sigmoid()
-    return (dh * g32 * (s + e32 * s * (1 - s))).to(e.dtype), (dh * e32 * s).to(e.dtype)
+def _swiglu_bwd_ref(args: SwiGLUArgs) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(args.e.dtype, torch.float32)
+    e, g, dh = (t.to(wide) for t in args[:3])
+    s = e.sigmoid()
+    return (dh * g * (s + e * s * (1 - s))).to(args.e.dtype), (dh * e * s).to(args.e.dtype)
 
 
-@fused_op("swiglu_bwd", reference=_swiglu_bwd_ref)
-def _swiglu_bwd(dh: Tensor, e: Tensor, g: Tensor, interpret: bool) -> tuple[Tensor, Tensor]:
-    dtype, work = e.dtype, kernel_dtype(e.dtype)
-    dh, e, g = (t.to(work).contiguous() for t in (dh, e, g))
-    de, dg = torch.empty_like(e), torch.empty_like(e)
-    if e.numel():
-        swiglu_bwd_kernel[(-(-e.numel() // _BLOCK),)](dh, e, g, de, dg, e.numel(), BLOCK=_BLOCK, **tune.OPTIONS)
-    return de.to(dtype), dg.to(dtype)
+def _swiglu_bwd_launch(args: SwiGLUArgs) -> Callable[[SwiGLUArgs], tuple[Tensor, Tensor]]:
+    dtype, n, kernel = args.e.dtype, args.e.numel(), Launch(swiglu_bwd_kernel, BLOCK=_BLOCK, **tune.OPTIONS)
+
+    def run(args: SwiGLUArgs) -> tuple[Tensor, Tensor]:
+        e, g, dh = (t.to(kernel_dtype(dtype)).contiguous() for t in args[:3])
+        de, dg = torch.empty_like(e), torch.empty_like(e)
+        if n:
+            kernel((-(-n // _BLOCK), 1, 1), dh, e, g, de, dg, n)
+        return de.to(dtype), dg.to(dtype)
+
+    return run
 
 
-def _swiglu_setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.interpret = inputs
-    ctx.save_for_backward(*tensors)
+_swiglu = fused_op("swiglu", SwiGLUArgs, reference=lambda args: (_swiglu_ref(args.e, args.g),), launch=_swiglu_launch)
+_swiglu_bwd = fused_op("swiglu_bwd", SwiGLUArgs, reference=_swiglu_bwd_ref, launch=_swiglu_bwd_launch)
 
 
-def _swiglu_backward(ctx, dh: Tensor):
-    e, g = ctx.saved_tensors
-    return *_swiglu_bwd(dh, e, g, ctx.interpret), None
+def _swiglu_backward(args: SwiGLUArgs, outs: tuple, grads: Sequence[Tensor], needs: SwiGLUArgs) -> SwiGLUArgs:
+    return SwiGLUArgs(*_swiglu_bwd(args._replace(dh=grads[0])), None, None)
 
 
-def _swiglu_bwd_backward(ctx, d_de: Tensor, d_dg: Tensor):
+def _swiglu_bwd_backward(args: SwiGLUArgs, outs: tuple, grads: Sequence[Tensor | None], needs: SwiGLUArgs) -> SwiGLUArgs:
     """For a gradient of a gradient: with s = sigmoid(e) and f = e s, de = dh g f' and dg = dh f."""
-    dh, e, g = ctx.saved_tensors
+    e, g, dh = args[:3]
+    d_de, d_dg = (torch.zeros_like(e) if t is None else t for t in grads)
     s = e.sigmoid()
     f, f1 = e * s, s + e * s * (1 - s)
     f2 = s * (1 - s) * (2 + e * (1 - 2 * s))
-    return d_de * g * f1 + d_dg * f, d_de * dh * g * f2 + d_dg * dh * f1, d_de * dh * f1, None
+    return SwiGLUArgs(d_de * dh * g * f2 + d_dg * dh * f1, d_de * dh * f1, d_de * g * f1 + d_dg * f, None)
 
 
-_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_setup_context)
-_swiglu_bwd.register_autograd(_swiglu_bwd_backward, setup_context=_swiglu_setup_context)
+_swiglu.register_backward(_swiglu_backward, lambda args, outs, needs: (args, ()))
+_swiglu_bwd.register_backward(_swiglu_bwd_backward, lambda args, outs, needs: (args, ()))
 
 
-def _forward(x: Tensor, group: Group, interpret: bool) -> list[Tensor]:
-    e, g, xa = _nf4_linear(x, *group.pick([0, 1]).args(), False, interpret)
-    y, ha = _nf4_linear(_swiglu(e, g, interpret), *group.pick([2]).args(), False, interpret)
-    return [y, xa, ha]
+def _forward(args: LinearArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x A^T of gate and up, h A^T of down): the second and third are kept for the backward."""
+    e, g, xa = linear(subset(args, [0, 1]))
+    (h,) = _swiglu(SwiGLUArgs(e, g, None, args.interpret))
+    y, ha = linear(_down(args, h))
+    return y, xa, ha
 
 
-def _mlp_reference(x: Tensor, *args) -> list[Tensor]:
-    *args, interpret = args
-    return _forward(x, Group(*args), interpret)
+def _down(args: LinearArgs, h: Tensor | None) -> LinearArgs:
+    return subset(args, [2])._replace(x=h, K=args.operands[0].N)
 
 
-@fused_op("nf4_swiglu_mlp", reference=_mlp_reference)
-def _nf4_swiglu_mlp(
-    x: Tensor,
-    packed: Sequence[Tensor], code: Sequence[Tensor], scales: Sequence[Tensor],
-    block_size: int, rows: Sequence[int], w_dtype: torch.dtype, scale_block: int,
-    a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float], factor: Sequence[Tensor], bias: Sequence[Tensor],
-    seeds: Tensor | None, dropout_p: float, interpret: bool,
-) -> list[Tensor]:  # fmt: skip
-    """[y, x A^T of gate and up, h A^T of down]: the second and third are kept for the backward."""
-    group = Group(packed, code, scales, block_size, rows, w_dtype, scale_block, a, b, scaling, factor, bias, seeds, dropout_p)
-    return _forward(x, group, interpret)
+_mlp = fused_op("nf4_swiglu_mlp", LinearArgs, reference=_forward, launch=lambda args: _forward)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, *args, ctx.interpret = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*save_group(ctx, Group(*args)), x, *output[1:])
-
-
-def _backward(ctx, grads):
-    dy, d_xa, d_ha = grads
-    group, (x, xa, ha) = saved_group(ctx)
-    inner, outer = group.pick([0, 1]), group.pick([2])
+def _backward(args: LinearArgs, outs: tuple, grads: Sequence[Tensor | None], needs: LinearArgs) -> LinearArgs:
+    (dy, d_xa, d_ha), (xa, ha), x = grads, outs, args.x
+    inner, parts = subset(args, [0, 1]), needs.operands
     if dy is None:
-        dy = x.new_zeros((*x.shape[:-1], group.rows[2]))
-    need, K = ctx.needs_input_grad, x.shape[-1]
-    wanted = {name: each(need[i], 3) for name, i in (("a", 8), ("b", 9), ("factor", 11), ("bias", 12))}
-    first = any(any(wants[:2]) for wants in wanted.values()) or need[0]
-    e, g, _ = _nf4_linear(x, *inner.args(), False, ctx.interpret)
-    h = _swiglu(e, g, ctx.interpret)
-    needs = {"x": first, "w": [False]} | {name: wants[2:] for name, wants in wanted.items()}
-    dh, _, da2, db2, _, dbias2 = gradients(outer, h, ha, [dy], d_ha, [], [None], needs, group.rows[0], ctx.interpret)
-    dx, da, db, dbias = None, [None] * 2 * bool(da2), [None] * 2 * bool(db2), [None] * 2 * bool(dbias2)
-    if first:
-        de, dg = _swiglu_bwd(dh, e, g, ctx.interpret)
-        needs = {"x": need[0], "w": [False] * 2} | {name: wants[:2] for name, wants in wanted.items()}
-        dx, _, da, db, _, dbias = gradients(inner, x, xa, [de, dg], d_xa, [], [None] * 2, needs, K, ctx.interpret)
-    nothing = [None] * len(group.packed), [None] * len(group.code), [None] * len(group.scales)
-    return dx, *nothing, None, None, None, None, da + da2, db + db2, None, [None] * len(group.factor), dbias + dbias2, None, None, None
+        dy = x.new_zeros((*x.shape[:-1], args.operands[2].N))
+    first = needs.x or any(p.a or p.b or p.factor or p.bias for p in parts[:2])
+    e, g, _ = linear(inner)
+    (h,) = _swiglu(SwiGLUArgs(e, g, None, args.interpret))
+    of_down = gradients(_down(args, h), ha, [None], [dy], d_ha, [None], needs._replace(x=first, operands=parts[2:]))
+    if not first:
+        return of_down._replace(operands=[None, None, *of_down.operands], x=None)
+    de, dg = _swiglu_bwd(SwiGLUArgs(e, g, of_down.x, args.interpret))
+    of_inner = gradients(inner, xa, [None] * 2, [de, dg], d_xa, [None] * 2, needs._replace(operands=parts[:2]))
+    return of_inner._replace(operands=[*of_inner.operands, *of_down.operands])
 
 
-_nf4_swiglu_mlp.register_autograd(_backward, setup_context=_setup_context)
+_mlp.register_backward(_backward, lambda args, outs, needs: (args, outs[1:]))

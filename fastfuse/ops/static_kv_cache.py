@@ -1,13 +1,18 @@
 """Keys and values of encoder tokens in tensors that stay where they are, and attention of new tokens over them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastfuse import tune
-from fastfuse.kernels.arguments import CacheStrides, Strides
+from fastfuse.kernels.arguments import CacheStrides, Lengths, Strides
+from fastfuse.ops._attention_ref import AttentionArgs
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
+from fastfuse.ops._fused_op import Planned, signature
+from fastfuse.ops._launch import Launch
 from fastfuse.ops._op import HAS_TRITON, Cost, _on_device, nbytes, no_autocast, replaceable, route
-from fastfuse.ops.cross_attention import _public_lse, attend
+from fastfuse.ops.cross_attention import _public_lse, attend, served
 from fastfuse.ops.encoder_mask import EncoderMask, _check_count
 
 if HAS_TRITON:
@@ -36,6 +41,7 @@ class StaticKVCache:
             shape = (batch_size, n_kv_heads, max_len, head_dim)
             self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._held = Lengths(self.lengths)
         self.mask: EncoderMask | None = None
         self.is_filled = False
 
@@ -191,21 +197,30 @@ def _on_cpu(k_cache, v_cache, lengths, k, v, places, held, clear) -> None:
 _ELEMENTS = 8192  # of k that a program copies, and as many of v
 
 
+@Planned
+def _copy(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor) -> Callable[..., None]:
+    """places, held: as _places gives them; places None: the tokens are the last that are held."""
+    (b, heads, max_len, d), s_e = k_cache.shape, k.shape[2]
+    BLOCK_D = max(16, 1 << (d - 1).bit_length())
+    BLOCK_N = max(1, _ELEMENTS // BLOCK_D)
+    strides = CacheStrides(*(Strides(*t.stride()[:3]) for t in (k, v)))
+    write, grid = Launch(kv_cache_write_kernel, D=d, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=8, **tune.OPTIONS), (-(-s_e // BLOCK_N), b * heads, 1)
+
+    def run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor) -> None:
+        write(grid, k, v, k_cache, v_cache, places, held, strides, s_e, max_len, heads)
+
+    return run
+
+
 @replaceable
 def _launch(
     k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor, clear: bool, interpret: bool
 ) -> None:  # fmt: skip
-    """lengths becomes held, as far as there is room. places, held: as _places gives them; places None: the tokens are the last that are held."""
-    (b, heads, max_len, d), s_e = k_cache.shape, k.shape[2]
-    if k.numel() and max_len:
+    """lengths becomes held, as far as there is room."""
+    if k.numel() and k_cache.shape[2]:
         k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
-        BLOCK_D = max(16, 1 << (d - 1).bit_length())
-        BLOCK_N = max(1, _ELEMENTS // BLOCK_D)
-        kv_cache_write_kernel[(-(-s_e // BLOCK_N), b * heads)](
-            k, v, k_cache, v_cache, None if places is None else places.contiguous(), held, CacheStrides(*(Strides(*t.stride()[:3]) for t in (k, v))), s_e, max_len, heads,
-            D=d, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=8, **tune.OPTIONS,
-        )  # fmt: skip
-    _finish(k_cache, v_cache, lengths, s_e, held, clear)
+        _copy(k_cache, v_cache, k, v, None if places is None else places.contiguous(), held)
+    _finish(k_cache, v_cache, lengths, k.shape[2], held, clear)
 
 
 _kv_cache_write = torch.library.custom_op(
@@ -237,22 +252,30 @@ def cross_attention_decode(
     Under autocast q and the cache follow its dtype; a cache of another dtype is then copied at every step.
     q alone gets a gradient, for which the cache is copied. Raises TypeError, ValueError or Unsupported before any launch.
     """
-    op = "cross_attention_decode"
+    op, key = "cross_attention_decode", None
+    if type(cache) is StaticKVCache and cache.is_filled and cache.mask is None and cache._held.lengths is cache.lengths:
+        key = signature((q, cache.k, cache.v, cache.lengths), (op, scale, backend))
+    if key is not None and key in served:
+        o, lse = served[key](_new(AttentionArgs, (q, cache.k, cache.v, cache._held, q.shape[3] ** -0.5 if scale is None else float(scale), False)))
+        return (o, _public_lse(lse, q)) if return_lse else o
     _check_decode(op, q, cache)
-    k, v, lengths, mask, s = cache.k, cache.v, cache.lengths, cache.mask, q.shape[2]
+    k, v, mask, s = cache.k, cache.v, cache.mask, q.shape[2]
     if mask is not None:
-        mask, lengths = mask if s == 1 else mask.extended(s) if s else mask.narrow(0, 0), None
+        mask = mask if s == 1 else mask.extended(s) if s else mask.narrow(0, 0)
     else:
-        differentiated = torch.is_grad_enabled() and q.requires_grad
+        mask, differentiated = Lengths(cache.lengths), torch.is_grad_enabled() and q.requires_grad
         if differentiated or route(op, q, backend) == "reference":
             # These look past the lengths too, and give what they find there a weight of 0: it must not be NaN.
-            held = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+            held = torch.arange(k.shape[2], device=k.device) < cache.lengths[:, None]
             k, v = (torch.where(held[:, None, :, None], t, 0) for t in (k, v))
         if differentiated:
-            intervals = torch.stack([torch.zeros_like(lengths), lengths], -1)[:, None].expand(-1, s, -1)
-            mask, lengths = EncoderMask.from_intervals(intervals, k.shape[2]), None
-    o, lse = attend(op, q, k, v, mask, lengths, scale, backend)
+            intervals = torch.stack([torch.zeros_like(cache.lengths), cache.lengths], -1)[:, None].expand(-1, s, -1)
+            mask, key = EncoderMask.from_intervals(intervals, k.shape[2]), None
+    o, lse = attend(op, q, k, v, mask, scale, backend, key=key)
     return (o, _public_lse(lse, q)) if return_lse else o
+
+
+_new = tuple.__new__
 
 
 def _check_decode(op: str, q: Tensor, cache: StaticKVCache) -> None:

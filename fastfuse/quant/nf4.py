@@ -1,13 +1,16 @@
 """One zero-copy view over the ways an NF4 weight is stored."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfuse.errors import Unsupported
+from fastfuse.kernels.arguments import FlatScales, NestedScales, NF4Weight, TorchaoScales
 
 _PARTS = ("packed", "code", "scales[0]", "scales[1]", "scales[2]", "scales[3]")
+_SCALES = {1: FlatScales, 3: TorchaoScales, 4: NestedScales}
 _TORCHAO_PARTS = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
 
 
@@ -92,16 +95,28 @@ class NF4View:
     def device(self) -> torch.device:
         return self.packed.device
 
-    def parts(self) -> tuple:
-        """The fields in order, as an op's schema takes them; NF4View(*parts) and from_parts undo it."""
-        return self.packed, self.code, list(self.scales), self.block_size, list(self.shape), self.dtype, self.scale_block
+    def tensors(self) -> NF4Weight:
+        """The tensors alone, as ops and kernels take them."""
+        return NF4Weight(self.packed, self.code, _SCALES[len(self.scales)](*self.scales))
+
+
+class Layout(NamedTuple):
+    """What an NF4View says beside its tensors and its shape."""
+
+    block_size: int
+    dtype: torch.dtype
+    scale_block: int
 
     @classmethod
-    def from_parts(cls, packed, code, scales, block_size, shape, dtype, scale_block) -> "NF4View":
-        """The view that parts() are from, not checked again: for the inside of an op, where a caller's view has been checked."""
-        view = object.__new__(cls)
-        view.__dict__.update(packed=packed, code=code, scales=tuple(scales), block_size=block_size, shape=tuple(shape), dtype=dtype, scale_block=scale_block)
-        return view
+    def of(cls, view: NF4View) -> "Layout":
+        return cls(view.block_size, view.dtype, view.scale_block)
+
+
+def view_of(weight: NF4Weight, layout: Layout, shape: tuple[int, int]) -> NF4View:
+    """A view of parts that have been checked, for the inside of an op."""
+    view = object.__new__(NF4View)
+    view.__dict__.update(packed=weight.packed, code=weight.code, scales=weight.scales, shape=tuple(shape), **layout._asdict())
+    return view
 
 
 def _check_block_size(size: int) -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from fastfuse.modules.attention_utils import serves_cross_attention
 from fastfuse.modules.low_precision.nf4_linear import bias_fits
 from fastfuse.ops import EncoderMask, cross_attention, lora_row_norms, nf4_linear, nf4_lora_linear, patch_embed
+from fastfuse.ops._patch_tokens import tile_rows
 from fastfuse.ops.nf4_linear import DTYPES
-from fastfuse.ops.patch_embed import tile_rows
 from fastfuse.patching.hosts._host import (
     Host,
     Options,

@@ -1,0 +1,272 @@
+"""The gradients of patch_embed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastfuse import tune
+from fastfuse.ops._fused_op import fused_op
+from fastfuse.ops._launch import Launch
+from fastfuse.ops._op import HAS_TRITON, kernel_dtype
+from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patchify, tile_rows, triton_block
+
+if HAS_TRITON:
+    from fastfuse.kernels.patch_embed import norm_bwd_kernel, place_bwd_kernel
+
+_NORM_PROGRAMS = 1024
+_BLOCK_T, _BLOCK_N, _TILES = 16, 64, 2  # of place_bwd_kernel: 16 elements a thread
+_BY_ROW = ("global_pos", "gate", "pre_pos", "pre_gate")
+
+
+class PatchEmbedBwdArgs(NamedTuple):
+    """dy: [images, n_tiles, padded, D]; forward: what the forward was given. kept: what its norm was given, stats: mean and 1 / deviation, where there is one.
+    needs: forward with a bool in the place of each tensor."""
+
+    dy: Tensor
+    forward: PatchEmbedArgs
+    kept: Tensor | None
+    stats: Tensor | None
+    needs: PatchEmbedArgs
+    interpret: bool
+
+
+def _by_name(args: PatchEmbedArgs) -> dict[str, Any]:
+    """What may have a gradient, in the order of the tree."""
+    return {"images": args.images, "weight": args.weight, **args.tables._asdict()}
+
+
+def in_places(needs: tuple, grads: Iterator[Tensor]) -> tuple:
+    """The tree of `needs` with the next of grads where it says True, else None."""
+    tree = []
+    for n in needs:
+        tree += (next(grads) if n is True else in_places(n, grads) if n else None,)
+    return tuple.__new__(type(needs), tree)
+
+
+def _in_order(grads: dict[str, Tensor | None], need: dict[str, bool], forward: PatchEmbedArgs) -> tuple[Tensor, ...]:
+    """The gradients that are needed, in their tensors' shape and dtype."""
+    in_order = []
+    for name, t in _by_name(forward).items():
+        if need[name]:
+            g = grads[name]
+            if g.dtype != t.dtype:
+                g = g.to(t.dtype)
+            in_order += ((g if g.shape == t.shape else g.reshape(t.shape)).contiguous(),)
+    return tuple(in_order)
+
+
+def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
+    forward, kept, need = args.forward, args.kept, _by_name(args.needs)
+    images, weight, tables, layout = forward.images, forward.weight, forward.tables, TokenLayout.of(forward)
+    wide = torch.promote_types(args.dy.dtype, torch.float32)
+    n_tiles, (entries, side) = images.shape[1], tables.grid()
+    dz, grads = args.dy.flatten(0, 1)[:, : layout.tokens], {}
+    if kept is not None:
+        mean, rstd = (s.view(*kept.shape[:2], 1)[:, : layout.tokens] for s in args.stats)
+        kept = kept[:, : layout.tokens]
+        norm = None if tables.norm_weight is None else tables.norm_weight.to(wide)
+        mask = need["norm_weight"], need["norm_bias"]
+        bias = None if tables.norm_bias is None else tables.norm_bias.to(wide)
+        values = (t.to(wide).contiguous() for t in (dz, kept))
+        dz, *of_norm = torch.ops.aten.native_layer_norm_backward(*values, kept.shape[-1:], mean.contiguous(), rstd.contiguous(), norm, bias, [True, *mask])
+        grads |= dict(zip(("norm_weight", "norm_bias"), of_norm, strict=True))
+        dz = dz.to(args.dy.dtype)
+    first, last = layout.first, layout.first + layout.patches
+    if need["weight"]:
+        pixels = _patch_rows(normalised(images.flatten(0, 1), forward.scale, forward.shift).to(weight.dtype), weight)
+        # CLS gets pixels of zero: cheaper than a copy of dz without it
+        pixels = F.pad(pixels.unflatten(0, (-1, layout.patches)), (0, 0, first, layout.tokens - last)).flatten(0, 1)
+        grads["weight"] = (pixels.T @ dz.reshape(-1, dz.shape[-1]).to(weight.dtype)).T
+    if need["images"]:
+        grads["images"] = _image_gradient(dz[:, first:last], images, weight, forward.scale)
+    if any(need[name] for name in ("global_pos", "gate", "pre_pos", "pre_gate")):
+        rows, n_rows = tile_rows(forward.aspect_ratio, n_tiles, entries, side), entries * side
+        # dz by row in one pass; tiles without a row go to one behind the last
+        sums = torch.zeros((n_rows + 1, *dz.shape[1:]), dtype=wide, device=args.dy.device).index_add_(0, torch.where(rows < 0, n_rows, rows), dz.to(wide))
+        total = sums.sum(0)
+        sums = sums[:-1].unflatten(0, (entries, side))
+    else:
+        total = dz.sum(0, dtype=wide)
+    opened, pre_opened = (1 if t is None else t.to(wide).tanh() for t in (tables.gate, tables.pre_gate))
+    if need["bias"]:
+        grads["bias"] = total[first:last].sum(0)
+    if need["cls"]:
+        grads["cls"] = total[layout.cls_at]
+    if need["local_pos"]:
+        grads["local_pos"] = total * (1 if tables.gate is None else 1 - opened)
+    if need["global_pos"]:
+        grads["global_pos"] = sums * opened
+    if need["gate"]:
+        along = (sums * tables.global_pos).sum() - (0 if tables.local_pos is None else (total * tables.local_pos).sum())
+        grads["gate"] = along * (1 - opened**2)
+    if need["pre_pos"] or need["pre_gate"]:
+        of_patches = sums[:, :, first:last].sum(2, keepdim=True)
+        grads["pre_pos"] = of_patches * pre_opened
+        if need["pre_gate"]:
+            grads["pre_gate"] = (of_patches * tables.pre_pos).sum() * (1 - pre_opened**2)
+    return _in_order(grads, need, forward)
+
+
+def _patch_rows(tiles: Tensor, weight: Tensor) -> Tensor:
+    """[tiles, C, H, W] -> [tiles * patches, C * ph * pw]"""
+    ph, pw = weight.shape[2:]
+    cut = tiles.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
+
+
+def _image_gradient(patches: Tensor, images: Tensor, weight: Tensor, scale: tuple[float, ...] | None) -> Tensor:
+    """patches: the gradient of every patch, [tiles, patches, D]  ->  of the pixels, as images."""
+    C, ph, pw = weight.shape[1:]
+    pixels = patches.to(weight.dtype) @ weight.flatten(1)
+    pixels = pixels.view(pixels.shape[0], images.shape[-2] // ph, images.shape[-1] // pw, C, ph, pw)
+    pixels = pixels.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+    if scale is not None and len(scale) > 1:
+        return torch.stack([pixels[:, :, c] * s for c, s in enumerate(scale)], 2)
+    return pixels * scale[0] if scale else pixels
+
+
+def _launch(args: PatchEmbedBwdArgs) -> Callable[[PatchEmbedBwdArgs], tuple[Tensor, ...]]:
+    forward, need, layout = args.forward, _by_name(args.needs), TokenLayout.of(args.forward)
+    M, D, work, first, tokens = layout.rows, args.dy.shape[3], kernel_dtype(args.dy.dtype), layout.first, layout.tokens
+    if not M:
+        return _reference
+    multiplied, gap, K = need["weight"] or need["images"], layout.padded - tokens, forward.weight[0].numel()
+    norm = None if args.kept is None else _norm_bwd(args, layout)
+    pixels_of = patchify(forward, layout)[0] if need["weight"] else None
+    place = _place_bwd(forward, need, layout, work) if any(need[name] for name in Tables._fields[:7]) else None
+
+    def run(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
+        forward = args.forward
+        dz, grads, narrow = args.dy.to(work).contiguous().view(M, D), {}, None
+        if norm is not None:
+            dz, grads["norm_weight"], grads["norm_bias"] = norm(args, dz)
+        elif gap and multiplied:
+            # What comes back to padding rows must go nowhere, and NaN times their pixels of zero would. The norm's backward stops it by itself.
+            dz = torch.constant_pad_nd(dz.view(-1, layout.padded, D)[:, :tokens], (0, 0, 0, gap)).view(M, D)
+        if multiplied:
+            narrow = dz.to(kernel_dtype(forward.weight.dtype))
+        if pixels_of is not None:
+            grads["weight"] = (narrow.T @ pixels_of(forward.images))[:, :K]
+        if need["images"]:
+            patches = narrow.view(-1, layout.padded, D)[:, first : first + layout.patches]
+            grads["images"] = _image_gradient(patches, forward.images, forward.weight.to(narrow.dtype), forward.scale)
+        if place is not None:
+            place(forward, dz, grads)
+        return _in_order(grads, need, forward)
+
+    return run
+
+
+def _norm_bwd(args: PatchEmbedBwdArgs, layout: TokenLayout) -> Callable[[PatchEmbedBwdArgs, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """The plan of (args, dy) -> (dx, dw, db), dx zero in padding rows; dw and db where they are needed."""
+    M, D, geometry, work = layout.rows, args.dy.shape[3], layout.geometry(), kernel_dtype(args.dy.dtype)
+    rows = -(-M // _NORM_PROGRAMS)
+    programs, columns = -(-M // rows), triton_block(D)[1]
+    need_weight, need_bias = args.needs.tables.norm_weight, args.needs.tables.norm_bias
+    differentiate = Launch(norm_bwd_kernel, BLOCK_N=columns, num_warps=norm_warps(columns), **tune.OPTIONS)
+
+    def run(args: PatchEmbedBwdArgs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dx, weight = torch.empty_like(dy), args.forward.tables.norm_weight
+        dw = torch.empty((programs, D), dtype=torch.float32, device=dy.device)
+        db = torch.empty((programs, D), dtype=torch.float32, device=dy.device)
+        x, weight = args.kept.to(work), None if weight is None else weight.contiguous()
+        differentiate((programs, 1, 1), dy, x, args.stats, weight, dx, dw, db, geometry, M, D, rows)
+        return dx, dw.sum(0) if need_weight else None, db.sum(0) if need_bias else None
+
+    return run
+
+
+def _place_bwd(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLayout, work: torch.dtype) -> Callable[[PatchEmbedArgs, Tensor, dict], None]:
+    """The plan of the gradients of what is added to the patches: sums of dz over tiles, by the row that each tile takes."""
+    by_row = any(need[name] for name in _BY_ROW)
+    rows_of = find_rows(forward) if by_row or forward.tables.gate is not None else None
+    sums_of = _sums_by_row(forward, need, layout) if by_row else None
+    first, last = layout.first, layout.first + layout.patches
+
+    def run(forward: PatchEmbedArgs, dz: Tensor, grads: dict[str, Tensor]) -> None:
+        rows, factors = (None, None) if rows_of is None else rows_of(forward)
+        if sums_of is None:
+            total = dz.view(-1, layout.padded, dz.shape[1])[:, : layout.tokens].sum(0, dtype=torch.float32)
+        else:
+            total = sums_of(forward.tables, dz, rows, factors, grads)
+        if need["local_pos"]:
+            grads["local_pos"] = total if factors is None else total * factors[0]
+        if need["cls"]:
+            grads["cls"] = total[layout.cls_at].clone()
+        if need["bias"]:
+            grads["bias"] = total[first:last].sum(0)
+
+    return run
+
+
+def _sums_by_row(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLayout) -> Callable[[Tables, Tensor, Tensor, Tensor, dict], Tensor]:
+    """The plan of place_bwd_kernel, whose sums give the gradients of the tables with a row for each tile and of their gates; it returns the sum over all tiles."""
+    (entries, side), D, tokens, geometry = forward.tables.grid(), forward.weight.shape[0], layout.tokens, layout.geometry()
+    n_rows = entries * side
+    grid = -(-tokens // _BLOCK_T), -(-D // _BLOCK_N), 1
+    differentiate = Launch(place_bwd_kernel, BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, TILES=_TILES, **tune.OPTIONS)
+    has_pre = need["pre_pos"] or need["pre_gate"]
+
+    def run(tables: Tables, dz: Tensor, rows: Tensor, factors: Tensor, grads: dict[str, Tensor]) -> Tensor:
+        device = dz.device
+        order, starts = _by_row(rows, n_rows)
+        total = torch.empty((tokens, D), dtype=torch.float32, device=device)
+        table = None if tables.global_pos is None else tables.global_pos.contiguous()
+        local = None if tables.local_pos is None else tables.local_pos.contiguous()
+        dtable = torch.empty((n_rows, tokens, D), dtype=kernel_dtype(table.dtype), device=device) if need["global_pos"] else None
+        pre = torch.empty((grid[0], n_rows, D), dtype=torch.float32, device=device) if has_pre else None
+        dots = torch.empty((*grid[:2], 2), dtype=torch.float32, device=device) if need["gate"] else None
+        differentiate(grid, dz, order, starts, table, local, factors, total, dtable, pre, dots, geometry, D, n_rows)
+        grads["global_pos"] = dtable
+        if dots is not None:
+            along = dots.sum((0, 1))
+            grads["gate"] = (along[0] - (along[1] if local is not None else 0)) * (1 - factors[1] ** 2)
+        if pre is not None:
+            sums = pre.sum(0)
+            grads["pre_pos"] = sums * factors[2]
+            if need["pre_gate"]:
+                grads["pre_gate"] = (sums * tables.pre_pos.reshape(n_rows, D)).sum() * (1 - factors[2] ** 2)
+        return total
+
+    return run
+
+
+def _by_row(rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The tiles in the order of their rows, and where each row's tiles start: int32 [tiles], [n_rows + 1]. Tiles without a row come first."""
+    ranked, order = torch.sort(rows, stable=True)
+    starts = torch.searchsorted(ranked, torch.arange(n_rows + 1, dtype=torch.int32, device=rows.device), out_int32=True)
+    return order.to(torch.int32), starts
+
+
+def norm_warps(columns: int) -> int:
+    """Warps of norm_bwd_kernel, whose programs hold six rows at once: 16 elements of each a thread."""
+    return min(16, max(4, columns // 512))
+
+
+patch_embed_bwd = fused_op("patch_embed_bwd", PatchEmbedBwdArgs, PatchEmbedArgs, Tables, reference=_reference, launch=_launch)
+"""(args) -> the gradients that `needs` asks for, in the order of the tree. Deterministic, and linear in the number of tiles."""
+
+
+def _backward(args: PatchEmbedBwdArgs, outs: tuple, grads: Sequence[Tensor | None], needs: PatchEmbedBwdArgs) -> PatchEmbedBwdArgs:
+    """The gradient of a gradient is rare enough to be left to autograd: the eager formula, differentiated twice."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_() if t.is_floating_point() else t
+
+    dy, forward = tree_map_only(Tensor, leaf, (args.dy, args.forward._replace(pad_tokens_to=1)))
+    with torch.enable_grad():
+        y = formula(forward)[0]
+        needed = [t for t, n in zip(_by_name(forward).values(), _by_name(args.needs).values(), strict=True) if n]
+        asked = [(t, g) for t, g in zip(needed, grads, strict=True) if g is not None]
+        first = torch.autograd.grad(y, [t for t, _ in asked], dy[:, :, : y.shape[2]], create_graph=True)
+        leaves = [t for t in tree_leaves((dy, forward)) if isinstance(t, Tensor) and t.requires_grad]
+        second = iter(torch.autograd.grad(first, leaves, [g for _, g in asked], allow_unused=True))
+    d_dy, d_forward = tree_map_only(Tensor, lambda t: next(second) if t.requires_grad else None, (dy, forward))
+    return PatchEmbedBwdArgs(d_dy, d_forward, *(None,) * 4)
+
+
+patch_embed_bwd.register_backward(_backward, lambda args, outs, needs: (args._replace(kept=None, stats=None), ()))
