@@ -5,7 +5,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "ops", "modules", "models", "checkpoints", "generation", "patching"]
-LEAVES = {"errors": set(), "quant": {"errors", "quant", "kernels"}, "tune": {"errors", "tune"}, "data": {"errors", "data"}}  # beside ops: what each may import of fastfuse
+LEAVES = {
+    "errors": set(),
+    "quant": {"errors", "quant", "kernels"},
+    "tune": {"errors", "tune"},
+    "data": {"errors", "data"},
+}  # beside ops: what each may import of fastfuse
 
 
 def imported(path: Path) -> set[str]:

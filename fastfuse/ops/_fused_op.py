@@ -144,12 +144,11 @@ class FusedOp:
                 return self.launch.run((args,), tensors, constants)
         return self.launch.run((args,), tensors, constants)
 
-
     def _launched_once(self, args: tuple) -> tuple[Tensor, ...]:
         return self.launch.plan(args)(args)
 
 
-_misaligned = 15 .__and__
+_misaligned = (15).__and__
 
 
 _ask = types.BuiltinFunctionType.__call__

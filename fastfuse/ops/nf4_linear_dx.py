@@ -154,7 +154,9 @@ def gradients(
             low = low if operands[1:] == () else low[:, columns]
             if through or wanted.b:
                 is_tensor = type(p.scaling) is not float
-                found = lora_grad(_new(LoRAGradArgs, (t, low, p.b if through else None, factor, None, 0.0, 1.0 if is_tensor else p.scaling, wanted.b, args.interpret)))
+                found = lora_grad(
+                    _new(LoRAGradArgs, (t, low, p.b if through else None, factor, None, 0.0, 1.0 if is_tensor else p.scaling, wanted.b, args.interpret))
+                )
                 if is_tensor:
                     found = [(g * p.scaling).to(g.dtype) for g in found]
                 low = found[-1] if through else low

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfuse.modules._prepared import Prepares
 from fastfuse.ops import nf4_linear
 from fastfuse.quant.nf4 import is_torchao
 
 
-class KeepsNF4(nn.Module):
+class KeepsNF4(Prepares, nn.Module):
     """A module with a `weight` whose deepcopy has the same codes and block sizes. A clone of torchao's is quantized anew, with default sizes."""
 
     def __deepcopy__(self, memo: dict):
@@ -49,7 +50,12 @@ class FrozenNF4Linear(KeepsNF4, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x: (..., K)  ->  (..., N) in x's dtype; in the wider of x's and the bias's where they differ."""
-        return base_linear(input, self.weight, self.bias)
+        if not torch.compiler.is_dynamo_compiling() and self._prepared is not None and (y := self._prepared(input)) is not None:
+            return y
+        y = base_linear(input, self.weight, self.bias)
+        if is_torchao(self.weight) and bias_fits(input, self.bias):
+            self._prepare(input)
+        return y
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

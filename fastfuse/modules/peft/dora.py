@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastfuse.modules.low_precision.nf4_linear import base_linear, bias_fits
 from fastfuse.modules.peft.lora import LowRankLinear, is_plain
 from fastfuse.ops import _op, lora_row_norms, nf4_dequantize, nf4_lora_linear
+from fastfuse.ops._linear_group import factor_of
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 # Elements of W + s B A in memory at a time where a factor must be called: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
@@ -80,12 +81,16 @@ class DoRALinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K)  ->  (..., N). Raises fastfuse.Unsupported where W is in NF4 and no kernel covers x or W."""
+        if not torch.compiler.is_dynamo_compiling() and self._prepared is not None and (y := self._prepared(x)) is not None:
+            return y
         if not self.disabled and is_torchao(self.weight) and self._delta_is_its_weights():
             a, b = self.lora_a.weight, self.lora_b.weight
             norms = self._fused_norms(x)
             bias = None if self.bias is None else self.bias * (self.magnitude / norms).to(self.bias.dtype)
             fits = bias_fits(x, bias)
             y = nf4_lora_linear(x, self.weight, a, b, self.scaling, bias=bias if fits else None, magnitude=self.magnitude, norms=norms, **self._drops())
+            if bias is None and not self._drops_now():
+                self._prepare(x, self.scaling, lambda weight, x: factor_of(self.magnitude, self._fused_norms(x)), ("lora_a", "lora_b", "dropout"))
             return y if fits else y + bias
         base = base_linear(x, self.weight, self.bias)
         if self.disabled:

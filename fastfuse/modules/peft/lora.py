@@ -66,6 +66,9 @@ class LowRankLinear(KeepsNF4):
         """The arguments that make nf4_lora_linear drop what self.dropout would."""
         return {"dropout_p": self.dropout.p, "training": self.dropout.training} if type(self.dropout) is nn.Dropout else {}
 
+    def _drops_now(self) -> bool:
+        return type(self.dropout) is nn.Dropout and self.dropout.training and self.dropout.p > 0
+
     def adapter_params(self) -> list[str]:
         """The names of the parameters that an adapter checkpoint holds, in a list of the caller's own."""
         return ["lora_a.weight", "lora_b.weight"]
@@ -106,10 +109,14 @@ class LoRALinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K)  ->  (..., N). Raises fastfuse.Unsupported where W is in NF4 and no kernel covers x or W."""
+        if not torch.compiler.is_dynamo_compiling() and self._prepared is not None and (y := self._prepared(x)) is not None:
+            return y
         scaling = self.alpha / self.rank
         if not self.disabled and is_torchao(self.weight) and self._delta_is_its_weights():
             fits = bias_fits(x, self.bias)
             y = nf4_lora_linear(x, self.weight, self.lora_a.weight, self.lora_b.weight, scaling, bias=self.bias if fits else None, **self._drops())
+            if fits and not self._drops_now():
+                self._prepare(x, scaling, children=("lora_a", "lora_b", "dropout"))
             return y if fits else y + self.bias
         y = base_linear(x, self.weight, self.bias)
         if self.disabled:

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
+from fastfuse.modules._prepared import is_special
 from fastfuse.ops import EncoderMask, cross_attention
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 from fastfuse.ops.cross_attention import uncovered
@@ -88,6 +89,7 @@ class Host:
     fused: (module, arguments by name, options) -> what forward returns, or a Reason, before anything has happened, to have the own forward run.
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
+    prepare: after a fused call, (module, arguments by name, options) -> what may stand in for the next call of this kind, see modules/_prepared.py; or None.
     device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
     probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, without a known fault of the host library.
     rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
@@ -118,6 +120,7 @@ class Host:
     covers: str = ""
     native: bool = False
     as_called: bool = False
+    prepare: Callable[[nn.Module, dict[str, Any], Options], Callable | None] | None = None
     _forwards: dict[type, Callable] = field(init=False, repr=False, default_factory=dict)
 
     def bound(self, module: nn.Module) -> MethodType:
@@ -127,7 +130,14 @@ class Host:
 
             @functools.wraps(kind.forward)
             def forward(self_, *args, **kwargs):
-                return run(self, self_, args, kwargs)
+                if torch.compiler.is_dynamo_compiling():  # torch.compile never sees a prepared call
+                    return run(self, self_, args, kwargs)
+                try:
+                    prepared = self_.__dict__["_fastfuse"].prepared
+                except (KeyError, AttributeError):  # unpatched while another wrapper still holds this forward
+                    prepared = None
+                out = None if prepared is None else prepared(*args, **kwargs)
+                return run(self, self_, args, kwargs) if out is None else out
 
             forward.__name__ = "forward"  # by which a bound method is pickled
             # Code of its own: torch.compile keeps its graphs by code object, eight of them at most.
@@ -212,6 +222,15 @@ class Record:
     names: Names
     module: nn.Module  # the one that keeps this
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
+    prepared: Callable | None = None  # (arguments as called) -> the result, or None: see modules/_prepared.py
+    unprepared: int = 0  # calls since the last one was prepared
+
+    def prepare(self, host: "Host", module: nn.Module, given: dict[str, Any]) -> None:
+        """After a call that was fused. What cannot be prepared is tried again after 1, 2, 4, 8 ... calls."""
+        self.unprepared += 1
+        if self.unprepared & (self.unprepared - 1) == 0:
+            self.prepared = host.prepare(module, given, self.options)
+            self.unprepared = 0 if self.prepared is not None else self.unprepared
 
     def __deepcopy__(self, memo) -> "Record":
         return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names, copy.deepcopy(self.module, memo))
@@ -250,6 +269,8 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     if out is None:
         out = host.fused(self, given, record.options)
     if type(out) is not Reason:
+        if host.prepare is not None and not is_special():
+            record.prepare(host, self, given)
         return out
     fell_back(self, record, out)
     if host.fallback is not None and type(read) is not Reason:

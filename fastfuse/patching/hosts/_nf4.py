@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import Unsupported
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors, whole_in_calls
+from fastfuse.modules._prepared import PreparedLinear
+from fastfuse.ops._op import route
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, autocast_dtype, on_device, plain_tensors, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
@@ -18,12 +20,13 @@ def nf4_host(
     obstacle: Callable[[nn.Module, Tensor | None], Reason | None],
     fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor],
     probe_dtype: Callable[[nn.Module], torch.dtype],
+    watched: Callable[[nn.Module, Tensor, NF4View], PreparedLinear | None] = lambda *_: None,
     x: str = "x",
     **how: Any,
 ) -> Host:
     """A Host of a module that maps its one argument, named x, by the NF4 weight that `weight` finds, which is read anew at every call.
 
-    view: reads it, NF4View.of(weight(module)) where None.
+    view: reads it, NF4View.of(weight(module)) where None.  watched: (module, x, view), after a fused call -> its next call prepared, None where that is not covered.
     """
     view = view or (lambda module: NF4View.of(weight(module)))
 
@@ -39,6 +42,18 @@ def nf4_host(
         if tensor.shape[-1:] != found.shape[1:]:
             return Reason("SHAPE", "the input's last dim is not the weight's K")
         return fused(module, tensor, found, options.named())
+
+    def prepare(module: nn.Module, given: dict[str, Any], options: Options) -> PreparedLinear | None:
+        tensor = given[x]
+        if (
+            options.backend == "torch"
+            or type(tensor) is not Tensor
+            or route("nf4_linear", tensor, options.named()) != "op"
+            or autocast_dtype(tensor) is not None
+        ):
+            return None
+        found = read(module)
+        return None if type(found) is Reason else watched(module, tensor, found)
 
     def in_the_way(module: nn.Module, tensor: Tensor | None) -> Reason | None:
         return obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh")))
@@ -82,5 +97,5 @@ def nf4_host(
 
     return Host(
         takes=(x,), refuses=refuses, obstacle=lambda module, options: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
-        layout=layout, **how,
+        layout=layout, prepare=prepare, **how,
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """bitsandbytes' Linear4bit, by itself or as the base layer of an adapter."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfuse.kernels.arguments import NF4Weight
+from fastfuse.modules._prepared import PreparedLinear, Watch
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
@@ -55,6 +58,38 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias, backend=backend).to(x.dtype)
 
 
+def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], NF4Weight | None] | None:
+    """Watches what the layer's own product depends on beside its weight; how to read the weight, None where its tensors are not the layer's own."""
+    state = getattr(module.weight, "quant_state", None)
+    _, code, scales = view.tensors()
+    if state is None or compute_dtype(module, x) != x.dtype or view.scales[0] is not state.absmax:
+        return None
+    parameters, kind = module._parameters, type(module.weight)
+    watch.same(parameters, "bias")
+    watch.same(module.__dict__, "compute_dtype", "compute_type_is_set")
+    watch.same(state.__dict__, "absmax", "code", "offset", "state2", "blocksize", "shape", "dtype", "quant_type", "packing_format_for_cpu")
+    if state.nested:
+        watch.same(state.state2.__dict__, "absmax", "code", "blocksize", "dtype")
+
+    def weight() -> NF4Weight | None:
+        held = parameters["weight"]
+        if type(held) is not kind or held.quant_state is not state:
+            return None
+        packed = held.detach().view(-1)
+        return _new(NF4Weight, (packed if packed.dtype is torch.uint8 else packed.view(torch.uint8), code, scales))
+
+    return weight
+
+
+_new = tuple.__new__
+
+
+def prepared(module: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
+    watch = Watch()
+    weight = watched(module, x, view, watch)
+    return None if weight is None else PreparedLinear(watch, x, view, weight, bias=module.bias)
+
+
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.compute_dtype or view(module).dtype
 
@@ -84,6 +119,6 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 HOST = nf4_host(
     name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
     parts=("weight", *_PARTS), weight=lambda module: module.weight, view=view,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, modules="`nn.Linear4bit`",
+    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, watched=prepared, modules="`nn.Linear4bit`",
     covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512 or flat ones unpacked again, FP4",
 )  # fmt: skip

@@ -5,15 +5,17 @@ it hands the tiles' mask on as an EncoderMask: MllamaModel passes it to MllamaTe
 of the dense one, and MllamaTextCrossAttention attends by it. All three have to be patched; where one is not, a forward makes the dense mask.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules.attention_utils import serves_cross_attention
-from fastfuse.ops import EncoderMask, cross_attention, patch_embed
+from fastfuse.ops import EncoderMask, _op, cross_attention, patch_embed
 from fastfuse.patching.hosts._host import (
     Host,
     Options,
@@ -149,6 +151,8 @@ def _text_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any
 
 # MllamaTextCrossAttention
 
+_TAKEN = ("hidden_states", "cross_attention_states", "cache", "attention_mask")
+
 
 def _uniform(options: Options) -> bool:
     return options.masked_rows != "zero"  # the host's own rule
@@ -180,8 +184,13 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
     group = self.num_heads // self.num_key_value_heads
     if options.backend != "torch" and not serves_cross_attention(x, self.head_dim, group):
         return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
+    return _attend(self, given, options.masked_rows, options.named())
+
+
+def _attend(self: nn.Module, given: dict[str, Any], masked_rows: str, backend: str | None) -> tuple[Tensor, None]:
+    x, states, cache, parts = given["hidden_states"], given.get("cross_attention_states"), given.get("cache"), self._modules
     b, s, _ = x.shape
-    q = self.q_norm(self.q_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2))
+    q = parts["q_norm"](parts["q_proj"](x).view(b, s, -1, self.head_dim).transpose(1, 2))
     if states is None:
         k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
     else:
@@ -189,9 +198,59 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
         k = self.k_norm(k)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, **_beside(self, given))
-    empty = "uniform" if _uniform(options) else "zero"
-    out = cross_attention(q, k, v, mask, scale=self.scaling, empty_rows=empty, backend=options.named())
-    return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), None
+    empty = "zero" if masked_rows == "zero" else "uniform"  # the host's own rule
+    out = cross_attention(q, k, v, given.get("attention_mask"), scale=self.scaling, empty_rows=empty, backend=backend)
+    return parts["o_proj"](out.transpose(1, 2).reshape(b, s, -1)), None
+
+
+class _PreparedAttention:
+    """A call by the keywords of the last one, with a mask of its kind, of an x of its dtype and device, while nothing stands in the way that did not then.
+
+    Its projections and norms are called, and whoever hooks into them is seen; the op makes its own checks.
+    """
+
+    def __init__(self, module: nn.Module, given: dict[str, Any], options: Options):
+        config = module.config.__dict__
+        self.module, self.masked_rows, self.backend = module, options.masked_rows, options.named()
+        self.renamed, self.names = module.__dict__["_fastfuse"].names.hosts, {*given}
+        self.flags, self.kinds = given.get("output_attentions"), self._kinds(given)
+        self.holders, self.keys = [module.__dict__] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
+        self.values = [*map(dict.get, self.holders, self.keys)]
+
+    @staticmethod
+    def _kinds(given: dict[str, Any]) -> tuple:
+        x, states = given["hidden_states"], given.get("cross_attention_states")
+        several = x.shape[1] > 1 if x.dim() == 3 else None
+        return type(x), x.dtype, x.device, several, type(given.get("attention_mask")), states is None, given.get("cache") is None
+
+    def __call__(self, *args, **given) -> tuple[Tensor, None] | None:
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+            return None
+        if _op.stand_in is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
+            return None
+        for own, host in self.renamed.items():
+            if own in given:
+                given[host] = given.pop(own)
+        if args:
+            given["hidden_states"] = args[0]
+        if given.keys() != self.names or self._kinds(given) != self.kinds or given.get("output_attentions") is not self.flags:
+            return None
+        if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or torch.is_autocast_enabled(self.kinds[2].type):
+            return None
+        return _attend(self.module, given, self.masked_rows, self.backend)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a module prepares its own."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _prepare_attention(self: nn.Module, given: dict[str, Any], options: Options) -> _PreparedAttention | None:
+    x = given["hidden_states"]
+    covered = options.backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
+    covered = covered and _op.route("cross_attention", x, options.named()) == "op"
+    return _PreparedAttention(self, given, options) if covered else None
 
 
 def _beside(self: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -348,7 +407,7 @@ HOSTS = (
         name="transformers Mllama", op="cross_attention", matches=named("MllamaTextCrossAttention", _FROM), written_by=_FROM, device=device_of, renamed=_RENAMED,
         parts=("q_proj", "k_proj", "v_proj", "o_proj", "q_norm.weight", "k_norm", "num_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_idx",
                "scaling", "dropout", "config._attn_implementation"),
-        takes=("hidden_states", "cross_attention_states", "cache", "attention_mask"), ignores=(*_IGNORED, "output_attentions"),
+        takes=_TAKEN, ignores=(*_IGNORED, "output_attentions"), prepare=_prepare_attention,
         refuses=_cross_attention_refuses, obstacle=_cross_attention_obstacle, fused=_cross_attention, fallback=_cross_attention_by_dense_mask,
         probe=_cross_attention_probe, rehearse=_rehearse_attention, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
     ),

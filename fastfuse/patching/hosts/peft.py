@@ -1,10 +1,12 @@
 """PEFT's LoRA layers over an NF4 base: lora.bnb.Linear4bit, and lora.Linear over torchao's NF4Tensor."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastfuse.modules._prepared import PreparedLinear, Watch, dora_factor
 from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
@@ -136,6 +138,42 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
 
 
+def _prepared(self: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
+    """One adapter without dropout; several, and scalings that are tensors, go the whole way."""
+    names, base = _active(self), self.base_layer
+    if len(names) != 1 or isinstance(self.scaling[name := names[0]], Tensor) or _dropout(self, name) > 0:
+        return None
+    a, b, dropout, variant = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.lora_variant.get(name)
+    if b.bias is not None:  # its product with the scaling, and the sum with the base's, are made at every call
+        return None
+    state, children, watch = self.__dict__, self._modules, Watch()
+    weight = _base(self).watched(base, x, view, watch)
+    if weight is None or not isinstance(self.scaling[name], float | int):
+        return None
+    watch.same(state, "_disable_adapters", "merged_adapters", "cast_input_dtype_enabled", "lora_variant", "scaling", "training")
+    watch.same(self.scaling, name)
+    watch.same(self.lora_variant, name)
+    watch.same(children, "base_layer", "lora_A", "lora_B", "lora_dropout")
+    watch.empty.append(self.merged_adapters)
+    for holder, child in ((self.lora_A, a), (self.lora_B, b), (self.lora_dropout, dropout)):
+        watch.same(holder._modules, name)
+        watch.same(child.__dict__, "training", "p")
+    for child in (base, a, b, dropout):
+        watch.child(child)
+    for child in (a, b):
+        watch.same(child._parameters, "weight", "bias")
+    factor, bias = None, base.bias
+    if variant is not None:
+        magnitude = self.lora_magnitude_vector[name]
+        watch.same(children, "lora_magnitude_vector")
+        watch.same(self.lora_magnitude_vector._modules, name)
+        watch.child(magnitude)
+        watch.same(magnitude._parameters, "weight")
+        factor = dora_factor(magnitude.weight, a.weight, b.weight, self.scaling[name], view)
+    active = state, copy.copy(state["_active_adapter"])
+    return PreparedLinear(watch, x, view, weight, a.weight, b.weight, float(self.scaling[name]), bias, factor, active)
+
+
 def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None, magnitude: Tensor, backend: str | None) -> Tensor:
     """DoRA under autocast with a result in fp32: scaled in fp32, as there. The op would round once more, to autocast's dtype."""
     z = nf4_lora_linear(x, weight, a, b, scaling, backend=backend)
@@ -160,7 +198,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 HOST = nf4_host(
     name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
     weight=lambda module: module.base_layer.weight, view=_view,
-    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected,
+    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected, watched=_prepared,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",
 )  # fmt: skip

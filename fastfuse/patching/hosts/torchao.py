@@ -1,8 +1,12 @@
 """A linear layer whose weight is torchao's NF4Tensor, by itself or as the base layer of an adapter."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from fastfuse.kernels.arguments import NF4Weight
+from fastfuse.modules._prepared import PreparedLinear, Watch, read_torchao
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
@@ -27,12 +31,23 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return nf4_linear(x, weight, self.bias, backend=backend)
 
 
+def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], NF4Weight | None] | None:
+    """As bitsandbytes.watched. All of an NF4Tensor is read anew at every call."""
+    watch.same(module._parameters, "bias")
+    return read_torchao(module._parameters, view)
+
+
+def prepared(module: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
+    watch = Watch()
+    return PreparedLinear(watch, x, view, watched(module, x, view, watch), bias=module.bias)
+
+
 def probe_dtype(module: nn.Module) -> torch.dtype:
     return module.weight.dtype
 
 
 HOST = nf4_host(
     name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, modules="`nn.Linear` with an `NF4Tensor`",
+    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip
