@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import bitsandbytes as bnb
 import mllama
@@ -248,3 +250,36 @@ def test_mllama(case, strict):
     program = assert_exports(model, (), given, strict)
     want = {"plain": {"patch_embed"}, "its own vision model": set(), "QLoRA": {"patch_embed", "nf4_linear"}}[case]
     assert fastfuse.status(model).fallbacks == {} and fused_ops(program) >= want | {"cross_attention", "pack_tiles"}
+
+
+class OverNF4(nn.Module):
+    """A linear layer without an adapter and one with it, over the same weight."""
+
+    def __init__(self, view: NF4View):
+        super().__init__()
+        self.layout = view.block_size, view.shape, view.dtype
+        for i, t in enumerate((view.packed, view.code, *view.scales, torch.randn(8, 128), torch.randn(64, 8))):
+            self.register_buffer(f"part{i}", t)
+
+    def forward(self, x):
+        packed, code, *scales, a, b = (t for _, t in self.named_buffers())
+        view = NF4View(packed, code, tuple(scales), *self.layout)
+        return ops.nf4_linear(x, view), ops.nf4_lora_linear(x, view, a, b, 2.0)
+
+
+@torch.no_grad()
+def test_a_package_of_aotinductor_runs_in_a_fresh_process(tmp_path):
+    """It hands a custom op None for an empty list: no schema has one, not even that of a layer without an adapter."""
+    module, x = OverNF4(NF4View.of(quantize(random_weight(64, 128), "nested"))), torch.randn(3, 128)
+    exported = torch.export.export(module, (x,))
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "package.pt2"))
+    torch.save((x, module(x)), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch, fastfuse\n"
+        "x, expected = torch.load(sys.argv[2])\n"
+        "for got, want in zip(torch._inductor.aoti_load_package(sys.argv[1])(x), expected, strict=True):\n"
+        "    torch.testing.assert_close(got, want)\n"
+        "print('both alike')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, tmp_path / "package.pt2", tmp_path / "expected.pt"], capture_output=True, text=True)
+    assert ran.stdout == "both alike\n", ran.stderr
