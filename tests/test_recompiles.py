@@ -56,3 +56,28 @@ def test_layers(host, dynamic, graphs):
         x = torch.randn(5 + i, 128)
         torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)])
+def test_dropout_probability(dynamic, graphs, backend):
+    """A and B of ones on the diagonal let the update show which elements were dropped, and what the others were multiplied by."""
+    weight = NF4View.of(quantize(random_weight(64, 128), "nested"))
+    a, b = torch.eye(128).requires_grad_(), torch.eye(64, 128).requires_grad_()
+
+    def function(x, p):
+        return nf4_lora_linear(x, weight, a, b, 2.0, dropout_p=p, training=True)
+
+    compiled, counter = counted(function, backend, dynamic)
+    x = torch.rand(500, 128) + 1
+    base = nf4_lora_linear(x, weight, a, torch.zeros_like(b), 2.0)
+    for p in (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.8, 0.85, 0.9, 0.95):
+        y = compiled(x, p)
+        factor = ((y - base) / x[:, :64]).detach()
+        kept = factor.abs() > 1
+        torch.testing.assert_close(factor, torch.where(kept, 2 / (1 - p), 0.0), rtol=1e-4, atol=1e-4)  # of a difference of sums of 128 terms
+        share = kept.float().mean().item()
+        assert abs(share - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+        (gradient,) = torch.autograd.grad(y.sum(), b)
+        torch.testing.assert_close(gradient[:, :64].diagonal(), (kept * x[:, :64]).sum(0) * 2 / (1 - p), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == graphs

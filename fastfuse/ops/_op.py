@@ -162,13 +162,17 @@ def _lead(x: Tensor | Sequence[Tensor]) -> Tensor:
 def number(value: float, like: Tensor) -> float | Tensor:
     """A number as ops take it. torch.compile has symbols for floats that change from call to call; a custom op would make a constant of one, and a graph of its
     own for every value. So a symbol becomes a tensor, by a product: of the ways to do so the one that keeps it a symbol."""
-    if torch.compiler.is_dynamo_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes sympy along
+    return torch.ones((), dtype=torch.float32, device=like.device) * value if is_symbol(value) else float(value)
 
-        # No constant is this number, a symbol might be. It is written here, as of a global one there would be a symbol too.
-        if not statically_known_true(value != 1.2345e30):
-            return torch.ones((), dtype=torch.float32, device=like.device) * value
-    return float(value)
+
+def is_symbol(value: float) -> bool:
+    """Whether torch.compile has a symbol for the number: one that is asked nothing about serves all values."""
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes sympy along
+
+    # No constant is this number, a symbol might be. It is written here, as of a global one there would be a symbol too.
+    return not statically_known_true(value != 1.2345e30)
 
 
 def constant(value: float) -> float:

@@ -18,7 +18,7 @@ if HAS_TRITON:
     from fastfuse.kernels.lora import lora_down_kernel, lora_grad_kernel, lora_up_kernel
 
 
-def keep_mask(seed: Tensor, p: float, M: int, C: int) -> Tensor:
+def keep_mask(seed: Tensor, p: float | Tensor, M: int, C: int) -> Tensor:
     """Which elements of [M, C] dropout keeps, as the kernels draw them: Philox-4x32-10 (Salmon et al., 2011).
 
     The counter (column // 4, row, 0, 0) under the key `seed` (one int64) gives the words of four neighbours.
@@ -37,12 +37,14 @@ def keep_mask(seed: Tensor, p: float, M: int, C: int) -> Tensor:
     return (words >> 1) >= threshold(p)
 
 
-def threshold(p: float) -> int:
+def threshold(p: float | Tensor) -> int | Tensor:
     """What the upper 31 bits of a word must reach for its element to be kept."""
+    if isinstance(p, Tensor):
+        return (p * 2**31).round().clamp(max=2**31 - 1).long()
     return min(round(p * 2**31), 2**31 - 1)
 
 
-def drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def drop(x: Tensor, seed: Tensor | None, p: float | Tensor) -> Tensor:
     """x with the elements that dropout drops set to 0; the division by 1 - p is in the caller's scaling."""
     return x if seed is None else x.masked_fill(~keep_mask(seed, p, *x.shape), 0)
 

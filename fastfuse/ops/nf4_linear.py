@@ -31,7 +31,7 @@ from fastfuse.ops._linear_group import (
     to_kernel,
     weight_of,
 )
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, number, route, rows
+from fastfuse.ops._op import HAS_TRITON, Cost, is_symbol, kernel_dtype, nbytes, number, route, rows
 from fastfuse.ops.lora_row_norms import lora_row_norms, lora_row_norms_ref
 from fastfuse.ops.low_rank import drop, lora_up
 from fastfuse.ops.nf4_dequantize import DTYPES, nf4_dequantize_ref
@@ -139,6 +139,8 @@ def _check_adapter(op: str, lora_a, lora_b) -> None:
 def _public(op: str, x, projections: list[Projection], dropout_p: float, training: bool, backend: str | None) -> list[Tensor]:
     if not training:
         dropout_p = 0.0  # torch.compile makes a symbol of the argument, and starts over, as soon as anything reads it
+    elif is_symbol(dropout_p):
+        return _with_symbolic_dropout(op, x, projections, dropout_p, backend)
     x, projections, seeds, chosen = prepare(op, x, projections, dropout_p, backend)
     if chosen == "reference":
         return [
@@ -148,6 +150,27 @@ def _public(op: str, x, projections: list[Projection], dropout_p: float, trainin
             for i, p in enumerate(projections)
         ]
     return list(linear(linear_args(op, x, projections, seeds, dropout_p, chosen == "interpreter"))[: len(projections)])
+
+
+def _with_symbolic_dropout(op: str, x, projections: list[Projection], dropout_p: float, backend: str | None) -> list[Tensor]:
+    """Under torch.compile, with a probability that changes from call to call: kernels take a number, so the low-rank half is the compiler's own."""
+    x, projections, _, chosen = prepare(op, x, projections, 0.0, backend)
+    p, outs = torch.ones((), dtype=torch.float64, device=x.device) * dropout_p, []
+    kept = torch.where(p < 1, 1 / (1 - p), 0).float()
+    for q in projections:
+        if chosen == "reference":
+            z = nf4_linear_ref(x, q.weight)
+        else:
+            z = linear(linear_args(op, x, [Projection(q.weight, None, None, 1.0)], None, 0.0, chosen == "interpreter"))[0]
+        if q.lora_a is not None:
+            seed = torch.randint(2**62, (), device=x.device)
+            dtype = torch.promote_types(torch.promote_types(x.dtype, q.lora_a.dtype), q.lora_b.dtype)
+            x2 = drop(x.reshape(-1, x.shape[-1]), seed, p).view(x.shape)
+            z = add_delta(z, F.linear(x2.to(dtype), q.lora_a.to(dtype)), q.lora_b, q.scaling * kept)
+        factor = None if q.magnitude is None else factor_of(q.magnitude, q.norms)
+        bias = None if q.bias is None else q.bias.to(x.dtype)
+        outs.append(scaled(z, factor, bias) if factor is not None else z if bias is None else z + bias)
+    return outs
 
 
 def prepare(op: str, x, projections: list[Projection], dropout_p: float, backend: str | None):
