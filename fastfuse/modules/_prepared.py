@@ -32,13 +32,13 @@ _SHAPES = 64  # of x, that a layer keeps a plan for
 
 
 class Watch:
-    """What must be as it was: entries of dicts (those of modules' attributes, mostly) the same objects, containers empty, classes' forwards the same."""
+    """What must be as it was: entries of dicts (those of modules' attributes, mostly) the same objects, containers empty, children's classes and their forwards."""
 
     def __init__(self):
         self.holders: list[dict] = []
         self.keys: list[str] = []
         self.empty: list = list(_GLOBAL_HOOKS)
-        self.forwards: list[tuple[type, Callable]] = []
+        self.children: list[tuple[nn.Module, type, Callable]] = []
 
     def same(self, holder: dict, *keys: str) -> None:
         self.holders += [holder] * len(keys)
@@ -49,7 +49,7 @@ class Watch:
         state = module.__dict__
         self.same(state, "forward", "_hf_hook", "_old_forward", *_HOOKS)
         self.empty += [state[name] for name in _HOOKS]
-        self.forwards.append((type(module), type(module).forward))
+        self.children.append((module, type(module), type(module).forward))
         if (hook := state.get("_hf_hook")) is not None:
             self.same(hook.__dict__, "offload", "io_same_device")
 
@@ -58,7 +58,13 @@ def is_special() -> bool:
     """Whether calls go another way for now: nothing that ordinary ones would do is learned from them."""
     if torch.compiler.is_compiling() or _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed:
         return True
-    return bool(_C._is_any_autocast_enabled() or _C._len_torch_dispatch_stack() or _C._len_torch_function_stack())
+    watched = _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._autograd._profiler_enabled()
+    return bool(watched or _C._is_any_autocast_enabled())
+
+
+def is_due(calls: int) -> bool:
+    """Whether to prepare after this many calls that went the whole way since a prepared one served: the first, 2nd, 4th ... 32nd, and every 32nd then."""
+    return calls & min(calls - 1, 31) == 0
 
 
 def read_torchao(parameters: dict[str, Tensor | None], view: NF4View) -> Callable[[], NF4Weight | None]:
@@ -104,29 +110,26 @@ class PreparedLinear:
     ):
         """weight: the weight's tensors, read anew; None where it is another one.  factor: (weight, x) -> what DoRA multiplies by, made at every call.
         active: a module's __dict__, and what its _active_adapter must be equal to: it may be a list, which can be changed in place."""
-        self.watch, self.weight, self.factor, self.active = watch, weight, factor, active
+        self.weight, self.factor, self.active = weight, factor, active
         self.holders, self.keys, self.values = watch.holders, watch.keys, [*map(dict.get, watch.holders, watch.keys)]
-        self.empty, self.forwards = watch.empty, watch.forwards
+        self.empty, self.children = watch.empty, watch.children
         self.a, self.b, self.bias, self.scaling = a, b, bias, scaling
         self.N, self.K = view.shape
         self.R, self.layout = 0 if a is None else a.shape[0], Layout.of(view)
         self.dtype, self.device, self.autocast = x.dtype, x.device, x.device.type
         self.by_launch = x.device.type == "cuda"
         with _C.DisableTorchFunctionSubclass():
-            args = self.args(x, weight())
-        tensors, self.constants = leaves(args)
-        self.kinds, self.types, self.devices = self._kinds(tensors[1:])
-        self.covered = all(t.is_contiguous() for t in tensors[1:])
+            held = weight()
+        tensors = [held.packed, held.code, *held.scales, *(t for t in (a, b, bias) if t is not None)]
+        self.kinds, self.types, self.devices = [*map(_kind, tensors)], [*map(type, tensors)], [*map(Tensor.get_device, tensors)]
+        ones = None if factor is None else torch.empty(self.N, dtype=torch.float32, device="meta")
+        self.constants, self.keeping = (leaves(self.args(x, held, ones, keep))[1] for keep in (False, True))
         self.plans: dict[tuple, Callable] = {}
+        self.served = False
 
-    def args(self, x: Tensor, weight: NF4Weight) -> LinearArgs:
-        factor = None if self.factor is None else self.factor(weight, x)
+    def args(self, x: Tensor, weight: NF4Weight, factor: Tensor | None, keep: bool) -> LinearArgs:
         operand = _new(Operand, (weight, self.a, self.b, factor, self.bias, None, None, self.N, self.R, self.scaling))
-        return _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, False, False))
-
-    @staticmethod
-    def _kinds(tensors: list[Tensor]) -> tuple[list, list, list]:
-        return [*map(_kind, tensors)], [*map(type, tensors)], [*map(Tensor.get_device, tensors)]
+        return _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, keep, False))
 
     def __call__(self, x: Tensor = None, *args, **kwargs) -> Tensor | None:
         # Whoever looks on is asked for before x is touched: a mode of functions would see that.
@@ -136,34 +139,26 @@ class PreparedLinear:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed or torch.compiler._is_compiling_flag:
             return None
-        if (
-            args
-            or kwargs
-            or type(x) is not Tensor
-            or x.dtype is not self.dtype
-            or x.device != self.device
-            or not all(map(is_, map(dict.get, self.holders, self.keys), self.values))
-        ):
+        if args or kwargs or type(x) is not Tensor or x.dtype is not self.dtype or x.device != self.device:
+            return None
+        if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)):
             return None
         if self.active is not None and self.active[0]["_active_adapter"] != self.active[1]:
             return None
-        for kind, forward in self.forwards:
-            if kind.forward is not forward:
+        for child, kind, forward in self.children:
+            if type(child) is not kind or kind.forward is not forward:
                 return None
         shape = x.shape
-        if shape[-1:] != (self.K,):
+        if shape[-1:] != (self.K,) or (self.factor is not None and len(shape) == 1):  # PEFT's DoRA gives a vector another dimension
             return None
         with _C.DisableTorchFunctionSubclass():
             weight = self.weight()
         if weight is None:
             return None
         a, b, bias = self.a, self.b, self.bias
-        args = self.args(x, weight) if self.factor is not None else None
         tensors = [weight.packed, weight.code, *weight.scales]
         if a is not None:
             tensors += (a, b)
-        if args is not None:
-            tensors += (args.operands[0].factor,)
         if bias is not None:
             tensors += (bias,)
         if [*map(_kind, tensors)] != self.kinds or [*map(type, tensors)] != self.types or [*map(Tensor.get_device, tensors)] != self.devices:
@@ -172,45 +167,50 @@ class PreparedLinear:
         unlike = map(not_, map(Tensor.is_contiguous, tensors)), map(Tensor.is_neg, tensors), map(Tensor._is_zerotensor, tensors)
         if any(chain(self.empty, *unlike, map(_misaligned, map(Tensor.data_ptr, tensors)))):
             return None
-        if args is None:
-            operand = _new(Operand, (weight, a, b, None, bias, None, None, self.N, self.R, self.scaling))
-            args = _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, False, False))
+        if self.by_launch and self.device.index not in (None, _C._cuda_getDevice()):
+            return None
+        factor, keep, constants = None, False, self.constants
+        if self.factor is not None:
+            factor = self.factor(weight, x)
+            if factor.dtype is not torch.float32 or factor.shape != (self.N,):
+                return None
+            tensors.insert(len(tensors) - (bias is not None), factor)
+            if factor.requires_grad:
+                keep, constants = True, self.keeping
+        operand = _new(Operand, (weight, a, b, factor, bias, None, None, self.N, self.R, self.scaling))
+        args = _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, keep, False))
         plan = linear.cpu
         if self.by_launch:
-            if self.device.index not in (None, _C._cuda_getDevice()):
-                return None
             try:
-                plan = self.plans[shape]
+                plan = self.plans[shape, keep]
             except KeyError:
                 if len(self.plans) >= _SHAPES:
                     self.plans.clear()
-                plan = self.plans[shape] = linear.launch.planned((args,), tensors, self.constants)
+                plan = self.plans[shape, keep] = linear.launch.planned((args,), tensors, constants)
+        self.served = True
         if torch.is_grad_enabled():
-            for t in (x, a, b, bias):
+            for t in (x, a, b, bias, factor):
                 if t is not None and t.requires_grad:
-                    return None if self.factor is not None else linear.differentiable(plan, args, tensors, self.constants)[0]
+                    return linear.differentiable(plan, args, tensors, constants)[0]
         return plan(args)[0]
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a module prepares its own."""
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 class Prepares:
     """A module of fastfuse's over an NF4Tensor that keeps its next call."""
 
     _prepared: PreparedLinear | None = None
-    _unprepared = 0
+    _unprepared = 0  # calls that went the whole way since a prepared one served
+
+    def __getstate__(self) -> dict:
+        """Without what is prepared: it would serve a copy with what the module itself holds."""
+        return {name: held for name, held in self.__dict__.items() if name != "_prepared"}
 
     def _prepare(self, x: Tensor, scaling: float = 1.0, factor: Callable[[NF4Weight, Tensor], Tensor] | None = None, children: tuple[str, ...] = ()) -> None:
-        """After a fused call. children: what the forward reads in place of calling it: lora_a, lora_b and the like. What cannot be prepared is tried
-        again after 1, 2, 4, 8 ... calls."""
+        """After a fused call. children: what the forward reads in place of calling it: lora_a, lora_b and the like."""
         if is_special() or type(x) is not Tensor or x.is_meta or _op.route("nf4_linear", x, None) != "op":
             return
-        self._unprepared += 1
-        if self._unprepared & (self._unprepared - 1):
+        self._unprepared = 1 if self._prepared is not None and self._prepared.served else self._unprepared + 1
+        if not is_due(self._unprepared):
             return
         watch, state, parameters, view = Watch(), self.__dict__, self._parameters, NF4View.of(self.weight)
         watch.same(parameters, "bias")
@@ -223,4 +223,3 @@ class Prepares:
             watch.same(child._parameters, "weight", "bias")
         a, b = (self.lora_a.weight, self.lora_b.weight) if children else (None, None)
         state["_prepared"] = PreparedLinear(watch, x, view, read_torchao(parameters, view), a, b, scaling, parameters["bias"], factor)
-        self._unprepared = 0

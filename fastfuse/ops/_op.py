@@ -162,6 +162,8 @@ def _lead(x: Tensor | Sequence[Tensor]) -> Tensor:
 def number(value: float, like: Tensor) -> float | Tensor:
     """A number as ops take it. torch.compile has symbols for floats that change from call to call; a custom op would make a constant of one, and a graph of its
     own for every value. So a symbol becomes a tensor, by a product: of the ways to do so the one that keeps it a symbol."""
+    if isinstance(value, Tensor):  # it has been here
+        return value
     return torch.ones((), dtype=torch.float32, device=like.device) * value if is_symbol(value) else float(value)
 
 

@@ -56,7 +56,7 @@ def _check(weight, lora_a, lora_b, scaling, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected [N, K]")
     if (lora_a is None) != (lora_b is None):
         raise ValueError(f"{op}: lora_{'a' if lora_a is None else 'b'} is None while the other is given: an adapter has both")
-    if not isinstance(scaling, (int, float)):
+    if not isinstance(scaling, (int, float)) and not torch.compiler.is_dynamo_compiling():
         raise TypeError(f"{op}: scaling is a {type(scaling).__name__}, not a number")
     if lora_a is None:
         return

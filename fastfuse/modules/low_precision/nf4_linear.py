@@ -21,7 +21,7 @@ class KeepsNF4(Prepares, nn.Module):
             twin = type(self.weight).__tensor_unflatten__(parts, context, self.weight.shape, self.weight.stride())
             memo[id(self.weight)] = nn.Parameter(twin, requires_grad=self.weight.requires_grad)
         twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
-from fastfuse.modules._prepared import is_special
+from fastfuse.modules._prepared import PreparedLinear, is_due, is_special
 from fastfuse.ops import EncoderMask, cross_attention
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 from fastfuse.ops.cross_attention import uncovered
@@ -120,7 +120,7 @@ class Host:
     covers: str = ""
     native: bool = False
     as_called: bool = False
-    prepare: Callable[[nn.Module, dict[str, Any], Options], Callable | None] | None = None
+    prepare: Callable[[nn.Module, dict[str, Any], Options], PreparedLinear | None] | None = None
     _forwards: dict[type, Callable] = field(init=False, repr=False, default_factory=dict)
 
     def bound(self, module: nn.Module) -> MethodType:
@@ -222,15 +222,14 @@ class Record:
     names: Names
     module: nn.Module  # the one that keeps this
     fallbacks: collections.Counter = field(default_factory=collections.Counter)
-    prepared: Callable | None = None  # (arguments as called) -> the result, or None: see modules/_prepared.py
-    unprepared: int = 0  # calls since the last one was prepared
+    prepared: PreparedLinear | None = None
+    unprepared: int = 0  # fused calls that went the whole way since a prepared one served
 
     def prepare(self, host: "Host", module: nn.Module, given: dict[str, Any]) -> None:
-        """After a call that was fused. What cannot be prepared is tried again after 1, 2, 4, 8 ... calls."""
-        self.unprepared += 1
-        if self.unprepared & (self.unprepared - 1) == 0:
+        """After a call that was fused."""
+        self.unprepared = 1 if self.prepared is not None and self.prepared.served else self.unprepared + 1
+        if is_due(self.unprepared):
             self.prepared = host.prepare(module, given, self.options)
-            self.unprepared = 0 if self.prepared is not None else self.unprepared
 
     def __deepcopy__(self, memo) -> "Record":
         return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names, copy.deepcopy(self.module, memo))
@@ -272,6 +271,8 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
         if host.prepare is not None and not is_special():
             record.prepare(host, self, given)
         return out
+    if out.code == "MERGED":  # what is prepared holds the scales of the weight before: an eighth of its bytes
+        record.prepared, record.unprepared = None, 0
     fell_back(self, record, out)
     if host.fallback is not None and type(read) is not Reason:
         return host.fallback(self, read, record.options)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.modules._prepared import PreparedLinear
 from fastfuse.ops._op import route
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, autocast_dtype, on_device, plain_tensors, whole_in_calls
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
@@ -45,12 +45,7 @@ def nf4_host(
 
     def prepare(module: nn.Module, given: dict[str, Any], options: Options) -> PreparedLinear | None:
         tensor = given[x]
-        if (
-            options.backend == "torch"
-            or type(tensor) is not Tensor
-            or route("nf4_linear", tensor, options.named()) != "op"
-            or autocast_dtype(tensor) is not None
-        ):
+        if type(tensor) is not Tensor or tensor.is_meta or route("nf4_linear", tensor, options.named()) != "op":
             return None
         found = read(module)
         return None if type(found) is Reason else watched(module, tensor, found)

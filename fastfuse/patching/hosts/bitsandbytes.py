@@ -62,7 +62,9 @@ def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callab
     """Watches what the layer's own product depends on beside its weight; how to read the weight, None where its tensors are not the layer's own."""
     state = getattr(module.weight, "quant_state", None)
     _, code, scales = view.tensors()
-    if state is None or compute_dtype(module, x) != x.dtype or view.scales[0] is not state.absmax:
+    if state is None or compute_dtype(module, x) != x.dtype:
+        return None
+    if view.scales[0] is not state.absmax or (state.nested and view.scales[3] is not state.offset):  # 16-bit ones are copied to fp32
         return None
     parameters, kind = module._parameters, type(module.weight)
     watch.same(parameters, "bias")

@@ -216,6 +216,7 @@ class _PreparedAttention:
         self.flags, self.kinds = given.get("output_attentions"), self._kinds(given)
         self.holders, self.keys = [module.__dict__] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
         self.values = [*map(dict.get, self.holders, self.keys)]
+        self.served = False
 
     @staticmethod
     def _kinds(given: dict[str, Any]) -> tuple:
@@ -237,6 +238,7 @@ class _PreparedAttention:
             return None
         if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or torch.is_autocast_enabled(self.kinds[2].type):
             return None
+        self.served = True
         return _attend(self.module, given, self.masked_rows, self.backend)
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -141,7 +141,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
 def _prepared(self: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
     """One adapter without dropout; several, and scalings that are tensors, go the whole way."""
     names, base = _active(self), self.base_layer
-    if len(names) != 1 or isinstance(self.scaling[name := names[0]], Tensor) or _dropout(self, name) > 0:
+    if len(names) != 1 or self.active_adapters != names or isinstance(self.scaling[name := names[0]], Tensor) or _dropout(self, name) > 0:
         return None
     a, b, dropout, variant = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.lora_variant.get(name)
     if b.bias is not None:  # its product with the scaling, and the sum with the base's, are made at every call
