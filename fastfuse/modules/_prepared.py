@@ -47,7 +47,7 @@ class Watch:
     def child(self, module: nn.Module) -> None:
         """A module that is read and not called: nothing may run when it is."""
         state = module.__dict__
-        self.same(state, "forward", "_hf_hook", "_old_forward", *_HOOKS)
+        self.same(state, "_parameters", "_modules", "forward", "_hf_hook", "_old_forward", *_HOOKS)
         self.empty += [state[name] for name in _HOOKS]
         self.children.append((module, type(module), type(module).forward))
         if (hook := state.get("_hf_hook")) is not None:

@@ -10,6 +10,7 @@ from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import Operand
 from fastfuse.ops import _nf4_cpu
+from fastfuse.ops._device_checks import assert_on_device
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._linear_group import (
@@ -156,6 +157,7 @@ def _with_symbolic_dropout(op: str, x, projections: list[Projection], dropout_p:
     """Under torch.compile, with a probability that changes from call to call: kernels take a number, so the low-rank half is the compiler's own."""
     x, projections, _, chosen = prepare(op, x, projections, 0.0, backend)
     p, outs = torch.ones((), dtype=torch.float64, device=x.device) * dropout_p, []
+    assert_on_device((p >= 0) & (p <= 1), f"{op}: dropout_p is not a number from 0 to 1")
     kept = torch.where(p < 1, 1 / (1 - p), 0).float()
     for q in projections:
         if chosen == "reference":
