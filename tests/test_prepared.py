@@ -312,3 +312,12 @@ def test_unpatch_and_patch_again():
     fastfuse.patch(model)
     layer(x)
     assert torch.equal(layer(x), want) and served(layer, x)
+
+
+def test_a_prepared_dora_layer_saves_no_more_than_the_whole_way():
+    layer, x, seen = LAYERS["DoRA"](), weights(5, 128), []
+    for _ in range(2):  # the second call is prepared
+        seen.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen[-1].append(t.shape) or t, lambda t: t):
+            layer(x)
+    assert served(layer, x) and seen[0] == seen[1] != []

@@ -8,7 +8,7 @@ from weights import quantize, random_weight
 
 import fastfuse
 from fastfuse.modules.peft import LoRALinear
-from fastfuse.ops import nf4_lora_linear
+from fastfuse.ops import nf4_lora_linear, nf4_lora_linears, nf4_swiglu_mlp
 from fastfuse.quant import NF4View
 
 
@@ -81,3 +81,22 @@ def test_dropout_probability(dynamic, graphs, backend):
         (gradient,) = torch.autograd.grad(y.sum(), b)
         torch.testing.assert_close(gradient[:, :64].diagonal(), (kept * x[:, :64]).sum(0) * 2 / (1 - p), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == graphs
+
+
+def test_groups_compile_with_symbols_for_sizes():
+    weights = [NF4View.of(quantize(random_weight(64, 128), "nested")) for _ in range(2)]
+    layers = [(w, torch.randn(8, 128), torch.randn(64, 8), 2.0) for w in weights]
+    compiled, counter = counted(lambda x: nf4_lora_linears(x, layers), "aot_eager", True)
+    for tokens in (3, 9):
+        x = torch.randn(tokens, 128)
+        torch.testing.assert_close(compiled(x), nf4_lora_linears(x, layers))
+    assert counter.frame_count == 1
+
+
+def test_dropout_inside_of_an_mlp_compiles():
+    """A graph for each probability, there."""
+    sizes = (128, 64), (128, 64), (64, 128)
+    layers = [(NF4View.of(quantize(random_weight(n, k), "nested")), torch.randn(8, k), torch.randn(n, 8), 2.0) for n, k in sizes]
+    compiled, _ = counted(lambda x, p: nf4_swiglu_mlp(x, *layers, dropout_p=p, training=True), "aot_eager", None)
+    for p in (0.1, 0.3, 0.5):
+        assert compiled(torch.randn(3, 64), p).isfinite().all()

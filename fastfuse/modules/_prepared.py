@@ -86,7 +86,8 @@ def dora_factor(magnitude: Tensor, a: Tensor, b: Tensor, scaling: float, view: N
     layout, shape = Layout.of(view), view.shape
 
     def factor(weight: NF4Weight, x: Tensor) -> Tensor:
-        norms = row_norms(RowNormsArgs(weight, layout, shape, x.dtype, a, b, scaling, False))[0]
+        # no gradient flows through the norm, and autograd would keep W + scaling B A of it
+        norms = row_norms(RowNormsArgs(weight, layout, shape, x.dtype, a.detach(), b.detach(), scaling, False))[0]
         return factor_of(magnitude, norms)
 
     return factor

@@ -56,7 +56,8 @@ def linear_args(op: str, x: Tensor, projections: list[Projection], seeds: Tensor
         layout = Layout.of(first)
         for p in projections[1:]:
             w = p.weight
-            if (w.layout, w.dtype, w.scale_block) != (first.layout, first.dtype, first.scale_block):
+            alike = w.block_size == first.block_size and len(w.scales) == len(first.scales)
+            if not alike or w.dtype != first.dtype or w.scale_block != first.scale_block:
                 one, other = (f"{v.layout} (scales by {v.scale_block}), {v.dtype}" for v in (first, w))
                 raise ValueError(f"{op}: one weight is {one}, another {other}: a group is stored alike")
     has_a, has_factor, has_bias = (any(getattr(p, name) is not None for p in projections) for name in ("lora_a", "magnitude", "bias"))

@@ -12,7 +12,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._linear_group import LinearArgs, Projection, linear_args, subset
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype
+from fastfuse.ops._op import HAS_TRITON, Cost, constant, kernel_dtype
 from fastfuse.ops.nf4_linear import linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, prepare, projection_of
 from fastfuse.ops.nf4_linear_dx import gradients
 from fastfuse.quant.nf4 import NF4View
@@ -47,8 +47,7 @@ def nf4_swiglu_mlp(
     if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
         shapes = ", ".join(str(tuple(p.weight.shape)) for p in (gate, up, down))
         raise ValueError(f"{op}: gate, up and down are {shapes}, expected [H, K], [H, K] and [N, H]")
-    if not training:
-        dropout_p = 0.0
+    dropout_p = constant(dropout_p) if training and isinstance(dropout_p, (int, float)) else dropout_p if training else 0.0
     cast, (gate, up), seeds, chosen = prepare(op, x, [gate, up], dropout_p, backend)
     _, (down,), seed, _ = prepare(op, cast.new_empty((0, down.weight.shape[1])), [down], dropout_p, backend)
     if seeds is not None or seed is not None:
