@@ -36,6 +36,22 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """Of every call in which a layer's prepared one was asked, whether that served it."""
+    from fastfuse.modules._prepared import PreparedLinear
+
+    asked, call = [], PreparedLinear.__call__
+
+    def counted(self, *args, **kwargs):
+        out = call(self, *args, **kwargs)
+        asked.append(out is not None)
+        return out
+
+    monkeypatch.setattr(PreparedLinear, "__call__", counted)
+    return asked
+
+
 def pytest_collection_modifyitems(items):
     if not GPU:
         skip = pytest.mark.skip(reason="no GPU: not measured, not run")

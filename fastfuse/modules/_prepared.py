@@ -140,7 +140,7 @@ class PreparedLinear:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed or torch.compiler._is_compiling_flag:
             return None
-        if args or kwargs or type(x) is not Tensor or x.dtype is not self.dtype or x.device != self.device:
+        if args or kwargs or type(x) is not Tensor or x.is_nested or x.dtype is not self.dtype or x.device != self.device:
             return None
         if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)):
             return None

@@ -1,0 +1,360 @@
+"""Prepared calls of linear layers: who looks on, what they are given, copies, wrappers, and what they keep in memory."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from prepared_layers import (
+    LAYERS,
+    P,
+    children,
+    forget,
+    other_base,
+    patched,
+    plan_of,
+    prepared,
+    results,
+    same,
+    served,
+    weights,
+)
+from qlora import HOSTS, lora, quantized
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import fastfuse
+from fastfuse import tune
+from fastfuse.modules._prepared import PreparedLinear
+from fastfuse.ops.lora_row_norms import row_norms
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastfuse. .* runs its own forward", "ignore:Unmerge lora module", "ignore:Merge lora module")
+
+
+class Modes(TorchDispatchMode):
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": Modes,
+    "function mode": Functions,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "backend": lambda: fastfuse.backend("torch"),
+    "pin": lambda: tune.pin("nf4_linear", None),
+    "profiler": lambda: torch.autograd.profiler.profile(),
+    "forward mode": forward_ad.dual_level,
+}
+ALL_KINDS = ["PEFT over bitsandbytes", "bare torchao", "LoRALinear", "DoRALinear", "FrozenNF4Linear"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("around", AROUND)
+def test_whoever_looks_on_sees_the_call(around, kind, taken):
+    x = weights(3, 128)
+    layer = prepared(LAYERS[kind](), x)
+    want, plan = layer(x), plan_of(layer)
+    del taken[:]
+    with AROUND[around]():
+        if around != "forward mode" or kind not in ("LoRALinear", "DoRALinear", "FrozenNF4Linear"):
+            got = layer(x)
+            assert type(got) is torch.Tensor or around == "fake tensors"
+            assert got.shape == want.shape and (around != "dispatch mode" or torch.equal(got, want))
+        else:
+            with pytest.raises(fastfuse.Unsupported, match="forward-mode"):
+                layer(x)
+    assert taken == [False] and plan_of(layer) is plan
+    assert torch.equal(layer(x), want) and taken == [False, True]
+
+
+def outcome(f, *args):
+    """What a function gives, or the error that it raises."""
+    try:
+        return f(*args)
+    except (RuntimeError, ValueError, NotImplementedError, IndexError, AttributeError, TypeError) as error:
+        return type(error), str(error)[:60]
+
+
+def same_outcome(got, want) -> bool:
+    if isinstance(got, tuple) or isinstance(want, tuple):
+        return got == want
+    return type(got) is type(want) and (got.dtype, got.shape) == (want.dtype, want.shape) and (got.is_meta or torch.equal(got, want))
+
+
+TRANSFORMS = {
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x[None]),
+    "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).square().sum())(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,))[0],
+    "functional_call": lambda layer, x: torch.func.functional_call(layer, {n: 2 * p for n, p in layer.named_parameters() if "lora_" in n}, (x,)),
+    "trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+    "make_fx": lambda layer, x: make_fx(layer)(x)(x),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["PEFT over bitsandbytes", "bare torchao", "LoRALinear"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_and_tracing_see_the_call(name, kind, taken):
+    layer, x = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128)
+    before = layer(x)
+    del taken[:]
+    got = outcome(TRANSFORMS[name], layer, x)
+    assert taken[0] is (name == "functional_call" and kind == "bare torchao")  # of which nothing was replaced
+    forget(layer)
+    assert same_outcome(got, outcome(TRANSFORMS[name], layer, x))
+    assert torch.equal(layer(x), before)
+
+
+def made_in_inference_mode(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+INPUTS = {
+    "another dtype": lambda x: x.half(),
+    "strided": lambda x: torch.stack([x, x], -1).flatten(1)[:, ::2],
+    "expanded": lambda x: x[:1].expand(3, 128),
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(3, 128),
+    "negative view": lambda x: torch._neg_view(-x),
+    "a Parameter": lambda x: P(x),
+    "a subclass": lambda x: x.as_subclass(type("Mine", (torch.Tensor,), {})),
+    "empty": lambda x: x[:0],
+    "a vector": lambda x: x[0],
+    "a number": lambda x: x[0, 0],
+    "narrower": lambda x: x[:, :64],
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:1]]),
+    "on meta": lambda x: x.to("meta"),
+    "of inference mode": made_in_inference_mode,
+    "none": lambda x: None,
+}
+SERVED = ("empty", "a vector", "of inference mode")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*ALL_KINDS, "DoRA"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_another_kind(name, kind, taken):
+    layer, x, usual = prepared(LAYERS[kind](), weights(3, 128)), INPUTS[name](weights(3, 128)), weights(3, 128)
+    want = layer(usual)
+    del taken[:]
+    got = outcome(layer, x)
+    assert taken == [name in SERVED and (name != "a vector" or "DoRA" not in kind)]
+    forget(layer)
+    assert same_outcome(got, outcome(layer, x))
+    assert torch.equal(layer(usual), want)
+    layer(usual)
+    assert served(layer, usual)
+
+
+def test_by_name_and_with_more(taken):
+    layer, x = prepared(LAYERS["PEFT over bitsandbytes"](), weights(3, 128)), weights(3, 128)
+    want = layer(x)
+    assert torch.equal(layer(x=x), want) and taken == [True, True]
+    with pytest.raises(TypeError, match="unknown"):
+        layer(x, unknown=1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_copies_carry_no_plan(kind):
+    layer, x = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128)
+    twins = [copy.deepcopy(layer)]
+    if "_fastfuse" not in layer.__dict__:
+        twins += [copy.copy(layer), pickle.loads(pickle.dumps(layer))]
+    for twin in twins:
+        assert plan_of(twin) is None and torch.equal(twin(x), layer(x))
+        twin(x)
+        assert served(twin, x) and plan_of(twin) is not plan_of(layer)
+
+
+@pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear"])
+def test_a_shallow_copy_changed(kind):
+    layer, x = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128)
+    twin, want = copy.copy(layer), layer(x)
+    twin(x)
+    twin.disabled = True
+    assert not torch.equal(twin(x), want) and torch.equal(layer(x), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled_first", [False, True])
+@pytest.mark.parametrize("kind", ["PEFT over bitsandbytes", "LoRALinear"])
+def test_compile_does_not_see_it(kind, compiled_first, taken):
+    torch.compiler.reset()
+    layer, x = LAYERS[kind](), weights(3, 128)
+    if not compiled_first:
+        prepared(layer, x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = compiled(x)
+    assert (plan_of(layer) is None) == compiled_first and taken == []
+    want = prepared(layer, x)(x)
+    torch.testing.assert_close(got, want)
+    del taken[:]
+    assert torch.equal(compiled(x), got) and taken == []
+    assert torch.equal(layer(x), want) and taken == [True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["PEFT over bitsandbytes", "bare torchao", "DoRA", "LoRALinear", "DoRALinear"])
+def test_checkpointing_recomputes_by_the_plan(kind, reentrant, taken):
+    """The first forward goes the whole way, its recomputation does not: both must save the same."""
+    layer, x = LAYERS[kind](), weights(3, 128)
+    want = results(layer, x)
+    forget(layer)
+    for asked in ([True], [True, True]):
+        del taken[:]
+        t = x.clone().requires_grad_()
+        with set_checkpoint_early_stop(False):  # else the recomputed call does not come back
+            y = checkpoint(layer, t, use_reentrant=reentrant)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        grads = [p.grad for p in layer.parameters() if p.requires_grad and type(p).__name__ != "NF4Tensor"]
+        assert same([y.detach(), t.grad, *grads], want) and taken == asked
+        layer.zero_grad()
+
+
+@torch.no_grad()
+def test_threads_and_inference_mode():
+    layer, x, got = prepared(LAYERS["PEFT over torchao"](), weights(3, 128)), weights(3, 128), []
+    want = layer(x)
+    threads = [threading.Thread(target=lambda: got.extend(layer(x) for _ in range(20))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.inference_mode():
+        assert served(layer, x)
+        got.append(layer(x))
+    assert len(got) == 41 and all(torch.equal(y, want) for y in got)
+
+
+@pytest.mark.parametrize("units", ["the model", "each layer"])
+def test_fsdp2(units, taken):
+    """Whole parameters come and go: those of the next step are the optimizer's."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model, x = lora("bitsandbytes"), weights(3, 128)
+        layers = [model.base_model.model.up, model.base_model.model.down]
+        twin = copy.deepcopy(model)
+        fastfuse.patch(model)
+        fastfuse.patch(twin)
+        for unit in [*(layers if units == "each layer" else []), model]:
+            fully_shard(unit, mesh=init_device_mesh("cpu", (1,)), ignored_params={layer.base_layer.weight for layer in layers})
+        optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (model, twin)]
+        for _ in range(4):
+            outs = []
+            for m, optimizer in zip((model, twin), optimizers, strict=True):
+                out = m(x)
+                out.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                outs.append(out.detach())
+            for name in ("up", "down"):  # the twin always goes the whole way
+                forget(getattr(twin.base_model.model, name))
+            assert torch.equal(*outs)
+        assert taken == [True] * 6 and fastfuse.status(model).fallbacks == {}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_accelerate_s_hooks_that_only_align():
+    layer, x = prepared(LAYERS["PEFT over bitsandbytes"](), weights(3, 128)), weights(3, 128)
+    want = layer(x)
+    for child in children(layer).values():
+        add_hook_to_module(child, AlignDevicesHook(execution_device="cpu"))
+    assert not served(layer, x) and torch.equal(layer(x), want)
+    layer(x)
+    assert served(layer, x)
+    layer.base_layer._hf_hook.io_same_device = True
+    assert not served(layer, x) and torch.equal(layer(x), want)
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))  # around the patched forward
+    assert torch.equal(layer(x), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_old_base_weight_is_let_go(host):
+    layer, gone = prepared(patched(lora(host)), weights(3, 128)), []
+    base = layer.base_layer
+    codes = base.weight.quantized_data if host == "torchao" else base.weight.data
+    weakref.finalize(codes.untyped_storage(), gone.append, 1)
+    del codes
+    base.weight = other_base(host) if host == "bitsandbytes" else P(other_base(host), requires_grad=False)
+    gc.collect()
+    assert gone == [1] and plan_of(layer) is not None
+
+
+@torch.no_grad()
+def test_a_merged_layer_keeps_nothing_of_the_old_weight():
+    layer, gone = prepared(patched(lora("bitsandbytes")), weights(3, 128)), []
+    for t in (layer.base_layer.weight.data, layer.base_layer.weight.quant_state.absmax):
+        weakref.finalize(t.untyped_storage(), gone.append, 1)
+    del t
+    layer.merge()
+    layer(weights(3, 128))
+    gc.collect()
+    assert gone == [1, 1] and plan_of(layer) is None
+
+
+def test_unpatch_and_patch_again():
+    model, x = quantized("bitsandbytes"), weights(3, 128)
+    layer = prepared(patched(model), x)
+    want, plan = layer(x), weakref.ref(plan_of(layer))
+    fastfuse.unpatch(model)
+    gc.collect()
+    assert plan() is None and "_fastfuse" not in layer.__dict__
+    fastfuse.patch(model)
+    layer(x)
+    assert torch.equal(layer(x), want) and served(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "DoRALinear"])
+def test_dora_s_norms_are_computed_once_a_call(kind, monkeypatch):
+    layer, x, calls, cpu = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128), [], row_norms.cpu
+    monkeypatch.setattr(row_norms, "cpu", lambda args: (calls.append(args), cpu(args))[1])
+    for grad in (False, False, True, True):
+        results(layer, x, grad)
+    assert len(calls) == 4
+
+
+def test_what_never_serves_is_seldom_prepared(monkeypatch):
+    made, init = [], PreparedLinear.__init__
+    monkeypatch.setattr(PreparedLinear, "__init__", lambda self, *args, **kwargs: (made.append(call), init(self, *args, **kwargs))[1])
+    layer, x = LAYERS["bare torchao"](), weights(3, 128)
+    for call in range(1, 101):  # noqa: B007  the function above reads it
+        layer(input=x)
+    assert made == [1, 2, 4, 8, 16, 32, 64, 96]
+
+
+def test_after_long_training_with_dropout():
+    layer, x = patched(lora("bitsandbytes", lora_dropout=0.1)), weights(3, 128)
+    for _ in range(100):
+        layer(x)
+    assert plan_of(layer) is None
+    layer.eval()
+    for _ in range(32):
+        layer(x)
+    assert served(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["bare torchao", "FrozenNF4Linear", "DoRALinear"])
+def test_on_the_meta_device(kind):
+    layer = LAYERS[kind]().to("meta")
+    assert [layer(torch.empty(3, 128, device="meta")).shape for _ in range(3)] == [(3, 256)] * 3 and plan_of(layer) is None
