@@ -16,7 +16,7 @@ from torch.nn.modules import module as _nn
 from fastfuse import tune
 from fastfuse.kernels.arguments import NF4Weight, Operand, TorchaoScales
 from fastfuse.ops import _op
-from fastfuse.ops._fused_op import leaves
+from fastfuse.ops._fused_op import _misaligned, _new, leaves
 from fastfuse.ops._linear_group import LinearArgs, factor_of
 from fastfuse.ops.lora_row_norms import RowNormsArgs, row_norms
 from fastfuse.ops.nf4_linear import linear
@@ -25,9 +25,7 @@ from fastfuse.quant.nf4 import Layout, NF4View
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_nn, name) for name in vars(_nn) if name.startswith("_global_") and isinstance(getattr(_nn, name), dict))
 _kind = attrgetter("dtype", "shape")
-_new = tuple.__new__
 _C, _forward_ad = torch._C, torch.autograd.forward_ad
-_misaligned = (15).__and__
 _SHAPES = 64  # of x, that a layer keeps a plan for
 
 

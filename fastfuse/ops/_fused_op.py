@@ -228,16 +228,13 @@ def leaves(tree: tuple) -> tuple[list[Tensor], tuple]:
     tensors, constants = [], (type(tree),)
     for node in tree:
         kind = type(node)
-        if kind in _PLAIN:
-            tensors += (node,)
-            constants += (Tensor,)
-        elif kind in _SCALARS:
+        if kind in _SCALARS:
             constants += (node,)
         elif kind in _TUPLES:
             more, inner = leaves(node)
             tensors += more
             constants += (inner,)
-        else:  # a fake tensor, or another subclass
+        else:  # a tensor, of a subclass perhaps
             tensors += (node,)
             constants += (Tensor,)
     return tensors, constants
