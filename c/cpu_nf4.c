@@ -170,7 +170,7 @@ int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Rp = UP(c->R, 16)};
   int few = c->M <= 4 && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
-  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + 2 * (Kp / 32 + 16) + BATCH + 64 + w.Rp + 64) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
+  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + w.Rp + 2 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0)) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
   return run(few ? OF_ISA(few) : OF_ISA(many), &w, threads_for(c, c->M), few ? 0 : w.Mp * Kp * 4, w.Mp * w.Rp * 4, own);
 }
 int ffs_cpu_nf4_linear_dx(const ffs_cpu_nf4 *c) {
@@ -505,7 +505,7 @@ static void FN(barrier)(int of) {
 }
 
 /* nr rows of W, decoded in registers, times mr tokens. e: where the groups begin that have the rows' first elements, x: in the order of the nibbles */
-INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
+INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
                      const int mr, const int nr, vf (*acc)[2]) {
   int shift = __builtin_ctzll(c->block);
   uint8_t spare[4 * V];
@@ -528,7 +528,7 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
         vf row = FN(lookup)(v >> (4 * s), &t);
         UNROLL(4) for (int m = 0; m < mr; m++) part[m] = FN(fma)(row, LD((const float *)x + m * ldx + g * G + s * V), part[m]);
       }
-      const float *of_group = scale[r] + ((e[r] + g * G) >> shift);
+      const float *of_group = scale + ((e[r] + g * G) >> shift);
 #if V == 16
       vf each = (vf)_mm512_permutexvar_ps((__m512i)spread, (__m512)LD(of_group));
 #elif V == 8
@@ -542,7 +542,7 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 }
 #ifdef BF16DOT
 /* The same of bf16, by a table for each block; two blocks' are side by side. chains: sums that need not wait for each other, as a product takes 6 cycles */
-INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
+INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
                        const int mr, const int nr, const int chains, vf (*acc)[2]) {
   int shift = __builtin_ctzll(c->block), rounds = c->scales == TORCHAO && c->dtype == FP16;
   uint8_t spare[4 * V];
@@ -554,7 +554,7 @@ INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, i
       const uint8_t *p = FN(bytes)(c, at, G, spare);
       __builtin_prefetch(p + 2048, 0, 3);
       __m512i v = (__m512i)LDU(p);
-      vf low = values * scale[r][at >> shift], high = values * scale[r][(at + 64) >> shift];
+      vf low = values * scale[at >> shift], high = values * scale[(at + 64) >> shift];
       if (rounds) low = FN(round)(low, FP16), high = FN(round)(high, FP16);
       __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       UNROLL(4) for (int s = 0; s < 4; s++) {
@@ -574,7 +574,7 @@ static void FN(few)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int64_t N = c->N, K = c->K, M = c->M, R = c->R, places = G, ld = UP(K, 128) + 256, n0 = first_of(N, id, of, 1), n1 = first_of(N, id + 1, of, 1);
   char *x = w->own + id * w->own_size;
-  float *row = (float *)(x + 4 * M * ld), *scale = row + ld, *b = scale + 2 * (ld / 32 + 16) + BATCH + 64, code[16];
+  float *row = (float *)(x + 4 * M * ld), *b = row + ld, *scale = b + w->Rp, code[16];
   int shift = __builtin_ctzll(c->block);
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   for (int64_t k = K; k % 2 == 0 && places > 1; k /= 2) places /= 2;
@@ -587,6 +587,12 @@ static void FN(few)(const Work *w, int id, int of) {
 #ifdef BF16DOT
   int half = w->half;
 #endif
+  const float *batch = NULL;
+  if (places > 1 && n0 < n1) { /* rows are not taken in order: scales of all */
+    int64_t first = (n0 * K / G * G) >> shift;
+    FN(scales)(c, first, (UP(n1 * K, G) >> shift) - first + 1, scale);
+    batch = scale - first;
+  }
   for (int64_t place = 0; place < places; place++) {
     int64_t skip = place * K % G, groups = (skip + K + G - 1) / G;
     for (int64_t m = 0; m < M; m++) {
@@ -607,33 +613,24 @@ static void FN(few)(const Work *w, int id, int of) {
       for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 8; s++) for (int i = 0; i < V; i++) d[g + s * V + i] = row[g + 8 * i + (s ^ 1)];
     }
     int64_t until = 0;
-    const float *batch = NULL;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
       int nr = M > 1 && n + places < n1 ? 2 : 1;
       vf acc[4][2];
       int64_t e[2];
-      const float *scales[2];
       next = n + nr * places;
       if (places == 1 && n + nr > until) { /* scales of some rows at once */
         until = MIN(n1, n + 2 + (BATCH << shift) / K);
         FN(scales)(c, n * K >> shift, ((until * K - 1) >> shift) - (n * K >> shift) + 1, scale);
         batch = scale - (n * K >> shift);
       }
-      for (int r = 0; r < nr; r++) {
-        e[r] = (n + r * places) * K - skip;
-        scales[r] = batch;
-        if (places == 1) continue;
-        float *own = scale + r * (ld / 32 + 16);
-        FN(scales)(c, e[r] >> shift, ((e[r] + groups * G - 1) >> shift) - (e[r] >> shift) + 1, own);
-        scales[r] = own - (e[r] >> shift);
-      }
+      for (int r = 0; r < nr; r++) e[r] = (n + r * places) * K - skip;
 #ifdef BF16DOT
 #define CASE(mr, nr) case mr * 2 + nr: \
-        if (half) FN(rows16)(c, code, x, ld, scales, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
-        else FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); \
+        if (half) FN(rows16)(c, code, x, ld, batch, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
+        else FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); \
         break;
 #else
-#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); break;
+#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); break;
 #endif
       switch (M * 2 + nr) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
 #undef CASE
