@@ -168,9 +168,10 @@ int ffs_cpu_nf4_dequantize(const ffs_cpu_nf4 *c) {
 int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   if (isa_ < 0) ffs_cpu_isa(-1);
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Rp = UP(c->R, 16)};
-  int few = c->M <= 4 && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
+  /* Where K is no multiple of 8 rows begin in up to 128 places of a group, and x is put in order for each: that pays for one token. */
+  int few = c->M <= (c->K % 8 ? 1 : 4) && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
-  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + w.Rp + 2 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0)) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
+  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + w.Rp + 4 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0)) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
   return run(few ? OF_ISA(few) : OF_ISA(many), &w, threads_for(c, c->M), few ? 0 : w.Mp * Kp * 4, w.Mp * w.Rp * 4, own);
 }
 int ffs_cpu_nf4_linear_dx(const ffs_cpu_nf4 *c) {
@@ -506,7 +507,7 @@ static void FN(barrier)(int of) {
 
 /* nr rows of W, decoded in registers, times mr tokens. e: where the groups begin that have the rows' first elements, x: in the order of the nibbles */
 INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
-                     const int mr, const int nr, vf (*acc)[2]) {
+                     const int mr, const int nr, vf *acc) {
   int shift = __builtin_ctzll(c->block);
   uint8_t spare[4 * V];
   FN(table) t;
@@ -538,12 +539,12 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 #endif
       UNROLL(4) for (int m = 0; m < mr; m++) sums[m][r] = FN(fma)(part[m], each, sums[m][r]);
     }
-  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m][r] = sums[m][r];
+  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = sums[m][r];
 }
 #ifdef BF16DOT
 /* The same of bf16, by a table for each block; two blocks' are side by side. chains: sums that need not wait for each other, as a product takes 6 cycles */
 INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
-                       const int mr, const int nr, const int chains, vf (*acc)[2]) {
+                       const int mr, const int nr, const int chains, vf *acc) {
   int shift = __builtin_ctzll(c->block), rounds = c->scales == TORCHAO && c->dtype == FP16;
   uint8_t spare[4 * V];
   vf sums[4][2][4] = {}, values = LD(code);
@@ -566,7 +567,7 @@ INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, i
         }
       }
     }
-  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m][r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
+  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
 }
 #endif
 /* At most 4 tokens. Groups begin where whole groups of the flat weight do: a row may begin within one, and x is put in order for each place where it does. */
@@ -614,34 +615,39 @@ static void FN(few)(const Work *w, int id, int of) {
     }
     int64_t until = 0;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
-      int nr = M > 1 && n + places < n1 ? 2 : 1;
-      vf acc[4][2];
-      int64_t e[2];
+      int nr = MIN(M > 1 ? 2 : 4, (n1 - n + places - 1) / places); /* of one token 4 rows one after the other: one stream */
+      vf acc[16];
+      int64_t e[4];
       next = n + nr * places;
       if (places == 1 && n + nr > until) { /* scales of some rows at once */
-        until = MIN(n1, n + 2 + (BATCH << shift) / K);
+        until = MIN(n1, n + 4 + (BATCH << shift) / K);
         FN(scales)(c, n * K >> shift, ((until * K - 1) >> shift) - (n * K >> shift) + 1, scale);
         batch = scale - (n * K >> shift);
       }
       for (int r = 0; r < nr; r++) e[r] = (n + r * places) * K - skip;
+#define ROWS(mr, nr) FN(rows)(c, code, x, ld, batch, e + q, groups, mr, nr, acc + q)
 #ifdef BF16DOT
-#define CASE(mr, nr) case mr * 2 + nr: \
-        if (half) FN(rows16)(c, code, x, ld, batch, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
-        else FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); \
-        break;
+#define CASE(mr, nr) case mr * 2 + nr: if (half) FN(rows16)(c, code, x, ld, batch, e + q, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc + q); else ROWS(mr, nr); break;
 #else
-#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); break;
+#define CASE(mr, nr) case mr * 2 + nr: ROWS(mr, nr); break;
 #endif
-      switch (M * 2 + nr) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
+      for (int q = 0; q < (M > 1 ? 1 : nr); q++)
+        switch (M > 1 ? M * 2 + nr : 3) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
 #undef CASE
-      for (int r = 0; r < nr; r++) {
-        int64_t i = n + r * places;
+#undef ROWS
+      for (int r = 0; R && r < nr; r++) {
         const float *up = b;
-        if (R == w->Rp && c->b_dtype == FP32) up = (const float *)c->b + i * R;
-        else if (R) FN(widen)(c->b, i * R, c->b_dtype, R, b), memset(b + R, 0, 4 * (w->Rp - R));
-        for (int64_t m = 0; m < M; m++) {
-          for (int64_t j = 0; j < w->Rp; j += V) acc[m][r] = FN(fma)(LD(up + j), LD(w->t + m * w->Rp + j), acc[m][r]);
-          put(c->y, m * N + i, c->x_dtype, FN(sum)(acc[m][r]) + (c->bias ? at(c->bias, i, c->bias_dtype) : 0));
+        if (R == w->Rp && c->b_dtype == FP32) up = (const float *)c->b + (n + r * places) * R;
+        else FN(widen)(c->b, (n + r * places) * R, c->b_dtype, R, b), memset(b + R, 0, 4 * (w->Rp - R));
+        for (int64_t m = 0; m < M; m++)
+          for (int64_t j = 0; j < w->Rp; j += V) acc[m * 4 + r] = FN(fma)(LD(up + j), LD(w->t + m * w->Rp + j), acc[m * 4 + r]);
+      }
+      for (int64_t m = 0; m < M; m++) {
+        for (int r = nr; r < 4; r++) acc[m * 4 + r] = (vf){};
+        v4 s = FN(sum4)(acc[m * 4], acc[m * 4 + 1], acc[m * 4 + 2], acc[m * 4 + 3]);
+        for (int r = 0; r < nr; r++) {
+          int64_t i = n + r * places;
+          put(c->y, m * N + i, c->x_dtype, s[r] + (c->bias ? at(c->bias, i, c->bias_dtype) : 0));
         }
       }
     }

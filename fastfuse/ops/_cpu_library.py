@@ -121,7 +121,7 @@ def linear(
         at_a, at_b, of_a, of_b = a.data_ptr(), b.data_ptr(), _CODES[a.dtype], _CODES[b.dtype]
         if not of_a == of_b == _CODES[dtype]:
             low = torch.promote_types(torch.promote_types(dtype, a.dtype), b.dtype)
-    xa = torch.empty((*lead, R), dtype=low, device="cpu")
+    xa = x.new_empty((*lead, R)) if low is dtype else x.new_empty((*lead, R), dtype=low)
     adapter = (at_bias, at_a, at_b, xa.data_ptr(), of_bias, of_a, of_b, _CODES[low], R, scaling)
     _call("ffs_cpu_nf4_linear", weight, layout, N, K, x.data_ptr(), y, M, stride, dtype, *adapter)
     return y, xa
