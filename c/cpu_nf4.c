@@ -7,7 +7,8 @@
    into a panel that stays in the first cache, and multiplied by all tokens. A block has 32 elements or more and a power of two of them, so 32 elements at a
    multiple of 32 have one scale, and with it one table of 16 values to look up: all rounding happens there, 16 times a block. */
 #ifndef V
-#include <stdint.h>
+#include "fastfuse_cpu.h"
+
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -36,25 +37,9 @@
 #define END_TARGET _Pragma("GCC pop_options")
 #endif
 
-enum { FP32, BF16, FP16 };
-enum { FLAT = 1, TORCHAO = 3, NESTED = 4 }; /* how many tensors the scales are */
+enum { FP32 = FFS_CPU_FP32, BF16 = FFS_CPU_BF16, FP16 = FFS_CPU_FP16 };
+enum { FLAT = FFS_CPU_FLAT, TORCHAO = FFS_CPU_TORCHAO, NESTED = FFS_CPU_NESTED };
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
-
-typedef struct {
-  const uint8_t *packed;                           /* [ceil(N K / 2)], the even element in the high nibble */
-  const void *code;                                /* [16]: fp32, torchao's in the weight's dtype */
-  const void *scale[4];                            /* absmax; or index, code, absmax, offset; or scaler, factor, mean */
-  int64_t scales, dtype;                           /* how many of them; torchao's dtype, in which each step rounds */
-  int64_t N, K, block, scale_block;
-  const void *x;                                   /* [M, K]; for dX the gradient [M, N] */
-  void *y;                                         /* [M, N]; dX [M, K]; decoded [N, K] */
-  int64_t M, stride, x_dtype;                      /* of x and y; rows to decode, and the first of them */
-  const void *bias, *a, *b;                        /* [N], [R, K], [N, R] or NULL */
-  void *xa;                                        /* [M, R], x A^T, written */
-  int64_t bias_dtype, a_dtype, b_dtype, xa_dtype, R;
-  double scaling;
-  int64_t threads;
-} ffs_cpu_nf4;
 
 typedef struct { const ffs_cpu_nf4 *c; char *x; float *t; char *own; int64_t own_size, Mp, Rp; int half; } Work; /* of a call, shared by its threads */
 
@@ -125,7 +110,6 @@ END_TARGET
 
 typedef void Part(const Work *, int, int);
 static int isa_ = -1;
-/* Chooses the instruction set: the best there is where force < 0, else no better one than that. Returns the choice. */
 int ffs_cpu_isa(int force) {
   int best = PORTABLE;
 #if defined(__x86_64__)

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from fastfuse.info import info
 from fastfuse.ops import _cpu_library, nf4_dequantize, nf4_dequantize_ref, nf4_linear
 from fastfuse.quant import NF4View
 
+ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, K, block: whole groups, blocks over several rows, rows that begin within a block, an odd byte, a last block cut short, 16 elements past the blocks' ends
 SHAPES = [(30, 256, 32), (37, 1024, 256), (17, 96, 64), (9, 33, 64), (4, 4096, 4096), (5, 4304, 64), (3, 1100, 64), (7, 2, 32), (25, 2600, 128)]
@@ -238,6 +241,13 @@ def test_two_processes_at_once(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate()[0].split() for p in started] == [["portable"]] * 2
     assert len([*tmp_path.glob("fastfuse-*/*.so")]) == 1 == len([*tmp_path.glob("fastfuse-*/*")])
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "make", "cc"))), reason="needs cmake, make and cc")
+def test_cmake_builds_it_alone(tmp_path):
+    for command in (("cmake", "-S", ROOT, "-B", tmp_path, "-DFASTFUSE_GPU=OFF"), ("cmake", "--build", tmp_path), ("ctest", "--test-dir", tmp_path)):
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_turned_off_and_misspelt(anew):

@@ -60,7 +60,7 @@ def _compiled() -> Path:
     """The library, named by its own hash: a broken file is made anew, and of processes that start together the last one's replaces an equal one."""
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), "cc")]
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, compiler, version)).encode()).hexdigest()
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), SOURCE.with_name("fastfuse_cpu.h").read_bytes(), FLAGS, compiler, version)).encode()).hexdigest()
     home = Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home) / f"fastfuse-{key[:32]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

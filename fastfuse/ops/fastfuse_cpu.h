@@ -1,0 +1,1 @@
+../../c/fastfuse_cpu.h
