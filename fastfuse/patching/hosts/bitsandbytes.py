@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.modules._prepared import PreparedLinear, Watch
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
@@ -58,7 +57,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias, backend=backend).to(x.dtype)
 
 
-def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], NF4Weight | None] | None:
+def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], list[Tensor] | None] | None:
     """Watches what the layer's own product depends on beside its weight; how to read the weight, None where its tensors are not the layer's own."""
     state = getattr(module.weight, "quant_state", None)
     _, code, scales = view.tensors()
@@ -73,17 +72,11 @@ def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callab
     if state.nested:
         watch.same(state.state2.__dict__, "absmax", "code", "blocksize", "dtype")
 
-    def weight() -> NF4Weight | None:
+    def weight() -> list[Tensor] | None:
         held = parameters["weight"]
-        if type(held) is not kind or held.quant_state is not state:
-            return None
-        packed = held.detach().view(-1)
-        return _new(NF4Weight, (packed if packed.dtype is torch.uint8 else packed.view(torch.uint8), code, scales))
+        return None if type(held) is not kind or held.quant_state is not state else [held, code, *scales]
 
     return weight
-
-
-_new = tuple.__new__
 
 
 def prepared(module: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
