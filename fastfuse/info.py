@@ -10,6 +10,7 @@ import torch
 import fastfuse
 from fastfuse import tune
 from fastfuse.errors import Unsupported
+from fastfuse.ops._cpu_library import library
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, backend_for
 
 PACKAGES = ("torch", "triton", "torchao", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -25,6 +26,7 @@ def info() -> str:
     for device, name in devices:
         lines.append(f"{device}: {name}: backend {backend_for(device)}{' (kernels by request, TRITON_INTERPRET is set)' if INTERPRET else ''}")
         lines += [f"  {op:13} {_coverage(op, device)}" for op in tuned_ops()]
+    lines.append(f"NF4 on the CPU: {f'the C library, {library().instructions}' if library() else 'PyTorch, no C library'}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""x W^T and dY W over an NF4 weight on a CPU: W is decoded a few rows at a time and multiplied while still in cache."""
+"""x W^T and dY W over an NF4 weight on a CPU: by the C library, without one W is decoded a few rows at a time and multiplied while still in cache."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfuse.ops import _cpu_library
 from fastfuse.ops.nf4_dequantize import block_scales, nf4_dequantize_ref
 from fastfuse.quant.nf4 import NF4View
 
@@ -17,6 +18,8 @@ _NIBBLES = torch.stack([_BYTES >> 4, _BYTES & 15], dim=1).view(-1)  # of both el
 
 def linear(x: Tensor, weight: NF4View, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias: x [M, K] -> [M, N] in x's dtype, summed in fp32 and rounded once."""
+    if _cpu_library.library():
+        return _cpu_library.linear(x, weight, weight, *weight.shape, bias)[0]
     wide, bias = x.float(), bias if bias is None else bias.float()
     out = None
     for row, w in decoded_rows(weight, x.dtype):
@@ -31,6 +34,8 @@ def linear(x: Tensor, weight: NF4View, bias: Tensor | None = None) -> Tensor:
 
 def linear_dx(dy: Tensor, weight: NF4View) -> Tensor:
     """dY W: dY [M, N] -> [M, K] in dY's dtype, summed in fp32 and rounded once."""
+    if _cpu_library.library():
+        return _cpu_library.linear_dx(dy, weight)
     wide, out = dy.float(), None
     for row, w in decoded_rows(weight, dy.dtype):
         part = wide[:, row : row + len(w)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import NF4Weight
+from fastfuse.ops import _cpu_library
 from fastfuse.ops._fused_op import Planned, fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, Cost, kernel_dtype, route
@@ -88,6 +89,10 @@ def _reference(args: DequantizeArgs) -> tuple[Tensor]:
     return (nf4_dequantize_ref(view_of(args.weight, args.layout, args.shape), args.dtype),)
 
 
+def _on_cpu(args: DequantizeArgs) -> tuple[Tensor]:
+    return (_cpu_library.dequantize(args.weight, args.layout, args.shape, args.dtype),) if _cpu_library.library() else _reference(args)
+
+
 def _launch(args: DequantizeArgs) -> Callable[[DequantizeArgs], tuple[Tensor]]:
     def run(args: DequantizeArgs) -> tuple[Tensor]:
         out = torch.empty(args.shape, dtype=kernel_dtype(args.dtype), device=args.weight.packed.device)
@@ -97,7 +102,7 @@ def _launch(args: DequantizeArgs) -> Callable[[DequantizeArgs], tuple[Tensor]]:
     return run
 
 
-_dequantize = fused_op("nf4_dequantize", DequantizeArgs, reference=_reference, launch=_launch)
+_dequantize = fused_op("nf4_dequantize", DequantizeArgs, reference=_reference, launch=_launch, cpu=_on_cpu)
 
 
 @Planned

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import Operand
-from fastfuse.ops import _nf4_cpu
+from fastfuse.ops import _cpu_library, _nf4_cpu
 from fastfuse.ops._device_checks import assert_on_device
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch, is_watched
@@ -290,19 +290,10 @@ def _reference(args: LinearArgs) -> tuple[Tensor, ...]:
 
 
 def _on_cpu(args: LinearArgs) -> tuple[Tensor, ...]:
-    x, p, dtype = args.x, args.operands[0], args.x.dtype
-    alone = args.operands[1:] == () and args.layout is not None and p.factor is None and args.seeds is None
-    if alone and type(p.scaling) is float and (p.a is None or p.a.dtype is p.b.dtype is dtype):  # the sums of _finished, in fewer calls
-        lead, x = x.shape[:-1], x if x.dim() == 2 and x.stride(1) == 1 else rows(x)
-        y = _nf4_cpu.linear(x, weight_of(args, p), p.bias)
-        if p.a is None:
-            xa = x.new_empty((*lead, 0))
-        else:
-            xa = F.linear(x, p.a)
-            delta = F.linear(xa, p.b)
-            y.add_(delta if p.scaling == 1.0 else delta.mul_(p.scaling))
-            xa = _shaped(xa, lead)
-        return _shaped(y, lead), xa
+    x, p = args.x, args.operands[0]
+    alone = args.operands[1:] == () and args.layout is not None and p.factor is None and args.seeds is None and type(p.scaling) is float
+    if alone and _cpu_library.library():
+        return _cpu_library.linear(x, p.weight, args.layout, p.N, args.K, p.bias, p.a, p.b, p.scaling)
     x, base = rows(x), []
     for p in args.operands:
         weight, bias = weight_of(args, p), _inner_bias(p)
