@@ -52,8 +52,9 @@ def record() -> None:
     _launch._direct = watched
 
 
-def named(calls: list[tuple], known: dict[int, str]) -> list[tuple]:
-    """With a name in place of every address: of a tensor that was there before, or of one made on the way, by order of appearance."""
+def named(calls: list[tuple], known: dict[int, str], recycled: bool) -> list[tuple]:
+    """With a name in place of every address: of a tensor that was there before, or of one made on the way, by order of appearance. recycled: memory may
+    serve twice in a call, so that a name holds for one launch."""
     made: dict[int, str] = {}
 
     def of(value):
@@ -64,19 +65,24 @@ def named(calls: list[tuple], known: dict[int, str]) -> list[tuple]:
             return known.get(address) or made.setdefault(address, f"made {len(made)}")
         return value
 
-    return [(*call[:-1], of(call[-1])) for call in calls]
+    found = []
+    for call in calls:
+        if recycled:
+            made.clear()
+        found.append((*call[:-1], of(call[-1])))
+    return found
 
 
-def launches(run, x: Tensor, grad: bool, known: dict[int, str]) -> list[tuple]:
+def launches(run, x: Tensor, grad: bool, known: dict[int, str], recycled: bool = False) -> list[tuple]:
     """What a call launches, and which memory its result is."""
     launched.clear()
     with torch.set_grad_enabled(grad):
         out = run(x)
     result = out[0] if isinstance(out, tuple) else out
-    return named([*launched, ("result", (result.data_ptr(),))], known)
+    return named([*launched, ("result", (result.data_ptr(),))], known, recycled)
 
 
-def compare(name: str, run, whole, x: Tensor, grad: bool, served) -> None:
+def compare(name: str, run, whole, x: Tensor, grad: bool, served, recycled: bool = False) -> None:
     """run(x), after whole() by the whole way, and again; served() tells whether it was prepared."""
     x = x.requires_grad_(grad)
     for _ in range(3):  # compiles, and keeps plans
@@ -84,10 +90,12 @@ def compare(name: str, run, whole, x: Tensor, grad: bool, served) -> None:
     held = [t for t in gc.get_objects() if isinstance(t, Tensor) and type(t).__name__ != "NF4Tensor" and not t.is_meta and t.numel()]
     known = {t.data_ptr(): f"held {t.data_ptr()}" for t in held}
     whole()
-    expected = launches(run, x, grad, known)
-    got = launches(run, x, grad, known)
-    assert served() and len(got) > 1, f"{name}: not a prepared call"
-    assert got == expected, f"{name}:\n{got}\nand by the whole way\n{expected}"
+    expected = launches(run, x, grad, known, recycled)
+    for _ in range(2):  # the first prepared call finds what launches, the second may hand it addresses
+        got = launches(run, x, grad, known, recycled)
+        assert served() and len(got) > 1, f"{name}: not a prepared call"
+        for one, other in zip(got, expected, strict=True):
+            assert one == other, f"{name}:\n{one}\nand by the whole way\n{other}"
     print(f"{name}: {len(got) - 1} launches")
 
 
@@ -112,7 +120,7 @@ def main() -> None:
                     if "_fastfuse" in part.__dict__:
                         forget(part)
 
-        compare(name, run, whole, x(), False, lambda: any(map(len, kept)))
+        compare(name, run, whole, x(), False, lambda: any(map(len, kept)), recycled=name.startswith("Mllama"))
 
 
 if __name__ == "__main__":
