@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import draw_patch
 from fastfuse.patching.hosts import table
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,10 @@ def test_the_readme_is_short():
 
 def test_every_host_is_documented():
     assert table() in (ROOT / "docs" / "patching.md").read_text()
+
+
+def test_the_picture_of_a_patched_mllama_is_what_the_code_gives(capsys):
+    assert draw_patch.main(["--check"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", ["patching", "benchmarks"])
