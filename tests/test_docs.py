@@ -20,7 +20,9 @@ from fastfuse.patching.hosts import table
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", ROOT / "findings" / "README.md", ROOT / "CHANGELOG.md", *DOCS]
-PYTHON = re.compile(r"^(?:<!-- before: (?P<before>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(
+    r"^(?:<!-- before: (?P<before>[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$(?:\n<!-- after: (?P<after>[^\n]*) -->)?", re.MULTILINE | re.DOTALL
+)
 
 
 def name_of(path: Path) -> str:
@@ -29,15 +31,17 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in (README, *DOCS) if "```python" in page.read_text()], ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """In the order of the page, in one namespace; before each the code of the comment in front of it, which readers do not see."""
+    """In the order of the page, in one namespace; each between the code of the comments before and after it, which readers do not see."""
     monkeypatch.chdir(tmp_path)
     text, names = page.read_text(), {"__name__": "docs"}
     blocks = list(PYTHON.finditer(text))
     assert len(blocks) == text.count("```python")
+    assert sum(len([c for c in (block["before"], block["after"]) if c]) for block in blocks) == text.count("<!-- before: ") + text.count("<!-- after: ")
     for block in blocks:
         exec(block["before"] or "", names)
         lines = "\n" * text.count("\n", 0, block.start("code"))  # an error then names the page's line
         exec(compile(lines + block["code"], str(page), "exec"), names)
+        exec(block["after"] or "", names)
 
 
 def shell_blocks(page: Path) -> list[str]:
