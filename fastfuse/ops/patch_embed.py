@@ -13,7 +13,7 @@ from fastfuse.ops import _op
 from fastfuse.ops._device_checks import values_are_at_hand
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, precision, route
+from fastfuse.ops._op import HAS_TRITON, Cost, autocast_dtype, kernel_dtype, nbytes, precision, route
 from fastfuse.ops._patch_tokens import (
     PatchEmbedArgs,
     Tables,
@@ -97,8 +97,8 @@ def _prepared(images, weight, aspect_ratio, tables: Tables, eps, append_cls, sca
     if chosen is None:
         _check(op, images, weight, aspect_ratio, tables, scale, shift, pad_tokens_to)
     device = images.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        weight, key = weight.to(torch.get_autocast_dtype(device.type)), None  # what passes with this dtype may not pass without
+    if (dtype := autocast_dtype(device)) is not None:
+        weight, key = weight.to(dtype), None  # what passes with this dtype may not pass without
     if chosen is None:
         chosen = route(op, images, backend)
         if chosen == "interpreter" or (chosen == "op" and device.type == "cuda"):

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastfuse import tune
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, kernel_dtype
+from fastfuse.ops._op import HAS_TRITON, differentiated_twice, kernel_dtype
 from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patchify, tile_rows, triton_block
 
 if HAS_TRITON:
@@ -252,21 +251,11 @@ patch_embed_bwd = fused_op("patch_embed_bwd", PatchEmbedBwdArgs, PatchEmbedArgs,
 
 
 def _backward(args: PatchEmbedBwdArgs, outs: tuple, grads: Sequence[Tensor | None], needs: PatchEmbedBwdArgs) -> PatchEmbedBwdArgs:
-    """The gradient of a gradient is rare enough to be left to autograd: the eager formula, differentiated twice."""
+    def first(args):
+        y, forward = formula(args.forward)[0], _by_name(args.forward).values()
+        return y, args.dy[:, :, : y.shape[2]], [t for t, needed in zip(forward, _by_name(args.needs).values(), strict=True) if needed]
 
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_() if t.is_floating_point() else t
-
-    dy, forward = tree_map_only(Tensor, leaf, (args.dy, args.forward._replace(pad_tokens_to=1)))
-    with torch.enable_grad():
-        y = formula(forward)[0]
-        needed = [t for t, n in zip(_by_name(forward).values(), _by_name(args.needs).values(), strict=True) if n]
-        asked = [(t, g) for t, g in zip(needed, grads, strict=True) if g is not None]
-        first = torch.autograd.grad(y, [t for t, _ in asked], dy[:, :, : y.shape[2]], create_graph=True)
-        leaves = [t for t in tree_leaves((dy, forward)) if isinstance(t, Tensor) and t.requires_grad]
-        second = iter(torch.autograd.grad(first, leaves, [g for _, g in asked], allow_unused=True))
-    d_dy, d_forward = tree_map_only(Tensor, lambda t: next(second) if t.requires_grad else None, (dy, forward))
-    return PatchEmbedBwdArgs(d_dy, d_forward, *(None,) * 4)
+    return differentiated_twice(args._replace(forward=args.forward._replace(pad_tokens_to=1)), first, grads)
 
 
 patch_embed_bwd.register_backward(_backward, lambda args, outs, needs: (args._replace(kept=None, stats=None), ()))
