@@ -167,8 +167,8 @@ class Host:
         return Reason("CHANGED", "it is not what it was when it was patched") if changed else Reason("STRUCTURE", "it is not built as fastfuse knows it")
 
     def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
-        """Why the next call of a module without drift would run its own forward."""
-        found = self.refuses(module, options) or self.obstacle(module, options)
+        """Why the next call of the module would run its own forward."""
+        found = self.drift(module) or self.refuses(module, options) or self.obstacle(module, options)
         if found is None or found.code != "DTENSOR" or not whole_in_calls(module):
             return found
         with _without_shards(module):
