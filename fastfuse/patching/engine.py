@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Names, Options, Probe, Reason, Record, call_own, device_of, foreign_forward, forward_slot, host_of, runs_on
+from fastfuse.patching.hosts._host import Host, Names, Options, Probe, Reason, Record, bound_host, call_own, foreign_forward, forward_slot, host_of, runs_on
 from fastfuse.patching.report import Entry, PatchReport
 
 _Test = str | Callable[[str, nn.Module], bool]
@@ -162,7 +162,7 @@ def register_host(name: str, op: str, matches: Callable[[nn.Module], bool], forw
         except Unsupported as e:
             return Reason(e.code, str(e))
 
-    host = Host(name=name, op=op, matches=matches, fused=fused, device=device_of, as_called=True)
+    host = Host(name=name, op=op, matches=matches, fused=fused, as_called=True)
     registered.insert(0, host)
     return Registration(host)
 
@@ -182,8 +182,7 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         names[module].append(name)
     for module, known_as in names.items():
         # The host that has patched it, else the first that would.
-        bound = (host_of(module.__dict__.get(slot)) for slot in ("forward", "_old_forward"))
-        host, record = next(filter(None, bound), None) or host_for(module), module.__dict__.get("_fastfuse")
+        host, record = bound_host(module) or host_for(module), module.__dict__.get("_fastfuse")
         if host is not None or record is not None:
             yield Candidate(known_as, module, host, record)
 
@@ -234,7 +233,7 @@ def _entry(found: Candidate, options: Options, noted: Reason | None) -> Entry:
         noted = Reason("DISABLED", "FASTFUSE_DISABLE is set")
     elif noted is None and (author := foreign_forward(host, module)) is not None:
         noted = Reason("FOREIGN_FORWARD", f"its forward comes from {author}")
-    return _with(entry, noted or host.drift(module) or host.refuses(module, options))
+    return _with(entry, noted or host.refused(module, options))
 
 
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
