@@ -62,6 +62,7 @@ typedef struct { const ffs_cpu_nf4 *c; char *x; float *t; char *own; int64_t own
 #define LDW (KC + 112)                             /* from a row to the next: an odd number of cache lines */
 #define MB 128                                     /* tokens whose slice of x stays in the second cache */
 #define NC 504                                     /* rows of W whose sums do */
+#define BATCH 512                                  /* scales of rows, about */
 #define KD 768                                     /* columns of dX at a time, rows of W: */
 #define ND 64
 
@@ -99,27 +100,27 @@ INLINE int64_t first_of(int64_t n, int64_t id, int64_t of, int64_t unit) { retur
 #define BF16DOT
 #define FN(name) CAT(name, _bf16dot)
 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
-#include __FILE__
+#include "cpu_nf4.c"
 END_TARGET
 #undef BF16DOT
 #undef FN
 #define FN(name) CAT(name, _avx512)
 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#include __FILE__
+#include "cpu_nf4.c"
 END_TARGET
 #undef V
 #undef FN
 #define V 8
 #define FN(name) CAT(name, _avx2)
 TARGET("avx2,fma,f16c")
-#include __FILE__
+#include "cpu_nf4.c"
 END_TARGET
 #undef V
 #undef FN
 #endif
 #define V 4
 #define FN(name) CAT(name, _portable)
-#include __FILE__
+#include "cpu_nf4.c"
 
 typedef void Part(const Work *, int, int);
 static int isa_ = -1;
@@ -168,7 +169,7 @@ int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Rp = UP(c->R, 16)};
   int few = c->M <= 4 && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
-  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + 2 * (Kp / 32 + 16) + w.Rp + 64) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 8) * MB + Kp);
+  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + 2 * (Kp / 32 + 16) + BATCH + 64 + w.Rp + 64) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
   return run(few ? OF_ISA(few) : OF_ISA(many), &w, threads_for(c, c->M), few ? 0 : w.Mp * Kp * 4, w.Mp * w.Rp * 4, own);
 }
 int ffs_cpu_nf4_linear_dx(const ffs_cpu_nf4 *c) {
@@ -222,11 +223,6 @@ INLINE vf FN(load)(const void *p, int64_t i, int dtype) { /* V elements from i o
   return (vf){at(h, 0, dtype), at(h, 1, dtype), at(h, 2, dtype), at(h, 3, dtype)};
 #endif
 }
-static void FN(widen)(const void *p, int64_t from, int dtype, int64_t n, float *out) {
-  int64_t i = 0;
-  for (; i + V <= n; i += V) ST(out + i, FN(load)(p, from + i, dtype));
-  for (; i < n; i++) out[i] = at(p, from + i, dtype);
-}
 INLINE vf FN(round)(vf v, int dtype) {
   if (dtype == FP32) return v;
   if (dtype == BF16) {
@@ -240,6 +236,24 @@ INLINE vf FN(round)(vf v, int dtype) {
 #else
   return (vf){rounded(v[0], FP16), rounded(v[1], FP16), rounded(v[2], FP16), rounded(v[3], FP16)};
 #endif
+}
+INLINE void FN(store)(void *p, int64_t i, int dtype, vf v) {
+  if (dtype == FP32) { ST((float *)p + i, v); return; }
+  uint16_t *h = (uint16_t *)p + i;
+#if V == 16
+  _mm256_storeu_si256((void *)h, dtype == BF16 ? _mm512_cvtepi32_epi16((__m512i)((vu)FN(round)(v, BF16) >> 16)) : _mm512_cvtps_ph((__m512)v, 0));
+#elif V == 8
+  __m256i u = (__m256i)((vu)FN(round)(v, BF16) >> 16);
+  __m128i both = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  _mm_storeu_si128((void *)h, dtype == BF16 ? both : _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int j = 0; j < 4; j++) put(h, j, dtype, v[j]);
+#endif
+}
+static void FN(widen)(const void *p, int64_t from, int dtype, int64_t n, float *out) {
+  int64_t i = 0;
+  for (; i + V <= n; i += V) ST(out + i, FN(load)(p, from + i, dtype));
+  for (; i < n; i++) out[i] = at(p, from + i, dtype);
 }
 INLINE float FN(sum)(vf v) {
 #if V == 16
@@ -270,25 +284,28 @@ INLINE v4 FN(sum4)(vf a, vf b, vf c, vf d) { /* {sum a, sum b, sum c, sum d} */
 
 /* fp32 scales of `count` blocks from `first` on; zeros where the weight has ended, and for a vector past them */
 static __attribute__((noinline)) void FN(scales)(const ffs_cpu_nf4 *c, int64_t first, int64_t count, float *out) {
-  int64_t i = first, end = MIN(first + count, (c->N * c->K + c->block - 1) / c->block);
+  int64_t i = first, end = MIN(first + count, ((c->N * c->K - 1) >> __builtin_ctzll(c->block)) + 1);
   if (c->scales == FLAT) {
     memcpy(out, (const float *)c->scale[0] + first, 4 * (end - first));
     out += end - first, i = end;
   }
-  while (i < end) {
-    int64_t g = i / c->scale_block, stop = MIN((g + 1) * c->scale_block, end);
+  for (int64_t g = i / c->scale_block; i < end; g++) { /* flat ones are done */
+    int64_t stop = MIN((g + 1) * c->scale_block, end);
+    int64_t n = stop - i, j = 0;
     if (c->scales == NESTED) {
-      const uint8_t *index = c->scale[0];
+      const uint8_t *index = (const uint8_t *)c->scale[0] + i;
       const float *code = c->scale[1], absmax = ((const float *)c->scale[2])[g], offset = *(const float *)c->scale[3];
-      float *group = out;
-      for (; i < stop; i++) *out++ = code[index[i]];
-      int64_t j = 0, n = out - group;
-      for (; j + V <= n; j += V) ST(group + j, LD(group + j) * absmax + offset);
-      for (; j < n; j++) group[j] = group[j] * absmax + offset;
+      for (j = 0; j < n; j++) out[j] = code[index[j]];
+      for (j = 0; j + V <= n; j += V) ST(out + j, LD(out + j) * absmax + offset);
+      for (; j < n; j++) out[j] = out[j] * absmax + offset;
     } else {
+      const int8_t *scaler = (const int8_t *)c->scale[0] + i;
       float factor = at(c->scale[1], g, c->dtype), mean = at(c->scale[2], 0, c->dtype);
-      for (; i < stop; i++) *out++ = rounded(rounded(((const int8_t *)c->scale[0])[i] / factor, c->dtype) + mean, c->dtype);
+      for (j = 0; j < n; j++) out[j] = scaler[j];
+      for (j = 0; j + V <= n; j += V) ST(out + j, FN(round)(FN(round)(LD(out + j) / factor, c->dtype) + mean, c->dtype));
+      for (; j < n; j++) out[j] = rounded(rounded(out[j] / factor, c->dtype) + mean, c->dtype);
     }
+    out += n, i = stop;
   }
   memset(out, 0, 4 * (first + count - end + V));
 }
@@ -345,7 +362,14 @@ typedef struct {
   uint16_t t[16];
 #endif
 } FN(table16);
-INLINE void FN(narrow)(const FN(table) *t, int dtype, FN(table16) *out) {
+INLINE void FN(narrow)(const FN(table) *t, int dtype, const int panel, FN(table16) *out) {
+  (void)panel;
+#ifdef BF16DOT
+  if (panel) { /* one instruction; it flushes denormals, and so will the product */
+    out->all = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)t->v[0]));
+    return;
+  }
+#endif
 #if V == 16
   __m256i u = dtype == BF16 ? _mm512_cvtepi32_epi16((__m512i)((vu)FN(round)(t->v[0], BF16) >> 16)) : _mm512_cvtps_ph((__m512)t->v[0], 0);
   out->all = _mm512_broadcast_i64x4(u);
@@ -380,32 +404,59 @@ INLINE void FN(expand16)(const uint8_t *p, const FN(table16) *t, uint16_t *out) 
   for (int i = 0; i < 16; i++) out[2 * i] = t->t[p[i] >> 4], out[2 * i + 1] = t->t[p[i] & 15];
 #endif
 }
-/* Elements [e, end) of the flat weight, e a multiple of 32; up to 31 more are written. Room for scales: one a block and 16. */
-static void FN(decode)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, int dtype, void *out, float *scale) {
-  int shift = __builtin_ctzll(c->block);
-  int64_t start = e, first = e >> shift;
+/* Elements [e, end) of the flat weight, e a multiple of 32; up to 31 more are written. Room for scales: one a block and 16. ahead: bytes to what is next */
+INLINE void FN(decode)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, const int dtype, const int panel, int64_t ahead, void *out, float *scale) {
+  int shift = __builtin_ctzll(c->block), size = size_of(dtype);
+  int64_t start = e, first = e >> shift, whole = MIN(UP(end, 32), c->N * c->K & ~31);
   FN(scales)(c, first, ((end - 1) >> shift) - first + 1, scale);
-  while (e < end) {
-    int64_t stop = MIN(((e >> shift) + 1) << shift, end);
-    FN(table) t; FN(table16) t16; uint8_t spare[16];
-    FN(table_of)(c, code, scale[(e >> shift) - first], &t);
-    if (dtype == FP32) for (; e < stop; e += 32) FN(expand)(FN(bytes)(c, e, 32, spare), &t, (float *)out + (e - start));
-    else {
-      FN(narrow)(&t, dtype, &t16);
-      for (; e < stop; e += 32) FN(expand16)(FN(bytes)(c, e, 32, spare), &t16, (uint16_t *)out + (e - start));
+  const uint8_t *p = c->packed + e / 2;
+  FN(table) t; FN(table16) t16;
+#define NEXT_TABLE \
+  FN(table_of)(c, code, *scale++, &t); \
+  if (dtype != FP32) FN(narrow)(&t, dtype, panel, &t16);
+#define EXPAND(p) \
+  if (dtype == FP32) FN(expand)(p, &t, out); else FN(expand16)(p, &t16, out);
+  while (e < whole) {
+    NEXT_TABLE
+    for (int64_t stop = MIN(((e >> shift) + 1) << shift, whole); e < stop; e += 32, p += 16, out = (char *)out + 32 * size) {
+      __builtin_prefetch(p + ahead, 0, 2);
+      EXPAND(p)
     }
   }
+  if (e < end) { /* the weight ends within these 32 */
+    uint8_t spare[16] = {0};
+    memcpy(spare, p, (c->N * c->K - e + 1) / 2);
+    if (e % c->block && e > start) scale--; /* still the block of those before */
+    NEXT_TABLE
+    EXPAND(spare)
+  }
+#undef NEXT_TABLE
+#undef EXPAND
+}
+static __attribute__((noinline)) void FN(panel)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, int half, int64_t ahead, void *out, float *scale) {
+#ifdef BF16DOT
+  if (half) { FN(decode)(c, code, e, end, BF16, 1, ahead, out, scale); return; }
+#endif
+  (void)half;
+  FN(decode)(c, code, e, end, FP32, 1, ahead, out, scale);
 }
 static void FN(dequantize)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int64_t total = c->N * c->K, size = size_of(c->x_dtype), e = first_of(total, id, of, 32), end = first_of(total, id + 1, of, 32), whole = end & ~31;
   float code[16], scale[128 + 32] __attribute__((aligned(64))), last[32];
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
-  for (int64_t next; e < whole; e = next) FN(decode)(c, code, e, next = MIN(e + 4096, whole), c->x_dtype, (char *)c->y + e * size, scale);
+#define DECODE(end, out) \
+  if (c->x_dtype == FP32) FN(decode)(c, code, e, end, FP32, 0, 2048, out, scale); \
+  else FN(decode)(c, code, e, end, c->x_dtype, 0, 2048, out, scale);
+  for (int64_t next; e < whole; e = next) {
+    next = MIN(e + 4096, whole);
+    DECODE(next, (char *)c->y + e * size)
+  }
   if (e < end) {
-    FN(decode)(c, code, e, end, c->x_dtype, last, scale);
+    DECODE(end, last)
     memcpy((char *)c->y + e * size, last, (end - e) * size);
   }
+#undef DECODE
 }
 
 /* Item (m, 4 rows of A) of x A^T, in fp32: into xa, and by scaling into t, of many tokens MR side by side */
@@ -448,42 +499,29 @@ static void FN(barrier)(int of) {
 
 /* nr rows of W, decoded in registers, times mr tokens. e: where the groups begin that have the rows' first elements, x: in the order of the nibbles */
 INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
-                     const int mr, const int nr, const int half, vf (*acc)[2]) {
-  (void)half;
+                     const int mr, const int nr, vf (*acc)[2]) {
   int shift = __builtin_ctzll(c->block);
   uint8_t spare[4 * V];
   FN(table) t;
   memcpy(t.t, code, 64);
   for (int i = 0; i < 16 / V; i++) t.v[i] = LD(code + i * V);
-#if V > 4
-  vu spread;
-  for (int i = 0; i < V; i++) spread[i] = 8 * i >> shift;
+#if V == 16
+  const vu spread = (vu){0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120} >> shift;
+#elif V == 8
+  const vu spread = (vu){0, 8, 16, 24, 32, 40, 48, 56} >> shift;
 #endif
+  vf sums[4][2] = {};
   for (int64_t g = 0; g < groups; g++)
     UNROLL(2) for (int r = 0; r < nr; r++) {
-      int64_t at = e[r] + g * G;
-      const uint8_t *p = FN(bytes)(c, at, G, spare);
+      const uint8_t *p = FN(bytes)(c, e[r] + g * G, G, spare);
       __builtin_prefetch(p + 2048, 0, 3);
       vu v = LDU(p);
-#ifdef BF16DOT
-      if (half) { /* both blocks' tables side by side */
-        vf lo = LD(code) * scale[r][at >> shift], hi = LD(code) * scale[r][(at + 64) >> shift];
-        if (c->scales == TORCHAO && c->dtype == FP16) lo = FN(round)(lo, FP16), hi = FN(round)(hi, FP16);
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo), second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        UNROLL(4) for (int s = 0; s < 4; s++) {
-          __m512i n = _mm512_ternarylogic_epi32(_mm512_srli_epi16((__m512i)v, 4 * s), _mm512_set1_epi16(15), second, 0xea);
-          __m512i row = _mm512_permutexvar_epi16(n, both);
-          UNROLL(4) for (int m = 0; m < mr; m++) acc[m][r] = DOT((vf)row, LD((const uint16_t *)x + m * ldx + g * G + s * 32), acc[m][r]);
-        }
-        continue;
-      }
-#endif
       vf part[4] = {};
       UNROLL(8) for (int s = 0; s < 8; s++) {
         vf row = FN(lookup)(v >> (4 * s), &t);
         UNROLL(4) for (int m = 0; m < mr; m++) part[m] = FN(fma)(row, LD((const float *)x + m * ldx + g * G + s * V), part[m]);
       }
-      const float *of_group = scale[r] + (at >> shift);
+      const float *of_group = scale[r] + ((e[r] + g * G) >> shift);
 #if V == 16
       vf each = (vf)_mm512_permutexvar_ps((__m512i)spread, (__m512)LD(of_group));
 #elif V == 8
@@ -491,15 +529,45 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 #else
       vf each = *of_group - (vf){};
 #endif
-      UNROLL(4) for (int m = 0; m < mr; m++) acc[m][r] = FN(fma)(part[m], each, acc[m][r]);
+      UNROLL(4) for (int m = 0; m < mr; m++) sums[m][r] = FN(fma)(part[m], each, sums[m][r]);
     }
+  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m][r] = sums[m][r];
 }
+#ifdef BF16DOT
+/* The same of bf16, by a table for each block; two blocks' are side by side. chains: sums that need not wait for each other, as a product takes 6 cycles */
+INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
+                       const int mr, const int nr, const int chains, vf (*acc)[2]) {
+  int shift = __builtin_ctzll(c->block), rounds = c->scales == TORCHAO && c->dtype == FP16;
+  uint8_t spare[4 * V];
+  vf sums[4][2][4] = {}, values = LD(code);
+  __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  for (int64_t g = 0; g < groups; g++)
+    UNROLL(2) for (int r = 0; r < nr; r++) {
+      int64_t at = e[r] + g * G;
+      const uint8_t *p = FN(bytes)(c, at, G, spare);
+      __builtin_prefetch(p + 2048, 0, 3);
+      __m512i v = (__m512i)LDU(p);
+      vf low = values * scale[r][at >> shift], high = values * scale[r][(at + 64) >> shift];
+      if (rounds) low = FN(round)(low, FP16), high = FN(round)(high, FP16);
+      __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      UNROLL(4) for (int s = 0; s < 4; s++) {
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 4 * s), _mm512_set1_epi16(15), second, 0xea);
+        __m512bh row = (__m512bh)_mm512_permutexvar_epi16(index, both);
+        UNROLL(4) for (int m = 0; m < mr; m++) {
+          vf *sum = &sums[m][r][s % chains];
+          *sum = (vf)_mm512_dpbf16_ps((__m512)*sum, row, (__m512bh)_mm512_loadu_si512((const uint16_t *)x + m * ldx + g * G + s * 32));
+        }
+      }
+    }
+  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m][r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
+}
+#endif
 /* At most 4 tokens. Groups begin where whole groups of the flat weight do: a row may begin within one, and x is put in order for each place where it does. */
 static void FN(few)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int64_t N = c->N, K = c->K, M = c->M, R = c->R, places = G, ld = UP(K, 128) + 256, n0 = first_of(N, id, of, 1), n1 = first_of(N, id + 1, of, 1);
   char *x = w->own + id * w->own_size;
-  float *row = (float *)(x + 4 * M * ld), *scale = row + ld, *b = scale + 2 * (ld / 32 + 16), code[16];
+  float *row = (float *)(x + 4 * M * ld), *scale = row + ld, *b = scale + 2 * (ld / 32 + 16) + BATCH + 64, code[16];
   int shift = __builtin_ctzll(c->block);
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   for (int64_t k = K; k % 2 == 0 && places > 1; k /= 2) places /= 2;
@@ -531,30 +599,44 @@ static void FN(few)(const Work *w, int id, int of) {
       memset(row + skip + K, 0, 4 * (groups * G - skip - K));
       for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 8; s++) for (int i = 0; i < V; i++) d[g + s * V + i] = row[g + 8 * i + (s ^ 1)];
     }
+    int64_t until = 0;
+    const float *batch = NULL;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
       int nr = M > 1 && n + places < n1 ? 2 : 1;
-      vf acc[4][2] = {};
+      vf acc[4][2];
       int64_t e[2];
       const float *scales[2];
       next = n + nr * places;
+      if (places == 1 && n + nr > until) { /* scales of some rows at once */
+        until = MIN(n1, n + 2 + (BATCH << shift) / K);
+        FN(scales)(c, n * K >> shift, ((until * K - 1) >> shift) - (n * K >> shift) + 1, scale);
+        batch = scale - (n * K >> shift);
+      }
       for (int r = 0; r < nr; r++) {
         e[r] = (n + r * places) * K - skip;
+        scales[r] = batch;
+        if (places == 1) continue;
         float *own = scale + r * (ld / 32 + 16);
         FN(scales)(c, e[r] >> shift, ((e[r] + groups * G - 1) >> shift) - (e[r] >> shift) + 1, own);
         scales[r] = own - (e[r] >> shift);
       }
 #ifdef BF16DOT
-#define CASE(mr, nr) case mr * 2 + nr: if (half) FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, 1, acc); else FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, 0, acc); break;
+#define CASE(mr, nr) case mr * 2 + nr: \
+        if (half) FN(rows16)(c, code, x, ld, scales, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
+        else FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); \
+        break;
 #else
-#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, 0, acc); break;
+#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); break;
 #endif
       switch (M * 2 + nr) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
 #undef CASE
       for (int r = 0; r < nr; r++) {
         int64_t i = n + r * places;
-        if (R) FN(widen)(c->b, i * R, c->b_dtype, R, b), memset(b + R, 0, 4 * (w->Rp - R));
+        const float *up = b;
+        if (R == w->Rp && c->b_dtype == FP32) up = (const float *)c->b + i * R;
+        else if (R) FN(widen)(c->b, i * R, c->b_dtype, R, b), memset(b + R, 0, 4 * (w->Rp - R));
         for (int64_t m = 0; m < M; m++) {
-          for (int64_t j = 0; j < w->Rp; j += V) acc[m][r] = FN(fma)(LD(b + j), LD(w->t + m * w->Rp + j), acc[m][r]);
+          for (int64_t j = 0; j < w->Rp; j += V) acc[m][r] = FN(fma)(LD(up + j), LD(w->t + m * w->Rp + j), acc[m][r]);
           put(c->y, m * N + i, c->x_dtype, FN(sum)(acc[m][r]) + (c->bias ? at(c->bias, i, c->bias_dtype) : 0));
         }
       }
@@ -580,6 +662,29 @@ INLINE void FN(tile)(const float *const *row, const float *x, int64_t n, const i
     *o = s;
   }
 }
+/* Sums [n][m] into y[m][n]: 4 tokens, up to 16 rows of W; those past the last are in memory, and not read */
+static void FN(finish)(const ffs_cpu_nf4 *c, const float *acc, int64_t m0, int64_t ms, int64_t n0, int64_t ns) {
+  float turned[MR][16];
+  for (int n = 0; n < 16; n += 4) {
+    v4 r[4];
+    for (int i = 0; i < 4; i++) r[i] = *(const v4 *)(acc + (n + i) * MB);
+#if V > 4
+    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+    for (int m = 0; m < 4; m++) *(v4 *)(turned[m] + n) = r[m];
+#else
+    for (int m = 0; m < 4; m++) for (int i = 0; i < 4; i++) turned[m][n + i] = r[i][m];
+#endif
+  }
+  for (int64_t m = 0; m < ms; m++) {
+    int64_t n = 0, to = (m0 + m) * c->N + n0;
+    for (; n + V <= ns; n += V) {
+      vf v = LD(turned[m] + n);
+      if (c->bias) v += FN(load)(c->bias, n0 + n, c->bias_dtype);
+      FN(store)(c->y, to + n, c->x_dtype, v);
+    }
+    for (; n < ns; n++) put(c->y, to + n, c->x_dtype, turned[m][n] + (c->bias ? at(c->bias, n0 + n, c->bias_dtype) : 0));
+  }
+}
 /* x in slices of KC words, MR tokens side by side: a power of two as the stride would leave most of a cache unused */
 static void FN(pack)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
@@ -602,7 +707,7 @@ static void FN(many)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int half = w->half, size = half ? 2 : 4, each = half ? 2 * V : V;
   int64_t N = c->N, K = c->K, R = c->R, kc = 4 * KC / size, n0 = first_of(N, id, of, NR), n1 = first_of(N, id + 1, of, NR);
-  float *panel = (float *)(w->own + id * w->own_size), *scale = panel + 6 * LDW, *b = scale + KC / 16 + 64, *acc = b + 6 * w->Rp, *flat = acc + (NC + 8) * MB, code[16];
+  float *panel = (float *)(w->own + id * w->own_size), *scale = panel + 6 * LDW, *b = scale + KC / 16 + 64, *acc = b + 6 * w->Rp, *flat = acc + (NC + 16) * MB, code[16];
   const float *row[NR];
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   FN(pack)(w, id, of);
@@ -621,7 +726,7 @@ static void FN(many)(const Work *w, int id, int of) {
           for (int r = 0; r < NR; r++) {
             int64_t e = MIN(n + r, N - 1) * K + k0, skip = e % 32; /* past the last row: it again */
             char *to = (char *)(panel + r * LDW);
-            FN(decode)(c, code, e - skip, e + kn, half ? BF16 : FP32, to, scale);
+            FN(panel)(c, code, e - skip, e + kn, half, NR * K / 2, to, scale);
             row[r] = (float *)(to + skip * size);
             memset((char *)row[r] + kn * size, 0, (ld - kn) * size);
           }
@@ -641,10 +746,8 @@ static void FN(many)(const Work *w, int id, int of) {
         }
         for (int64_t m = m0; m < me; m += MR) FN(tile)(row, w->t + m * w->Rp, w->Rp / V, 0, acc + (n - nb) * MB + (m - m0), 0);
       }
-      for (int64_t i = nb; i < ne; i += 16)
-        for (int64_t m = m0; m < me; m++)
-          for (int64_t n = i; n < MIN(i + 16, ne); n++)
-            put(c->y, m * N + n, c->x_dtype, acc[(n - nb) * MB + m - m0] + (c->bias ? at(c->bias, n, c->bias_dtype) : 0));
+      for (int64_t n = nb; n < ne; n += 16)
+        for (int64_t m = m0; m < me; m += MR) FN(finish)(c, acc + (n - nb) * MB + (m - m0), m, MIN(me - m, MR), n, MIN(ne - n, 16));
     }
 }
 
@@ -688,7 +791,7 @@ static void FN(dx)(const Work *w, int id, int of) {
         for (int64_t i = 0; i < nn; i++) {
           int64_t e = (n + i) * K + k, skip = e % 32;
           float *to = flat + i % 2 * (KD + 128);
-          FN(decode)(c, code, e - skip, e + kn, half ? BF16 : FP32, to, scale);
+          FN(panel)(c, code, e - skip, e + kn, half, 4 * K / 2, to, scale);
 #ifdef BF16DOT
           if (half) {
             pair[i % 2] = (uint16_t *)to + skip;
@@ -711,7 +814,11 @@ static void FN(dx)(const Work *w, int id, int of) {
             if (half) FN(outer)(panel + j, dy, ldy / 2, steps, 1, acc + (m - m0) * KD + j); else FN(outer)(panel + j, dy, ldy, steps, 0, acc + (m - m0) * KD + j);
           }
       }
-      for (int64_t m = m0; m < MIN(me, c->M); m++) for (int64_t j = 0; j < kn; j++) put(c->y, m * K + k + j, c->x_dtype, acc[(m - m0) * KD + j]);
+      for (int64_t m = m0; m < MIN(me, c->M); m++) {
+        int64_t j = 0;
+        for (; j + V <= kn; j += V) FN(store)(c->y, m * K + k + j, c->x_dtype, LD(acc + (m - m0) * KD + j));
+        for (; j < kn; j++) put(c->y, m * K + k + j, c->x_dtype, acc[(m - m0) * KD + j]);
+      }
     }
 }
 #undef G

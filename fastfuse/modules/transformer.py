@@ -178,13 +178,18 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             # Left alone, an empty softmax is NaN in some attention kernels.
             encoder_mask = torch.where(skip, self._everything(encoder_mask, encoder_input, cache), encoder_mask)
         attended = self.attn(self.ca_norm(x), encoder_input, mask=encoder_mask)
-        if skip is not None and self.empty_rows == "zero":
-            attended = attended.masked_fill(skip, 0)
-        h = x + self.ca_scale(attended)
-        mlp = self.mlp(self.mlp_norm(h))
-        if skip is not None:
-            mlp = mlp.masked_fill(skip, 0)
-        return h + self.mlp_scale(mlp)
+        return add_attended(self, x, attended, skip, self.empty_rows == "uniform")
+
+
+def add_attended(layer: nn.Module, x: Tensor, attended: Tensor, skip: Tensor | None, uniform: bool) -> Tensor:
+    """The rest of a TransformerCrossAttentionLayer, or torchtune's. skip: bool [b, s, 1], the tokens that may see nothing.  uniform: they attend all the same."""
+    if skip is not None and not uniform:
+        attended = attended.masked_fill(skip, 0)
+    h = x + layer.ca_scale(attended)
+    mlp = layer.mlp(layer.mlp_norm(h))
+    if skip is not None:
+        mlp = mlp.masked_fill(skip, 0)
+    return h + layer.mlp_scale(mlp)
 
 
 class TransformerDecoder(nn.Module):

@@ -181,28 +181,13 @@ class VisionTransformer(nn.Module):
 
     def _fused_embedding(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor:
         """_embedding as one op."""
-        conv, cls, pre, pos, norm = self.conv, self.cls_token_embedding, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
-        tiled = isinstance(pos, TiledTokenPositionalEmbedding)
-        table = pre if pre is not None else pos if tiled else None
+        pre, pos = self.pre_tile_pos_embed, self.token_pos_embedding
+        table = pre if pre is not None else pos if isinstance(pos, TiledTokenPositionalEmbedding) else None
         if table is not None and table.aspect_ratios is not None:
             aspect_ratio = table.ids_of(aspect_ratio, images.shape[1])
         if images.dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
-            images = images.to(conv.weight.dtype)
-        h, w = conv.kernel_size
-        return patch_embed(
-            images[..., : images.shape[-2] // h * h, : images.shape[-1] // w * w],  # as the convolution, which drops what is left over
-            conv.weight,
-            cls.weight,
-            aspect_ratio if table is not None else None,
-            pos.local_token_positional_embedding if tiled else pos.positional_embedding,
-            pos.global_token_positional_embedding if tiled else None,
-            pos.gate if tiled else None,
-            None if pre is None else pre.embedding,
-            None if pre is None else pre.gate,
-            norm=(norm.weight, norm.bias, norm.eps),
-            append_cls=cls.append_cls_token,
-            pad_tokens_to=self.pad_tokens_to,
-        )
+            images = images.to(self.conv.weight.dtype)
+        return place_tokens(self, images, aspect_ratio, self.pad_tokens_to)
 
     def _is_plain(self) -> bool:
         """Whether the modules in front of the layers are what the op computes: of these classes, without hooks, forwards or sharded weights of their own."""
@@ -241,3 +226,26 @@ class VisionTransformer(nn.Module):
         # Added to the scores, in their dtype: of a bool mask every layer would make such a tensor for itself, and keep it for its backward.
         mask = torch.zeros(x.shape[0], valid.shape[1], valid.shape[1], dtype=x.dtype, device=x.device)
         return mask.masked_fill_(~(valid[:, :, None] | valid[:, None, :]), -torch.inf)
+
+
+def place_tokens(front: nn.Module, images: Tensor, aspect_ratio: Tensor | None, pad_tokens_to: int = 1, backend: str | None = None) -> Tensor:
+    """What the modules in front of the layers of a vision transformer, torchtune's too, make of images [images, n_tiles, c, h, w], as one op: placed and
+    normalised tokens [images, n_tiles, n_tokens, embed_dim]."""
+    conv, cls, pre, pos, norm = front.conv, front.cls_token_embedding, front.pre_tile_pos_embed, front.token_pos_embedding, front.ln_pre
+    tiled = hasattr(pos, "global_token_positional_embedding")
+    h, w = conv.kernel_size
+    return patch_embed(
+        images[..., : images.shape[-2] // h * h, : images.shape[-1] // w * w],  # as the convolution, which drops what is left over
+        conv.weight,
+        cls.weight,
+        aspect_ratio if tiled or pre is not None else None,
+        pos.local_token_positional_embedding if tiled else pos.positional_embedding,
+        pos.global_token_positional_embedding if tiled else None,
+        pos.gate if tiled else None,
+        None if pre is None else pre.embedding,
+        None if pre is None else pre.gate,
+        norm=(norm.weight, norm.bias, norm.eps),
+        append_cls=cls.append_cls_token,
+        pad_tokens_to=pad_tokens_to,
+        backend=backend,
+    )

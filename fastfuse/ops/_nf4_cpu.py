@@ -19,7 +19,9 @@ _NIBBLES = torch.stack([_BYTES >> 4, _BYTES & 15], dim=1).view(-1)  # of both el
 def linear(x: Tensor, weight: NF4View, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias: x [M, K] -> [M, N] in x's dtype, summed in fp32 and rounded once."""
     if _cpu_library.library():
-        return _cpu_library.linear(x, weight, weight, *weight.shape, bias)[0]
+        if not _cpu_library.is_for_gemm(len(x), weight.shape[1], x.dtype):
+            return _cpu_library.linear(x, weight, weight, *weight.shape, bias)[0]
+        return F.linear(x, _cpu_library.dequantize(weight, weight, weight.shape, x.dtype), bias if bias is None else bias.to(x.dtype))
     wide, bias = x.float(), bias if bias is None else bias.float()
     out = None
     for row, w in decoded_rows(weight, x.dtype):
@@ -35,7 +37,8 @@ def linear(x: Tensor, weight: NF4View, bias: Tensor | None = None) -> Tensor:
 def linear_dx(dy: Tensor, weight: NF4View) -> Tensor:
     """dY W: dY [M, N] -> [M, K] in dY's dtype, summed in fp32 and rounded once."""
     if _cpu_library.library():
-        return _cpu_library.linear_dx(dy, weight)
+        gemm = _cpu_library.is_for_gemm(len(dy), weight.shape[1], dy.dtype)
+        return dy @ _cpu_library.dequantize(weight, weight, weight.shape, dy.dtype) if gemm else _cpu_library.linear_dx(dy, weight)
     wide, out = dy.float(), None
     for row, w in decoded_rows(weight, dy.dtype):
         part = wide[:, row : row + len(w)]

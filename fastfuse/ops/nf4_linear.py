@@ -292,7 +292,7 @@ def _reference(args: LinearArgs) -> tuple[Tensor, ...]:
 def _on_cpu(args: LinearArgs) -> tuple[Tensor, ...]:
     x, p = args.x, args.operands[0]
     alone = args.operands[1:] == () and args.layout is not None and p.factor is None and args.seeds is None and type(p.scaling) is float
-    if alone and _cpu_library.library():
+    if alone and _cpu_library.library() and not _cpu_library.is_for_gemm(x.numel() // args.K, args.K, x.dtype):
         return _cpu_library.linear(x, p.weight, args.layout, p.N, args.K, p.bias, p.a, p.b, p.scaling)
     x, base = rows(x), []
     for p in args.operands:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.modules._prepared import PreparedLinear
 from fastfuse.ops._op import route
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors, whole_in_calls
+from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, hooked, plain, plain_tensors, rebound, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
@@ -63,9 +63,7 @@ def nf4_host(
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
         found = read(module)
-        if type(found) is not Reason:
-            return on_device("nf4_linear", found.device, options)
-        return on_device("nf4_linear", device(module), options) if found.code == "DTENSOR" and whole_in_calls(module) else found
+        return found if type(found) is Reason and not (found.code == "DTENSOR" and whole_in_calls(module)) else None
 
     def device(module: nn.Module) -> torch.device | None:
         held = weight(module)
@@ -91,6 +89,22 @@ def nf4_host(
         return out if type(out) is Reason else (out, [made])
 
     return Host(
-        takes=(x,), refuses=refuses, obstacle=lambda module, options: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
+        kernels="nf4_linear", takes=(x,), refuses=refuses, obstacle=lambda module, options: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
         layout=layout, prepare=prepare, **how,
     )  # fmt: skip
+
+
+def adapter_obstacle(a: nn.Module, b: nn.Module, dropout: nn.Module) -> Reason | None:
+    """Why the parts of a LoRA adapter have to be called."""
+    if found := plain(a, nn.Linear) or plain(b, nn.Linear):
+        return found
+    if a.bias is not None:
+        return Reason("LORA_BIAS", "the adapter's A has a bias")
+    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):
+        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, hooked, or works in place")
+    return None
+
+
+def drops_now(dropout: nn.Module) -> float:
+    """The probability with which the adapter's input is zeroed now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

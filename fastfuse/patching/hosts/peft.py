@@ -10,8 +10,8 @@ from fastfuse.modules._prepared import PreparedLinear, Watch, dora_factor
 from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain, plain_tensors, rebound
-from fastfuse.patching.hosts._nf4 import nf4_host
+from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain_tensors, rebound
+from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
@@ -35,12 +35,6 @@ def _view(module: nn.Module) -> NF4View:
 def _active(self: nn.Module) -> list[str]:
     """The active adapters that touch this layer."""
     return [name for name in self.active_adapters if name in self.lora_A]
-
-
-def _dropout(self: nn.Module, name: str) -> float:
-    """The probability with which the adapter's input is zeroed now."""
-    dropout = self.lora_dropout[name]
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
@@ -85,14 +79,9 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
 
 def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
     a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-    for child in (a, b):
-        if found := plain(child, nn.Linear):
-            return found
-    if a.bias is not None:
-        return Reason("LORA_BIAS", "the adapter's A has a bias")
-    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):
-        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, hooked, or works in place")
-    drops = _dropout(self, name) > 0
+    if found := adapter_obstacle(a, b, dropout):
+        return found
+    drops = drops_now(dropout) > 0
     if drops and not alone:
         return Reason("DROPOUT", "several adapters with dropout draw a mask each")
     if name not in self.lora_variant:
@@ -132,16 +121,14 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
         dtype = torch.promote_types(dtype, magnitude.dtype)
     if magnitude is not None and computed not in (None, dtype):
         return _widened_dora(x, weight, a, b, scaling, bias, magnitude, backend).to(dtype)
-    y = nf4_lora_linear(
-        x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=_dropout(self, first), training=self.lora_dropout[first].training, backend=backend
-    )
+    y = nf4_lora_linear(x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=drops_now(self.lora_dropout[first]), training=True, backend=backend)
     return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
 
 
 def _prepared(self: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
     """One adapter without dropout; several, and scalings that are tensors, go the whole way."""
     names, base = _active(self), self.base_layer
-    if len(names) != 1 or self.active_adapters != names or isinstance(self.scaling[name := names[0]], Tensor) or _dropout(self, name) > 0:
+    if len(names) != 1 or self.active_adapters != names or isinstance(self.scaling[name := names[0]], Tensor) or drops_now(self.lora_dropout[name]) > 0:
         return None
     a, b, dropout, variant = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.lora_variant.get(name)
     if b.bias is not None:  # its product with the scaling, and the sum with the base's, are made at every call

@@ -1,0 +1,249 @@
+"""The C library of the NF4 ops: every instruction set this CPU has against float64, decoding to the bit, and how the library comes to be there."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from numerics import assert_no_worse, in_several_orders
+from torch.nn import functional as F
+from weights import STORAGES, quantize, random_weight
+
+from fastfuse.info import info
+from fastfuse.ops import _cpu_library, nf4_dequantize, nf4_dequantize_ref, nf4_linear
+from fastfuse.quant import NF4View
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# N, K, block: whole groups, blocks over several rows, rows that begin within a block, an odd byte, a last block cut short, 16 elements past the blocks' ends
+SHAPES = [(30, 256, 32), (37, 1024, 256), (17, 96, 64), (9, 33, 64), (4, 4096, 4096), (5, 4304, 64), (3, 1100, 64), (7, 2, 32), (25, 2600, 128)]
+made = pytest.mark.skipif(_cpu_library.library() is None, reason="no C library: FASTFUSE_CPU is torch, or there is no compiler")
+
+
+def available() -> list[str]:
+    return [n for i, n in enumerate(_cpu_library.INSTRUCTIONS) if _cpu_library.library() and _cpu_library.library().ffs_cpu_isa(i) == i]
+
+
+@pytest.fixture(params=available())
+def instructions(request):
+    library = _cpu_library.library()
+    library.ffs_cpu_isa(_cpu_library.INSTRUCTIONS.index(request.param))
+    yield request.param
+    library.ffs_cpu_isa(_cpu_library.INSTRUCTIONS.index(library.instructions))
+
+
+def views(storage: str, dtype: torch.dtype) -> list[NF4View]:
+    """torchao has whole blocks alone."""
+    return [NF4View.of(quantize(random_weight(N, K, dtype), storage, size)) for N, K, size in SHAPES if storage != "torchao" or N * K % size == 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_decoded_values_are_the_reference_to_the_bit(instructions, storage, dtype):
+    for view in views(storage, dtype):
+        for wanted in DTYPES:
+            assert torch.equal(_cpu_library.dequantize(view, view, view.shape, wanted), nf4_dequantize_ref(view, wanted)), (view.shape, view.layout, wanted)
+
+
+def test_decoding_keeps_denormals_infinities_and_nan(instructions):
+    absmax = torch.tensor([1e-39, 3e38, torch.inf, torch.nan, 6e-8, 7e4])
+    view = NF4View(torch.arange(192, dtype=torch.int32).to(torch.uint8), nf4_view().code, (absmax,), 64, (6, 64), torch.float32)
+    for wanted in DTYPES:
+        got, want = _cpu_library.dequantize(view, view, view.shape, wanted), nf4_dequantize_ref(view, wanted)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
+def nf4_view() -> NF4View:
+    return NF4View.of(quantize(random_weight(64, 128), "nested"))
+
+
+@pytest.mark.parametrize("adapter", [None, torch.float32, "as x"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_linear(instructions, storage, dtype, adapter):
+    """x W^T alone, and with a bias and an adapter of x's dtype and of PEFT's fp32; few tokens, many, more than a slice."""
+    torch.manual_seed(1)
+    for view in views(storage, dtype):
+        N, K = view.shape
+        w, exact_w = nf4_dequantize_ref(view, dtype), nf4_dequantize_ref(view, torch.float64)
+        for M in (1, 2, 3, 4, 5, 130) if K < 1000 else (1, 4, 7):
+            x, a, b, bias = torch.randn(M, K).to(dtype), None, None, None
+            if adapter:
+                low = dtype if adapter == "as x" else adapter
+                R = 16 if adapter == "as x" else 5
+                a, b, bias = (torch.randn(R, K) * K**-0.5).to(low), torch.randn(N, R).to(low), torch.randn(N).to(dtype)
+            got, got_xa = _cpu_library.linear(x, view, view, N, K, bias, a, b, 2.0)
+
+            def eager(x=x, w=w, a=a, b=b, bias=bias):
+                y = F.linear(x, w, bias)
+                return (y, None) if a is None else ((y + F.linear(xa := F.linear(x.to(a.dtype), a), b) * 2.0).to(x.dtype), xa)
+
+            orders, exact = in_several_orders(eager), x.double() @ exact_w.T
+            if adapter:
+                exact_xa = x.double() @ a.double().T
+                exact = exact + 2.0 * exact_xa @ b.double().T + bias.double()
+                assert_no_worse(got_xa, [xa for _, xa in orders], exact_xa, f"x A^T of {view.shape}, M {M}")
+            assert_no_worse(got, [y for y, _ in orders], exact, f"{view.shape} in {view.layout}, M {M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_dx(instructions, storage, dtype):
+    torch.manual_seed(2)
+    for view in [*views(storage, dtype), NF4View.of(quantize(random_weight(131, 832, dtype), storage))]:
+        w, exact = nf4_dequantize_ref(view, dtype), nf4_dequantize_ref(view, torch.float64)
+        for M in (1, 6, 130) if view.shape[1] < 1000 else (3,):
+            dy = torch.randn(M, view.shape[0]).to(dtype)
+            orders = in_several_orders(lambda dy=dy, w=w: dy @ w)
+            assert_no_worse(_cpu_library.linear_dx(dy, view), orders, dy.double() @ exact, f"{view.shape} in {view.layout}, M {M}")
+
+
+@made
+@pytest.mark.parametrize("M", [1, 4, 9])
+def test_strided_and_shaped_x(M):
+    view = nf4_view()
+    x = torch.randn(M, 3, 256)[:, 1, ::2]
+    for strided in (x, torch.randn(M, 300)[:, 5:133], torch.randn(1, 128).expand(M, 128), torch.randn(2, M, 128).transpose(0, 1)):
+        got = _cpu_library.linear(strided, view, view, *view.shape)[0]
+        assert got.shape == (*strided.shape[:-1], 64)
+        assert torch.equal(got, _cpu_library.linear(strided.contiguous(), view, view, *view.shape)[0])
+    assert _cpu_library.linear(x[:0], view, view, *view.shape)[0].shape == (0, 64)
+    with torch.no_grad():
+        assert torch.equal(nf4_linear(x, view), _cpu_library.linear(x, view, view, *view.shape)[0])
+
+
+@made
+@pytest.mark.parametrize("M", [1, 3, 33])
+def test_any_number_of_threads(M):
+    view, before = NF4View.of(quantize(random_weight(500, 640), "nested")), torch.get_num_threads()
+    x, dy, (a, b) = torch.randn(M, 640), torch.randn(M, 500), (torch.randn(16, 640), torch.randn(500, 16))
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append((*_cpu_library.linear(x, view, view, 500, 640, None, a, b, 0.5), _cpu_library.linear_dx(dy, view), nf4_dequantize(view)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for more in results[1:] for one, other in zip(results[0], more, strict=True))
+
+
+def _in_child(queue, x: torch.Tensor, view: NF4View) -> None:
+    torch.set_num_threads(4)  # in spite of DataLoader, which asks for one; PyTorch's own operations may not run in parallel now
+    queue.put(_cpu_library.linear(x, view, view, 1024, 1024)[0].sum().item())
+
+
+@made
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_child_runs_alone():
+    """OpenMP's threads are not copied: a parallel region in the child would wait for them for ever."""
+    before, context = torch.get_num_threads(), multiprocessing.get_context("fork")
+    torch.set_num_threads(2)
+    view, x, queue = NF4View.of(quantize(torch.ones(1024, 1024), "flat")), torch.ones(8, 1024), context.Queue()
+    _cpu_library.linear(x, view, view, 1024, 1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads: that is the point
+        child = context.Process(target=_in_child, args=(queue, x, view))
+        child.start()
+    try:
+        assert queue.get(timeout=60) == 8 * 1024 * 1024
+    finally:
+        child.kill()
+        torch.set_num_threads(before)
+
+
+@made
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc")
+def test_one_thread_stays_one():
+    code = """
+import os, torch
+from fastfuse.ops import _cpu_library
+from fastfuse.quant import NF4View
+view = NF4View(torch.zeros(1 << 19, dtype=torch.uint8), torch.linspace(-1, 1, 16), (torch.ones(1 << 14),), 64, (1024, 1024), torch.float32)
+_cpu_library.library()
+before = len(os.listdir("/proc/self/task"))
+_cpu_library.linear(torch.ones(64, 1024), view, view, 1024, 1024)
+assert torch.get_num_threads() == 1 and len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """The library is looked for again, in this test and after it."""
+    _cpu_library.library.cache_clear()
+    yield monkeypatch
+    _cpu_library.library.cache_clear()
+
+
+def _falls_back(reason: str) -> None:
+    view, x = nf4_view(), torch.randn(3, 128)
+    with pytest.warns(UserWarning, match=f"NF4 runs through PyTorch.*{reason}") as said:
+        got = nf4_linear(x, view)
+        nf4_linear(x, view), nf4_dequantize(view)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    assert_no_worse(got, in_several_orders(lambda: F.linear(x, nf4_dequantize_ref(view, x.dtype))), x.double() @ nf4_dequantize_ref(view, torch.float64).T)
+    assert "PyTorch, no C library" in info()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler(anew, tmp_path, compiler):
+    anew.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    anew.setenv("CC", compiler)
+    _falls_back(re.escape(compiler))
+
+
+def _stand_in(tmp_path, monkeypatch, writes: str = "a library") -> None:
+    """A compiler that is asked as gcc is, and writes a few bytes."""
+    script = tmp_path / "cc"
+    script.write_text(
+        f'#!/bin/sh\nif [ "$2" = --version ]; then echo 1; exit; fi\nfor last; do test "$before" = -o && echo "{writes}" > "$last"; before=$last; done\necho x >> "{tmp_path}/runs"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{script}' -m64")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_folder_that_cannot_be_written(anew, tmp_path):
+    _stand_in(tmp_path, anew)
+    (tmp_path / "cache").write_text("a file")
+    _falls_back("cache")
+
+
+def test_folder_that_others_can_write_to(anew, tmp_path):
+    _stand_in(tmp_path, anew)
+    folder = _cpu_library._compiled().parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    _falls_back("others can write to")
+
+
+def test_compiled_once_and_again_when_broken(anew, tmp_path):
+    _stand_in(tmp_path, anew)
+    path = _cpu_library._compiled()
+    assert _cpu_library._compiled() == path and path.read_text() == "a library\n" and (tmp_path / "runs").read_text() == "x\n"
+    path.write_text("something else")
+    assert _cpu_library._compiled() == path and path.read_text() == "a library\n" and (tmp_path / "runs").read_text() == "x\nx\n"
+    _stand_in(tmp_path, anew, "another")
+    anew.setattr(_cpu_library, "FLAGS", ("-O2",))
+    assert _cpu_library._compiled().parent != path.parent
+
+
+@made
+def test_two_processes_at_once(tmp_path):
+    code = "from fastfuse.ops import _cpu_library; print(_cpu_library.library().instructions)"
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "FASTFUSE_CPU": "portable"}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate()[0].split() for p in started] == [["portable"]] * 2
+    assert len([*tmp_path.glob("fastfuse-*/*.so")]) == 1 == len([*tmp_path.glob("fastfuse-*/*")])
+
+
+def test_turned_off_and_misspelt(anew):
+    anew.setenv("FASTFUSE_CPU", "torch")
+    assert _cpu_library.library() is None and "PyTorch, no C library" in info()
+    _cpu_library.library.cache_clear()
+    anew.setenv("FASTFUSE_CPU", "sse9")
+    with pytest.raises(ValueError, match="FASTFUSE_CPU is 'sse9', expected torch, portable, avx2"):
+        _cpu_library.library()
