@@ -48,7 +48,7 @@ typedef struct {
   int64_t N, K, block, scale_block;
   const void *x;                                   /* [M, K]; for dX the gradient [M, N] */
   void *y;                                         /* [M, N]; dX [M, K]; decoded [N, K] */
-  int64_t M, stride, x_dtype;                      /* of x and y */
+  int64_t M, stride, x_dtype;                      /* of x and y; rows to decode, and the first of them */
   const void *bias, *a, *b;                        /* [N], [R, K], [N, R] or NULL */
   void *xa;                                        /* [M, R], x A^T, written */
   int64_t bias_dtype, a_dtype, b_dtype, xa_dtype, R;
@@ -65,6 +65,7 @@ typedef struct { const ffs_cpu_nf4 *c; char *x; float *t; char *own; int64_t own
 #define BATCH 512                                  /* scales of rows, about */
 #define KD 768                                     /* columns of dX at a time, rows of W: */
 #define ND 64
+#define LDD (KD + 16)                              /* from a row of them to the next */
 
 INLINE float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE uint16_t to_bf16(float f) {
@@ -169,13 +170,13 @@ int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Rp = UP(c->R, 16)};
   int few = c->M <= 4 && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
-  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + 2 * (Kp / 32 + 16) + BATCH + 64 + w.Rp + 64) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
+  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + w.Rp + 2 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0)) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
   return run(few ? OF_ISA(few) : OF_ISA(many), &w, threads_for(c, c->M), few ? 0 : w.Mp * Kp * 4, w.Mp * w.Rp * 4, own);
 }
 int ffs_cpu_nf4_linear_dx(const ffs_cpu_nf4 *c) {
   if (isa_ < 0) ffs_cpu_isa(-1);
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Mp = UP(c->M, 4)};
-  return run(OF_ISA(dx), &w, threads_for(c, c->M), w.Mp * UP(c->N, 16) * 4, 0, 4 * (ND * KD + 2 * (KD + 128) + KD / 32 + 64 + MB * KD));
+  return run(OF_ISA(dx), &w, threads_for(c, c->M), w.Mp * (UP(c->N, 16) + 32) * 4, 0, 4 * (ND * LDD + 2 * (KD + 128) + KD / 32 + 64 + MB * LDD));
 }
 
 #else /* ------------------------------------------------------------------ once per instruction set: V fp32 lanes */
@@ -251,9 +252,9 @@ INLINE void FN(store)(void *p, int64_t i, int dtype, vf v) {
 #endif
 }
 static void FN(widen)(const void *p, int64_t from, int dtype, int64_t n, float *out) {
-  int64_t i = 0;
-  for (; i + V <= n; i += V) ST(out + i, FN(load)(p, from + i, dtype));
-  for (; i < n; i++) out[i] = at(p, from + i, dtype);
+  int64_t whole = n / V * V;
+  for (int64_t i = 0; i < whole; i += V) ST(out + i, FN(load)(p, from + i, dtype));
+  for (int64_t i = whole; i < n; i++) out[i] = at(p, from + i, dtype);
 }
 INLINE float FN(sum)(vf v) {
 #if V == 16
@@ -442,19 +443,25 @@ static __attribute__((noinline)) void FN(panel)(const ffs_cpu_nf4 *c, const floa
 }
 static void FN(dequantize)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
-  int64_t total = c->N * c->K, size = size_of(c->x_dtype), e = first_of(total, id, of, 32), end = first_of(total, id + 1, of, 32), whole = end & ~31;
-  float code[16], scale[128 + 32] __attribute__((aligned(64))), last[32];
+  int64_t size = size_of(c->x_dtype), from = c->stride * c->K, total = c->M * c->K, e = from + first_of(total, id, of, 32), end = from + first_of(total, id + 1, of, 32);
+  char *to = (char *)c->y + (e - from) * size;
+  float code[16], scale[128 + 32] __attribute__((aligned(64))), some[32];
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
 #define DECODE(end, out) \
   if (c->x_dtype == FP32) FN(decode)(c, code, e, end, FP32, 0, 2048, out, scale); \
   else FN(decode)(c, code, e, end, c->x_dtype, 0, 2048, out, scale);
-  for (int64_t next; e < whole; e = next) {
-    next = MIN(e + 4096, whole);
-    DECODE(next, (char *)c->y + e * size)
-  }
-  if (e < end) {
-    DECODE(end, last)
-    memcpy((char *)c->y + e * size, last, (end - e) * size);
+  for (int64_t next; e < end; to += (next - e) * size, e = next) {
+    int64_t skip = e % 32;
+    if (skip || end - e < 32) { /* a piece of 32 */
+      next = MIN(e - skip + 32, end);
+      e -= skip;
+      DECODE(next, some)
+      e += skip;
+      memcpy(to, (char *)some + skip * size, (next - e) * size);
+    } else {
+      next = MIN(e + 4096, end & ~31);
+      DECODE(next, to)
+    }
   }
 #undef DECODE
 }
@@ -498,7 +505,7 @@ static void FN(barrier)(int of) {
 }
 
 /* nr rows of W, decoded in registers, times mr tokens. e: where the groups begin that have the rows' first elements, x: in the order of the nibbles */
-INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
+INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
                      const int mr, const int nr, vf (*acc)[2]) {
   int shift = __builtin_ctzll(c->block);
   uint8_t spare[4 * V];
@@ -521,7 +528,7 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
         vf row = FN(lookup)(v >> (4 * s), &t);
         UNROLL(4) for (int m = 0; m < mr; m++) part[m] = FN(fma)(row, LD((const float *)x + m * ldx + g * G + s * V), part[m]);
       }
-      const float *of_group = scale[r] + ((e[r] + g * G) >> shift);
+      const float *of_group = scale + ((e[r] + g * G) >> shift);
 #if V == 16
       vf each = (vf)_mm512_permutexvar_ps((__m512i)spread, (__m512)LD(of_group));
 #elif V == 8
@@ -535,7 +542,7 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 }
 #ifdef BF16DOT
 /* The same of bf16, by a table for each block; two blocks' are side by side. chains: sums that need not wait for each other, as a product takes 6 cycles */
-INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *const *scale, const int64_t *e, int64_t groups,
+INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
                        const int mr, const int nr, const int chains, vf (*acc)[2]) {
   int shift = __builtin_ctzll(c->block), rounds = c->scales == TORCHAO && c->dtype == FP16;
   uint8_t spare[4 * V];
@@ -547,7 +554,7 @@ INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, i
       const uint8_t *p = FN(bytes)(c, at, G, spare);
       __builtin_prefetch(p + 2048, 0, 3);
       __m512i v = (__m512i)LDU(p);
-      vf low = values * scale[r][at >> shift], high = values * scale[r][(at + 64) >> shift];
+      vf low = values * scale[at >> shift], high = values * scale[(at + 64) >> shift];
       if (rounds) low = FN(round)(low, FP16), high = FN(round)(high, FP16);
       __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       UNROLL(4) for (int s = 0; s < 4; s++) {
@@ -567,7 +574,7 @@ static void FN(few)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int64_t N = c->N, K = c->K, M = c->M, R = c->R, places = G, ld = UP(K, 128) + 256, n0 = first_of(N, id, of, 1), n1 = first_of(N, id + 1, of, 1);
   char *x = w->own + id * w->own_size;
-  float *row = (float *)(x + 4 * M * ld), *scale = row + ld, *b = scale + 2 * (ld / 32 + 16) + BATCH + 64, code[16];
+  float *row = (float *)(x + 4 * M * ld), *b = row + ld, *scale = b + w->Rp, code[16];
   int shift = __builtin_ctzll(c->block);
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   for (int64_t k = K; k % 2 == 0 && places > 1; k /= 2) places /= 2;
@@ -580,6 +587,12 @@ static void FN(few)(const Work *w, int id, int of) {
 #ifdef BF16DOT
   int half = w->half;
 #endif
+  const float *batch = NULL;
+  if (places > 1 && n0 < n1) { /* rows are not taken in order: scales of all */
+    int64_t first = (n0 * K / G * G) >> shift;
+    FN(scales)(c, first, (UP(n1 * K, G) >> shift) - first + 1, scale);
+    batch = scale - first;
+  }
   for (int64_t place = 0; place < places; place++) {
     int64_t skip = place * K % G, groups = (skip + K + G - 1) / G;
     for (int64_t m = 0; m < M; m++) {
@@ -600,33 +613,24 @@ static void FN(few)(const Work *w, int id, int of) {
       for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 8; s++) for (int i = 0; i < V; i++) d[g + s * V + i] = row[g + 8 * i + (s ^ 1)];
     }
     int64_t until = 0;
-    const float *batch = NULL;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
       int nr = M > 1 && n + places < n1 ? 2 : 1;
       vf acc[4][2];
       int64_t e[2];
-      const float *scales[2];
       next = n + nr * places;
       if (places == 1 && n + nr > until) { /* scales of some rows at once */
         until = MIN(n1, n + 2 + (BATCH << shift) / K);
         FN(scales)(c, n * K >> shift, ((until * K - 1) >> shift) - (n * K >> shift) + 1, scale);
         batch = scale - (n * K >> shift);
       }
-      for (int r = 0; r < nr; r++) {
-        e[r] = (n + r * places) * K - skip;
-        scales[r] = batch;
-        if (places == 1) continue;
-        float *own = scale + r * (ld / 32 + 16);
-        FN(scales)(c, e[r] >> shift, ((e[r] + groups * G - 1) >> shift) - (e[r] >> shift) + 1, own);
-        scales[r] = own - (e[r] >> shift);
-      }
+      for (int r = 0; r < nr; r++) e[r] = (n + r * places) * K - skip;
 #ifdef BF16DOT
 #define CASE(mr, nr) case mr * 2 + nr: \
-        if (half) FN(rows16)(c, code, x, ld, scales, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
-        else FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); \
+        if (half) FN(rows16)(c, code, x, ld, batch, e, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc); \
+        else FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); \
         break;
 #else
-#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, scales, e, groups, mr, nr, acc); break;
+#define CASE(mr, nr) case mr * 2 + nr: FN(rows)(c, code, x, ld, batch, e, groups, mr, nr, acc); break;
 #endif
       switch (M * 2 + nr) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
 #undef CASE
@@ -754,8 +758,8 @@ static void FN(many)(const Work *w, int id, int of) {
 /* out[m][NR vectors] += MR rows of dY times n rows of decoded W; of bf16, pairs of rows in a word */
 INLINE void FN(outer)(const float *rows, const float *dy, int64_t ldy, int64_t n, const int half, float *out) {
   vf acc[MR][NR];
-  UNROLL(4) for (int m = 0; m < MR; m++) UNROLL(6) for (int r = 0; r < NR; r++) acc[m][r] = LD(out + m * KD + r * V);
-  for (int64_t i = 0; i < n; i++, rows += KD) {
+  UNROLL(4) for (int m = 0; m < MR; m++) UNROLL(6) for (int r = 0; r < NR; r++) acc[m][r] = LD(out + m * LDD + r * V);
+  for (int64_t i = 0; i < n; i++, rows += LDD) {
     vf b[NR];
     UNROLL(6) for (int r = 0; r < NR; r++) b[r] = LD(rows + r * V);
     UNROLL(4) for (int m = 0; m < MR; m++) {
@@ -764,13 +768,13 @@ INLINE void FN(outer)(const float *rows, const float *dy, int64_t ldy, int64_t n
       UNROLL(6) for (int r = 0; r < NR; r++) acc[m][r] = DOT(b[r], a, acc[m][r]);
     }
   }
-  UNROLL(4) for (int m = 0; m < MR; m++) UNROLL(6) for (int r = 0; r < NR; r++) ST(out + m * KD + r * V, acc[m][r]);
+  UNROLL(4) for (int m = 0; m < MR; m++) UNROLL(6) for (int r = 0; r < NR; r++) ST(out + m * LDD + r * V, acc[m][r]);
 }
 static void FN(dx)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int half = w->half, size = half ? 2 : 4, tile = NR * V;
-  int64_t N = c->N, K = c->K, ldy = UP(N, 16), k0 = first_of(K, id, of, tile), k1 = first_of(K, id + 1, of, tile);
-  float *panel = (float *)(w->own + id * w->own_size), *flat = panel + ND * KD, *scale = flat + 2 * (KD + 128), *acc = scale + KD / 32 + 64, code[16];
+  int64_t N = c->N, K = c->K, ldy = UP(N, 16) + 32, k0 = first_of(K, id, of, tile), k1 = first_of(K, id + 1, of, tile);
+  float *panel = (float *)(w->own + id * w->own_size), *flat = panel + ND * LDD, *scale = flat + 2 * (KD + 128), *acc = scale + KD / 32 + 64, code[16];
 #ifdef BF16DOT
   uint16_t *pair[2];
 #endif
@@ -785,9 +789,9 @@ static void FN(dx)(const Work *w, int id, int of) {
   for (int64_t k = k0; k < k1; k += KD)
     for (int64_t m0 = 0; m0 < c->M; m0 += MB) {
       int64_t kn = MIN(KD, k1 - k), kt = UP(kn, tile), me = MIN(m0 + MB, w->Mp);
-      for (int64_t m = 0; m < me - m0; m++) memset(acc + m * KD, 0, 4 * kt);
-      for (int64_t n = 0; n < N; n += ND) {
-        int64_t nn = MIN(ND, N - n), steps = half ? (nn + 1) / 2 : nn;
+      for (int64_t m = 0; m < me - m0; m++) memset(acc + m * LDD, 0, 4 * kt);
+      for (int64_t n = 0, nd = half ? 2 * ND : ND; n < N; n += nd) {
+        int64_t nn = MIN(nd, N - n), steps = half ? (nn + 1) / 2 : nn;
         for (int64_t i = 0; i < nn; i++) {
           int64_t e = (n + i) * K + k, skip = e % 32;
           float *to = flat + i % 2 * (KD + 128);
@@ -800,24 +804,24 @@ static void FN(dx)(const Work *w, int id, int of) {
             else if (i % 2 == 0) continue;
             for (int64_t j = 0; j < kt; j += V) {
               __m512i p = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[0] + j))), q = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[1] + j)));
-              _mm512_storeu_si512(panel + i / 2 * KD + j, _mm512_or_si512(p, _mm512_slli_epi32(q, 16)));
+              _mm512_storeu_si512(panel + i / 2 * LDD + j, _mm512_or_si512(p, _mm512_slli_epi32(q, 16)));
             }
             continue;
           }
 #endif
-          memcpy(panel + i * KD, to + skip, 4 * kn);
-          memset(panel + i * KD + kn, 0, 4 * (kt - kn));
+          memcpy(panel + i * LDD, to + skip, 4 * kn);
+          memset(panel + i * LDD + kn, 0, 4 * (kt - kn));
         }
         for (int64_t j = 0; j < kt; j += tile)
           for (int64_t m = m0; m < me; m += MR) {
             const float *dy = (const float *)(w->x + (m * ldy + n) * size);
-            if (half) FN(outer)(panel + j, dy, ldy / 2, steps, 1, acc + (m - m0) * KD + j); else FN(outer)(panel + j, dy, ldy, steps, 0, acc + (m - m0) * KD + j);
+            if (half) FN(outer)(panel + j, dy, ldy / 2, steps, 1, acc + (m - m0) * LDD + j); else FN(outer)(panel + j, dy, ldy, steps, 0, acc + (m - m0) * LDD + j);
           }
       }
       for (int64_t m = m0; m < MIN(me, c->M); m++) {
         int64_t j = 0;
-        for (; j + V <= kn; j += V) FN(store)(c->y, m * K + k + j, c->x_dtype, LD(acc + (m - m0) * KD + j));
-        for (; j < kn; j++) put(c->y, m * K + k + j, c->x_dtype, acc[(m - m0) * KD + j]);
+        for (; j + V <= kn; j += V) FN(store)(c->y, m * K + k + j, c->x_dtype, LD(acc + (m - m0) * LDD + j));
+        for (; j < kn; j++) put(c->y, m * K + k + j, c->x_dtype, acc[(m - m0) * LDD + j]);
       }
     }
 }

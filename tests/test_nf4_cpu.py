@@ -5,18 +5,21 @@ import torch
 from numerics import assert_no_worse
 from weights import STORAGES, quantize, random_weight
 
-from fastfuse.ops import _nf4_cpu, nf4_dequantize_ref
+from fastfuse.ops import _cpu_library, _nf4_cpu, nf4_dequantize_ref
 from fastfuse.quant import NF4View
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("chunk", [1, 64 * 40, 1 << 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage, block_size", [*((s, 64) for s in STORAGES), ("nested", 32), ("nested", 256), ("flat", 4096)])
-def test_chunks_equal_the_whole(storage, block_size, dtype, chunk, monkeypatch):
+def test_chunks_equal_the_whole(storage, block_size, dtype, chunk, library, monkeypatch):
     """Blocks within rows, and such that reach over several (256 and 4096 against K = 192)."""
     monkeypatch.setattr(_nf4_cpu, "CHUNK", chunk)
+    if not library:
+        monkeypatch.setattr(_cpu_library, "library", lambda: None)
     for w_dtype in DTYPES if storage == "torchao" else [dtype]:
         view = NF4View.of(quantize(random_weight(133, 192, w_dtype), storage, block_size))
         got = [(row, w.clone()) for row, w in _nf4_cpu.decoded_rows(view, dtype)]
@@ -27,6 +30,7 @@ def test_chunks_equal_the_whole(storage, block_size, dtype, chunk, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_over_several_chunks(dtype, monkeypatch):
     monkeypatch.setattr(_nf4_cpu, "CHUNK", 192 * 16)
+    monkeypatch.setattr(_cpu_library, "library", lambda: None)
     view = NF4View.of(quantize(random_weight(100, 192, dtype), "nested"))
     w, exact = nf4_dequantize_ref(view, dtype), nf4_dequantize_ref(view, dtype).double()
     x, dy, bias = (torch.randn(*shape, dtype=dtype) for shape in ((7, 192), (7, 100), (100,)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from numerics import assert_rounding_apart
 from prepared_layers import (
     LAYERS,
     P,
@@ -282,10 +283,11 @@ def test_accelerate_s_hooks_that_only_align():
     assert not served(layer, x) and torch.equal(layer(x), want)
     layer(x)
     assert served(layer, x)
-    layer.base_layer._hf_hook.io_same_device = True
-    assert not served(layer, x) and torch.equal(layer(x), want)
+    layer.base_layer._hf_hook.io_same_device = True  # now the base alone is fused, and the update is PEFT's: summed in another order
+    assert not served(layer, x)
+    assert_rounding_apart(layer(x), want, 128, products=3)
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))  # around the patched forward
-    assert torch.equal(layer(x), want)
+    assert_rounding_apart(layer(x), want, 128, products=3)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ _threads = torch.get_num_threads
 def _alone() -> None:
     """In a forked child: the threads that OpenMP counts on are the parent's."""
     global _threads
-    _threads = int(1).__int__
+    _threads = (1).__int__
 
 
 if hasattr(os, "register_at_fork"):
@@ -135,8 +135,8 @@ def linear_dx(dy: Tensor, weight) -> Tensor:
     return dx
 
 
-def dequantize(weight, layout, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W [N, K] in dtype."""
-    out = torch.empty(shape, dtype=dtype, device="cpu")
-    _call("ffs_cpu_nf4_dequantize", weight, layout, *shape, 0, out, 0, 0, dtype)
+def dequantize(weight, layout, shape: tuple[int, int], dtype: torch.dtype, first: int = 0, rows: int | None = None) -> Tensor:
+    """W [N, K] in dtype, or some rows of it."""
+    out = torch.empty((shape[0] if rows is None else rows, shape[1]), dtype=dtype, device="cpu")
+    _call("ffs_cpu_nf4_dequantize", weight, layout, *shape, 0, out, len(out), first, dtype)
     return out

@@ -49,6 +49,11 @@ def linear_dx(dy: Tensor, weight: NF4View) -> Tensor:
 def decoded_rows(weight: NF4View, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows of W) over all of W: nf4_dequantize_ref's values in `dtype`, held in fp32. Rows live until the next step."""
     (N, K), size = weight.shape, weight.block_size
+    if _cpu_library.library():
+        rows = max(CHUNK // K, 1)
+        for row in range(0, N, rows):
+            yield row, _cpu_library.dequantize(weight, weight, weight.shape, dtype, row, min(rows, N - row)).float()
+        return
     if N * K % size:
         yield 0, nf4_dequantize_ref(weight, dtype).float()
         return
