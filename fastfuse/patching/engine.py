@@ -311,7 +311,7 @@ def _verified(p: _Planned, options: Options) -> Reason | None:
 
     HOST_DECODE where it is the host library that is off, by a fault that is known (Host.corrected).
     """
-    if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
+    if any(w.is_meta or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
     with undisturbed(p.module), torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
         for m in p.module.modules():

@@ -359,10 +359,8 @@ def hooked(module: nn.Module) -> bool:
     Not where accelerate's does no more than to move the input to the module's device, where the module around it has it already: of a model spread over
     several GPUs every module with weights has such a hook.
     """
-    if is_hooked(module) or "_hf_hook" not in module.__dict__:
-        return is_hooked(module)
-    hook = module.__dict__["_hf_hook"]
-    return type(hook).__name__ != "AlignDevicesHook" or hook.offload or hook.io_same_device
+    hook = module.__dict__.get("_hf_hook")
+    return is_hooked(module) or (hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload or hook.io_same_device))
 
 
 def only_asks_for_grad(module: nn.Module) -> bool:

@@ -52,10 +52,8 @@ def nf4_host(
     def read(module: nn.Module) -> NF4View | Reason:
         try:
             return view(module)
-        except Unsupported as e:
-            return Reason(e.code, str(e).removeprefix("NF4View: "))
-        except (AttributeError, TypeError, ValueError) as e:
-            return Reason("NOT_NF4", str(e).removeprefix("NF4View: "))
+        except (Unsupported, AttributeError, TypeError, ValueError) as e:
+            return Reason(getattr(e, "code", "NOT_NF4"), str(e).removeprefix("NF4View: "))
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
         found = read(module)

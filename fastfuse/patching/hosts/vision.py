@@ -67,9 +67,6 @@ def _forward_of(cls: type[nn.Module]) -> str:
     return cls.forward.__qualname__
 
 
-_UNKNOWN = Reason("UNKNOWN_FORWARD", "built like a front end that fastfuse knows, with another forward")
-
-
 def _unfit(pixels: Any, casts: bool, parts: _Parts) -> Reason | None:
     """Why the op would not give what the module's own forward makes of these pixels, be it an error."""
     conv, cls, positions = parts.conv, parts.cls, parts.positions
@@ -212,12 +209,14 @@ def _front(
     steps: int = 2,
     **how: Any,
 ) -> Host:
-    """conv: the name of its convolution.  read: its parts.  embed: what it makes of pixels that are fit for it.  unfit: why no call of the module would be fused.  child: why one has to be
-    called, beside the convolution.  steps: as Probe's."""
+    """conv: the name of its convolution.  read: its parts.  embed: what it makes of pixels that are fit for it.  unfit: why no call of the module would be
+    fused.  child: why one has to be called, beside the convolution.  steps: as Probe's."""
     x = how["takes"][0]
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
-        return unfit(module) if _forward_of(type(module)) in kinds else _UNKNOWN
+        if _forward_of(type(module)) not in kinds:
+            return Reason("UNKNOWN_FORWARD", "built like a front end that fastfuse knows, with another forward")
+        return unfit(module)
 
     def obstacle(module: nn.Module) -> Reason | None:
         return child(module) or convolution(module.get_submodule(conv))  # no parts are read, which may be parametrized: for a report
@@ -260,8 +259,6 @@ def _listed(kinds: dict[str, _Kind]) -> str:
 
 _HF = {"written_by": "transformers.", "takes": ("pixel_values",), "ignores": ("interpolate_pos_encoding",)}
 _CLIP_PARTS = ("patch_embedding.weight", "position_embedding.weight", "position_ids", "interpolate_pos_encoding")
-_VIT_CHILD = tuple(f"patch_embeddings.{name}" for name in ("projection.weight", "num_channels", "image_size"))
-_VIT_PARTS = (*_VIT_CHILD, "cls_token", "position_embeddings", "dropout", "interpolate_pos_encoding")
 _TIMM_PARTS = ("proj.weight", "norm", "img_size", "strict_img_size", "dynamic_img_pad", "flatten", "output_fmt")
 
 HOSTS = (
@@ -273,7 +270,9 @@ HOSTS = (
         for name, kinds, cls in (("CLIP", _CLIP, ("class_embedding",)), ("SigLIP", _SIGLIP, ()))
     ),
     _front(
-        _VIT, "patch_embeddings.projection", _vit_parts, _vit, child=_vit_child, name="transformers ViT", parts=_VIT_PARTS, modules=_listed(_VIT),
+        _VIT, "patch_embeddings.projection", _vit_parts, _vit, child=_vit_child, name="transformers ViT", modules=_listed(_VIT),
+        parts=("patch_embeddings.projection.weight", "patch_embeddings.num_channels", "patch_embeddings.image_size", "cls_token", "position_embeddings",
+               "dropout", "interpolate_pos_encoding"),
         matches=_made_of({"patch_embeddings", "dropout"}, {"cls_token"}, ("position_embeddings", "mask_token", "register_tokens")),
         covers="images of the model's own size, no masked patches", **_HF,
     ),
