@@ -118,7 +118,7 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
 
     def _packs(self, x: Tensor, encoder_input: Tensor | None, mask: Tensor | EncoderMask | None) -> bool:
         """Whether forward makes an EncoderMask of the mask: a bool tensor shaped as the scores (PyTorch's attention would broadcast another)."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != x.device or hasattr(mask, "device_mesh"):
+        if not isinstance(mask, Tensor):
             return False
         if self.attn.cache_enabled:
             cache = self.attn.kv_cache
@@ -129,8 +129,7 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             return False
         else:
             b, width = encoder_input.shape[:2]
-        fits = b == x.shape[0] and (mask.shape[0] == 1 or mask.shape[0] == b) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
-        return fits and self._takes_encoder_mask(x)
+        return b == x.shape[0] and masks_scores(mask, x, width) and self._takes_encoder_mask(x)
 
     def _filled(self, mask: EncoderMask, encoder_input: Tensor | None, cache: KVCache | None) -> EncoderMask:
         """The mask, where rows that may see nothing see every token, of a cache those it holds."""
@@ -179,6 +178,14 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             encoder_mask = torch.where(skip, self._everything(encoder_mask, encoder_input, cache), encoder_mask)
         attended = self.attn(self.ca_norm(x), encoder_input, mask=encoder_mask)
         return add_attended(self, x, attended, skip, self.empty_rows == "uniform")
+
+
+def masks_scores(mask: object, x: Tensor, width: int) -> bool:
+    """Whether it is a bool tensor beside x, with a row for each token of x and a column for each of `width` image tokens, as an EncoderMask is made of."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != x.device or hasattr(mask, "device_mesh"):
+        return False
+    # No `in (1, b)`: under torch.compile a number is not found among symbols.
+    return (mask.shape[0] == 1 or mask.shape[0] == x.shape[0]) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
 
 
 def add_attended(layer: nn.Module, x: Tensor, attended: Tensor, skip: Tensor | None, uniform: bool) -> Tensor:

@@ -128,26 +128,16 @@ class VisionTransformer(nn.Module):
         if images.dim() != 6 or images.shape[3:] != (self.in_channels, self.tile_size, self.tile_size):
             tile = f"{self.in_channels}, {self.tile_size}, {self.tile_size}"
             raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, {tile})")
-        b, n_imgs, n_tiles = images.shape[:3]
+        b, n_imgs = images.shape[:2]
         aspect_ratio = self._ratios(images, aspect_ratio)
         images = images.flatten(0, 1)
         x = self._fused_embedding(images, aspect_ratio) if self._is_plain() else self._embedding(images, aspect_ratio)
-        n_tokens, per_tile = self.get_image_tokens_per_tile(), x.shape[2]
+        n_tokens = self.get_image_tokens_per_tile()
         mask = None if self.pad_tokens_to == 1 else self._mask(x, n_tokens, aspect_ratio)
-        x = x.flatten(1, 2)
-        hidden_states = []
-        for i, layer in enumerate(self.layers):
-            if i in self.out_indices and not self.states_after_layer:
-                hidden_states.append(x)
-            x = layer(x) if mask is None else layer(x, mask=mask)
-            if i in self.out_indices and self.states_after_layer:
-                hidden_states.append(x)
-        if len(self.layers) in self.out_indices:
-            hidden_states.append(x)
-        x = self.ln_post(x).unflatten(1, (n_tiles, per_tile))
+        x, hidden_states = run_layers(self, x, mask, self.states_after_layer)
         if self.post_tile_pos_embed is not None:
             x = self.post_tile_pos_embed(x, aspect_ratio)
-        hidden_states = [h.unflatten(1, (n_tiles, per_tile)).unflatten(0, (b, n_imgs))[:, :, :, :n_tokens] for h in hidden_states]
+        hidden_states = [h.unflatten(0, (b, n_imgs))[:, :, :, :n_tokens] for h in hidden_states]
         return Encoded(x.unflatten(0, (b, n_imgs)), hidden_states, mask)
 
     def _ratios(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor | None:
@@ -249,3 +239,19 @@ def place_tokens(front: nn.Module, images: Tensor, aspect_ratio: Tensor | None, 
         pad_tokens_to=pad_tokens_to,
         backend=backend,
     )
+
+
+def run_layers(vit: nn.Module, x: Tensor, mask: Tensor | None = None, after: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """x [images, n_tiles, n_tokens, embed_dim] through the layers and ln_post of a vision transformer, torchtune's too, and its hidden states, all of that
+    shape. mask: of all tokens of an image, for the layers.  after: whether index k of out_indices stands for the output of layer k."""
+    shape, hidden_states = x.shape[1:3], []
+    x = x.flatten(1, 2)
+    for i, layer in enumerate(vit.layers):
+        if i in vit.out_indices and not after:
+            hidden_states.append(x)
+        x = layer(x) if mask is None else layer(x, mask=mask)
+        if i in vit.out_indices and after:
+            hidden_states.append(x)
+    if len(vit.layers) in vit.out_indices:
+        hidden_states.append(x)
+    return vit.ln_post(x).unflatten(1, shape), [h.unflatten(1, shape) for h in hidden_states]

@@ -22,7 +22,21 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Names, Options, Probe, Reason, Record, bound_host, call_own, foreign_forward, forward_slot, host_of, runs_on
+from fastfuse.patching.hosts._host import (
+    Host,
+    Names,
+    Options,
+    Probe,
+    Reason,
+    Record,
+    bound_host,
+    call_own,
+    device_of,
+    foreign_forward,
+    forward_slot,
+    host_of,
+    runs_on,
+)
 from fastfuse.patching.report import Entry, PatchReport
 
 _Test = str | Callable[[str, nn.Module], bool]
@@ -211,7 +225,7 @@ def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callabl
 
 
 def _planned(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
-    device = host.device(module)
+    device = device_of(module)
     if options.backend == "triton" and device is not None and device.type == "cpu":
         check_triton("patch")
         if not INTERPRET:
@@ -228,19 +242,17 @@ def _entry(found: Candidate, options: Options, noted: Reason | None) -> Entry:
         return entry if host is None else _described(host, module, entry, record.options)
     entry = Entry(name, kind, host.name, host.op, "unpatched", layout=layout)
     if host.native:
-        return replace(entry, status="already", backend=runs_on(host.device(module), Options()))
+        return replace(entry, status="already", backend=runs_on(module, Options()))
     if os.environ.get("FASTFUSE_DISABLE") == "1":
         noted = Reason("DISABLED", "FASTFUSE_DISABLE is set")
-    elif noted is None and (author := foreign_forward(host, module)) is not None:
-        noted = Reason("FOREIGN_FORWARD", f"its forward comes from {author}")
-    return _with(entry, noted or host.refused(module, options))
+    return _with(entry, noted or foreign_forward(host, module) or host.refused(module, options))
 
 
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
     if found := host.in_the_way(module, options):
         entry = _with(entry, Reason(found.code, f"runs its own forward for now: {found.words}"))
-    return entry if host.drift(module) else replace(entry, backend=runs_on(host.device(module), options))
+    return entry if host.drift(module) else replace(entry, backend=runs_on(module, options))
 
 
 def _with(entry: Entry, found: Reason | None) -> Entry:
@@ -266,8 +278,7 @@ def _apply(todo: list[_Planned], options: Options, verify: bool, on_unsupported:
             p.entry = replace(p.entry, status="patched")
         bad = []
         for p in todo:
-            found = _verified(p) if verify and not p.entry.code else None
-            p.entry = _with(p.entry, found)
+            p.entry = _with(p.entry, _verified(p, options) if verify and not p.entry.code else None)
             if p.entry.code == "MISMATCH":
                 _uninstall(p.module)
                 p.entry = replace(p.entry, status="skipped")
@@ -295,15 +306,13 @@ def _uninstall(module: nn.Module) -> bool:
     return record is None  # else one was bound, and is hidden
 
 
-def _verified(p: _Planned) -> Reason | None:
+def _verified(p: _Planned, options: Options) -> Reason | None:
     """MISMATCH where on random input the fused path is further from the module's own forward than rounding explains; None where it is not.
 
     HOST_DECODE where it is the host library that is off, by a fault that is known (Host.corrected).
     """
-    if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
+    if any(w.is_meta or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
-    record = p.module.__dict__["_fastfuse"]
-    own = p.host.fallback or (lambda module, given, options: call_own(module, given))
     with undisturbed(p.module), torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
         for m in p.module.modules():
             if isinstance(m, nn.Dropout):  # two masks would be two results
@@ -311,8 +320,8 @@ def _verified(p: _Planned) -> Reason | None:
         probe = p.host.probe(p.module)
         if probe is None:
             return None
-        want = own(p.module, probe.given, record.options)
-        got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
+        want = call_own(p.module, probe.given) if p.host.fallback is None else p.host.fallback(p.module, probe.given, options)
+        got = p.host.fused(p.module, probe.given, options)  # without the hooks of the module itself
         if type(got) is Reason:
             return Reason("MISMATCH", f"does not run: {got.code}: {got.words}")
         found = _apart(got, want, probe)

@@ -18,7 +18,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._collect import collecting
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, check
 from fastfuse.patching.engine import candidates, check_model, undisturbed
-from fastfuse.patching.hosts._host import Host, Options, Reason, Sizes
+from fastfuse.patching.hosts._host import Host, Options, Reason, Sizes, device_of
 
 if HAS_TRITON:
     import triton
@@ -131,7 +131,7 @@ def _rehearse(model: nn.Module, arch: str, backward: bool, autocast: torch.dtype
 
 def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bool, autocast: torch.dtype | None, sizes: list[Sizes]) -> str | None:
     """Why it could not be done; None where it was."""
-    device = host.device(module) or torch.device("cpu")
+    device = device_of(module) or torch.device("cpu")
     casting = contextlib.nullcontext() if autocast is None or device.type == "meta" else torch.autocast(device.type, autocast)
     with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(training), casting:
         for m in module.modules():
@@ -140,7 +140,7 @@ def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bo
             try:
                 made = host.rehearse(module, each, options)
             except Unsupported as e:
-                made = Reason(e.code, str(e))
+                return f"{e.code}: {e}"
             if isinstance(made, Reason):
                 return f"{made.code}: {made.words}"
             if made is not None and training:
@@ -173,27 +173,24 @@ def _gradients(out: Tensor, inputs: list[Tensor], weights: list[Tensor]) -> None
 
 def _compile(kernels: list[Callable], workers: int, progress: bool) -> int:
     """Into Triton's cache; how many were not there."""
-    hits, before, failed = [], triton.knobs.compilation.listener, []
+    hits, before = [], triton.knobs.compilation.listener
 
     def listen(*, cache_hit: bool, **rest) -> None:
         hits.append(cache_hit)
         if before is not None:
             before(cache_hit=cache_hit, **rest)
 
-    triton.knobs.compilation.listener = listen
-    try:
-        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(kernels), desc="fastfuse: compiling", unit="kernel", disable=not progress) as bar:
-            futures = [pool.submit(kernel) for kernel in kernels]
-            try:
-                for future in as_completed(futures):
-                    bar.update()
-                    if error := future.exception():
-                        failed.append(error)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        triton.knobs.compilation.listener = before
+    bar = tqdm(total=len(kernels), desc="fastfuse: compiling", unit="kernel", disable=not progress)
+    with triton.knobs.compilation.scope(), bar, ThreadPoolExecutor(workers) as pool:
+        triton.knobs.compilation.listener = listen
+        futures = [pool.submit(kernel) for kernel in kernels]
+        try:
+            for _ in as_completed(futures):
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failed = [error for future in futures if (error := future.exception())]
     if failed:
         raise RuntimeError(f"warmup: {len(failed)} of {len(kernels)} kernels do not compile, the first: {failed[0]}") from failed[0]
     return hits.count(False)

@@ -32,13 +32,13 @@ class Heads(NamedTuple):
         return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
 
 
-def attention_host(heads: Callable[[nn.Module], Heads], obstacle: Callable[[nn.Module, Options], Reason | None], **how: Any) -> Host:
+def attention_host(heads: Callable[[nn.Module], Heads], obstacle: Callable[[nn.Module], Reason | None], **how: Any) -> Host:
     def refuses(module: nn.Module, options: Options) -> Reason | None:
         device = device_of(module)
         return None if device is None or device.type != "cuda" or options.backend == "torch" else heads(module).uncovered()
 
     def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-        return obstacle(module, options) or rehearse_attention(module, heads(module), sizes, options)
+        return obstacle(module) or rehearse_attention(module, heads(module), sizes, options)
 
     def layout(module: nn.Module) -> str:
         found = heads(module)

@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
 Rehearsed = tuple[Any, list[Tensor]]  # what came out, and the activations that went in, for their gradients
 
 
-def _nothing(module: nn.Module, *_) -> None:
+def nothing(module: nn.Module, *_) -> None:
     return None
 
 
@@ -95,7 +95,7 @@ class Host:
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
     prepare: after a fused call, (module, arguments by name, options) -> what may stand in for the next call of this kind, see modules/_prepared.py; or None.
-    device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
+    layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
     probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, without a known fault of the host library.
     rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
     image: of a vision encoder, how many tiles an image has at most and how many tokens one becomes.  native: the module is fastfuse's own, and fused as it is.
@@ -112,16 +112,15 @@ class Host:
     takes: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     renamed: tuple[tuple[str, ...], ...] = ()
-    refuses: Callable[[nn.Module, Options], Reason | None] = _nothing
-    obstacle: Callable[[nn.Module, Options], Reason | None] = _nothing
+    refuses: Callable[[nn.Module, Options], Reason | None] = nothing
+    obstacle: Callable[[nn.Module], Reason | None] = nothing
     fallback: Callable[[nn.Module, Given, Options], Any] | None = None
     kernels: str = ""
-    device: Callable[[nn.Module], torch.device | None] = device_of
     layout: Callable[[nn.Module], str] = lambda module: ""
-    probe: Callable[[nn.Module], Probe | None] = _nothing
+    probe: Callable[[nn.Module], Probe | None] = nothing
     corrected: Callable[[nn.Module, Given], Any] | None = None
-    rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = _nothing
-    image: Callable[[nn.Module], tuple[int, int] | None] = _nothing
+    rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = nothing
+    image: Callable[[nn.Module], tuple[int, int] | None] = nothing
     modules: str = ""
     covers: str = ""
     native: bool = False
@@ -153,17 +152,15 @@ class Host:
         return MethodType(self._forwards[kind], module)
 
     def recognises(self, module: nn.Module) -> bool:
-        if self.matches(module):
-            return True
-        return any(c.__name__ in self.classes and c.__module__.startswith(self.written_by) for c in type(module).__mro__)
+        return self.matches(module) or is_named(module, self.classes, self.written_by)
 
     def drift(self, module: nn.Module) -> Reason | None:
         """What this host expects of the module's class and does not find."""
         for path in self.parts:
             if _lacks(module, path.split(".")):
                 return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
-        accepted, names = _accepted(module), {row[0]: row for row in self.renamed}
-        for name in (*self.needs, *self.takes) if accepted is not None else ():
+        accepted, names = inspect.signature(type(module).forward).parameters.keys(), {row[0]: row for row in self.renamed}
+        for name in (*self.needs, *self.takes):
             row = names.get(name, (name,))
             if accepted.isdisjoint(row):
                 return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {' or '.join(row)}: a version that fastfuse does not know")
@@ -176,7 +173,7 @@ class Host:
         """Why the module is not patched."""
         if found := self.drift(module) or self.refuses(module, options):
             return found
-        device = self.device(module) if self.kernels else None
+        device = device_of(module) if self.kernels else None
         if device is not None:
             try:
                 check_device(self.kernels, device, options.backend)
@@ -186,11 +183,11 @@ class Host:
 
     def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
         """Why the next call of the module would run its own forward."""
-        found = self.refused(module, options) or self.obstacle(module, options)
+        found = self.refused(module, options) or self.obstacle(module)
         if found is None or found.code != "DTENSOR" or not whole_in_calls(module):
             return found
         with _without_shards(module):
-            return self.obstacle(module, options)
+            return self.obstacle(module)
 
 
 class Names(NamedTuple):
@@ -205,8 +202,8 @@ class Names(NamedTuple):
     def of(cls, module: nn.Module, renamed: tuple[tuple[str, ...], ...]) -> "Names":
         """A forward is called by the name in its signature and, as libraries rename, by the older ones of the same row."""
         found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        positional = tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-        known = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        positional = tuple(p.name for p in found if p.kind <= p.POSITIONAL_OR_KEYWORD)
+        known = {p.name for p in found}
         hosts, own, unknown = {}, {}, ()
         for row in renamed:
             at = next((i for i, name in enumerate(row) if name in known), 0)
@@ -261,14 +258,6 @@ def _lacks(part: Any, names: list[str]) -> bool:
     if is_parametrized(part, names[0]):
         return False
     return not hasattr(part, names[0]) or (len(names) > 1 and _lacks(getattr(part, names[0]), names[1:]))
-
-
-def _accepted(module: nn.Module) -> set[str] | None:
-    """The arguments its forward names."""
-    try:
-        return set(inspect.signature(type(module).forward).parameters)
-    except (TypeError, ValueError):
-        return None
 
 
 def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -351,29 +340,27 @@ def bound_host(module: nn.Module) -> Host | None:
     return host_of(module.__dict__.get("forward")) or host_of(module.__dict__.get("_old_forward"))
 
 
-def foreign_forward(host: Host, module: nn.Module) -> str | None:
-    """Who wrote the forward that a call would run, where it is neither the host library's own class nor fastfuse."""
+def foreign_forward(host: Host, module: nn.Module) -> Reason | None:
+    """Whether a call would run a forward that neither the host library's own class nor fastfuse has written."""
     own = type(module).forward
     current = module.__dict__.get(forward_slot(module), own)
     if host_of(current) is not None:
         return None
     current = getattr(current, "__func__", current)
     author = getattr(current, "__module__", None) or "an unknown place"
-    return None if current is own and author.startswith(host.written_by) else author
+    if current is own and author.startswith(host.written_by):
+        return None
+    return Reason("FOREIGN_FORWARD", f"the forward of {type(module).__name__} comes from {author}")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance."""
-    return is_hooked(module) or ("_hf_hook" in module.__dict__ and not _only_aligns(module))
+    """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance.
 
-
-def _only_aligns(module: nn.Module) -> bool:
-    """Whether accelerate's hook does no more than to move the input to the module's device, where the module around it has it already.
-
-    Of a model spread over several GPUs every module with weights has such a hook.
+    Not where accelerate's does no more than to move the input to the module's device, where the module around it has it already: of a model spread over
+    several GPUs every module with weights has such a hook.
     """
-    hook = module.__dict__["_hf_hook"]
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.io_same_device
+    hook = module.__dict__.get("_hf_hook")
+    return is_hooked(module) or (hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload or hook.io_same_device))
 
 
 def only_asks_for_grad(module: nn.Module) -> bool:
@@ -418,6 +405,11 @@ def asking_for_grad(out: Tensor, *swallowed: nn.Module) -> Tensor:
     return out
 
 
+def patches_in(pixels: Tensor, conv: nn.Conv2d) -> int:
+    (h, w), (H, W) = conv.weight.shape[2:], pixels.shape[-2:]
+    return H // h * (W // w)
+
+
 def whole_patches(pixels: Tensor, conv: nn.Conv2d) -> Tensor:
     """Without what is left over at the edges, as the convolution: SigLIP's 384 pixels are 27 patches of 14 and a rest."""
     (h, w), (H, W) = conv.weight.shape[2:], pixels.shape[-2:]
@@ -435,9 +427,9 @@ def library_module(module: nn.Module, written_by: str) -> ModuleType:
     return sys.modules[next(c.__module__ for c in type(module).__mro__ if c.__module__.startswith(written_by))]
 
 
-def named(name: str, written_by: str) -> Callable[[nn.Module], bool]:
-    """Recognises a class, and what derives from it, by its name and where it is from."""
-    return lambda module: any(c.__name__ == name and c.__module__.startswith(written_by) for c in type(module).__mro__)
+def is_named(module: nn.Module, names: tuple[str, ...], written_by: str) -> bool:
+    """Whether its class, or one that it derives from, has one of the names and is from there."""
+    return any(c.__name__ in names and c.__module__.startswith(written_by) for c in type(module).__mro__)
 
 
 def plain_tensors(*tensors: Tensor | None) -> Reason | None:
@@ -480,8 +472,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-def runs_on(device: torch.device | None, options: Options) -> str:
-    """What serves a module there, in words; "" where it has no tensors of its own."""
+def runs_on(module: nn.Module, options: Options) -> str:
+    """What serves a module where it is, in words; "" where it has no tensors of its own."""
+    device = device_of(module)
     return "" if device is None else backend_for(device, options.backend)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from fastfuse.modules._prepared import PreparedLinear, Watch
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
+from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, of_bitsandbytes
 
@@ -104,7 +103,7 @@ def decodes(self: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rows, dequantize_4bit(self.weight.detach(), state).view(rows.shape)
 
 
-def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+def corrected(self: nn.Module, given: Given) -> Tensor:
     """The layer's own forward, with what its decode by rows gets wrong put right."""
     x = given["x"].to(compute_dtype(self, given["x"]))
     rows, flat = decodes(self, x.dtype)
@@ -113,7 +112,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 HOST = nf4_host(
     name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
-    parts=("weight", *_PARTS), weight=lambda module: module.weight, view=view,
+    parts=("weight", *_PARTS), view=view,
     obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, watched=prepared, modules="`nn.Linear4bit`",
     covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512 or flat ones unpacked again, FP4",
 )  # fmt: skip

@@ -30,9 +30,10 @@ from fastfuse.patching.hosts._host import (
     bound_host,
     call_own,
     convolution,
+    is_named,
     library_module,
-    named,
     parameter,
+    patches_in,
     plain,
     plain_tensors,
     random_like,
@@ -102,7 +103,7 @@ def _is_ours(module: nn.Module) -> bool:
     return bound_host(module) is not None and module.__dict__.get("_fastfuse") is not None
 
 
-def _whole_model_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _whole_model_obstacle(self: nn.Module) -> Reason | None:
     return _hands_on(self) if _is_ours(self) else None  # its layers are patched after it has been asked
 
 
@@ -149,7 +150,7 @@ def _text_model(self: nn.Module, given: Given, options: Options) -> Any:
 _TAKEN = ("hidden_states", "cross_attention_states", "cache", "attention_mask")
 
 
-def _cross_attention_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _cross_attention_obstacle(self: nn.Module) -> Reason | None:
     if self.training and self.dropout > 0:
         return Reason("DROPOUT", "dropout of attention weights is active")
     return _attention(self)
@@ -164,7 +165,7 @@ def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
     cache = given.get("cache")
     if x is None or (states is None and cache is None):
         return Reason("ARGUMENTS", "called without text, or with neither image states nor a cache")
-    if found := _cross_attention_obstacle(self, options):
+    if found := _cross_attention_obstacle(self):
         return found
     if isinstance(mask, Tensor):
         return Reason("DENSE_MASK", "called with a dense mask")
@@ -191,56 +192,42 @@ def _attend(self: nn.Module, given: Given, masked_rows: str, backend: str | None
     return parts["o_proj"](out.transpose(1, 2).reshape(b, s, -1)), None
 
 
-class _PreparedAttention:
+def _prepare_attention(self: nn.Module, given: Given, options: Options) -> Callable[..., tuple[Tensor, None] | None] | None:
     """A call by the keywords of the last one, with a mask of its kind, of an x of its dtype and device, while nothing stands in the way that did not then.
 
     Its projections and norms are called, and whoever hooks into them is seen; the op makes its own checks.
     """
+    x, backend, state, config = given["hidden_states"], options.named(), self.__dict__, self.config.__dict__
+    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
+    if not covered or _op.route("cross_attention", x, backend) != "op":
+        return None
+    renamed, names, kinds, device = state["_fastfuse"].names.hosts, {*given}, _kinds(given), x.device.type
+    holders, keys = [state] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
+    values = [*map(dict.get, holders, keys)]
 
-    def __init__(self, module: nn.Module, given: Given, options: Options):
-        config = module.config.__dict__
-        self.module, self.masked_rows, self.backend = module, options.masked_rows, options.named()
-        self.renamed, self.names = module.__dict__["_fastfuse"].names.hosts, {*given}
-        self.flags, self.kinds = given.get("output_attentions"), self._kinds(given)
-        self.holders, self.keys = [module.__dict__] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
-        self.values = [*map(dict.get, self.holders, self.keys)]
-        self.served = False
-
-    @staticmethod
-    def _kinds(given: Given) -> tuple:
-        x, states = given["hidden_states"], given.get("cross_attention_states")
-        several = x.shape[1] > 1 if x.dim() == 3 else None
-        return type(x), x.dtype, x.device, several, type(given.get("attention_mask")), states is None, given.get("cache") is None
-
-    def __call__(self, *args, **given) -> tuple[Tensor, None] | None:
+    def prepared(*args, **given) -> tuple[Tensor, None] | None:
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
             return None
-        for own, host in self.renamed.items():
+        for own, host in renamed.items():
             if own in given:
                 given[host] = given.pop(own)
         if args:
             given["hidden_states"] = args[0]
-        if given.keys() != self.names or self._kinds(given) != self.kinds or given.get("output_attentions") is not self.flags:
+        if given.keys() != names or _kinds(given) != kinds or not all(map(is_, map(dict.get, holders, keys), values)) or torch.is_autocast_enabled(device):
             return None
-        if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or torch.is_autocast_enabled(self.kinds[2].type):
-            return None
-        self.served = True
-        return _attend(self.module, given, self.masked_rows, self.backend)
+        prepared.served = True
+        return _attend(self, given, options.masked_rows, backend)
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a module prepares its own."""
-
-    def __reduce__(self):
-        return type(None), ()
+    prepared.served = False
+    return prepared
 
 
-def _prepare_attention(self: nn.Module, given: Given, options: Options) -> _PreparedAttention | None:
-    x = given["hidden_states"]
-    covered = options.backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
-    covered = covered and _op.route("cross_attention", x, options.named()) == "op"
-    return _PreparedAttention(self, given, options) if covered else None
+def _kinds(given: Given) -> tuple:
+    x, states, mask = given["hidden_states"], given.get("cross_attention_states"), given.get("attention_mask")
+    several = x.shape[1] > 1 if x.dim() == 3 else None
+    return type(x), x.dtype, x.device, several, type(mask), states is None, given.get("cache") is None, given.get("output_attentions")
 
 
 def _beside(self: nn.Module, given: Given) -> Given:
@@ -272,7 +259,7 @@ def _cross_attention_probe(self: nn.Module) -> Probe:
 # MllamaVisionModel
 
 
-def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _vision_obstacle(self: nn.Module) -> Reason | None:
     conv, positions, pre = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding
     found = convolution(conv)
     for child in (positions, pre):
@@ -284,7 +271,7 @@ def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
 
 
 def _vision_model(self: nn.Module, given: Given, options: Options) -> Any:
-    if found := _vision_obstacle(self, options):
+    if found := _vision_obstacle(self):
         return found
     as_tuple = given.get("return_dict") is False or getattr(self.config, "return_dict", True) is False
     if _wants(self, given, "output_hidden_states", "output_attentions") or as_tuple:
@@ -292,12 +279,10 @@ def _vision_model(self: nn.Module, given: Given, options: Options) -> Any:
     pixels, ids, tile_mask = (given.get(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
     if any(t is None for t in (pixels, ids, tile_mask)) or pixels.dim() != 6:
         return Reason("ARGUMENTS", "called without pixels, ids and mask of its tiles")
-    ph, pw = self.patch_embedding.kernel_size
-    pixels = whole_patches(pixels, self.patch_embedding)
-    if pixels.shape[4] // ph * (pixels.shape[5] // pw) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
+    if patches_in(pixels, self.patch_embedding) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
         return Reason("SHAPE", f"the tiles are not {self.max_num_tiles} of {self.num_patches - 1} patches")
     b, images, tiles = pixels.shape[:3]
-    x = _placed_tokens(self, pixels.flatten(0, 1), ids.reshape(-1), options)
+    x = _placed_tokens(self, whole_patches(pixels, self.patch_embedding).flatten(0, 1), ids.reshape(-1), options)
     per_tile, n = x.shape[2], self.num_patches
     prepare = library_module(self, _FROM)._prepare_aspect_ratio_attention_mask
     mask = prepare(aspect_ratio_mask=tile_mask.reshape(b * images, -1), num_patches=n, target_length=per_tile, dtype=self.dtype)
@@ -346,7 +331,7 @@ def _vision_refuses(self: nn.Module, options: Options) -> Reason | None:
 def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
     weight, size, images = self.patch_embedding.weight, self.image_size, -(-sizes.tokens // (self.max_num_tiles * self.num_patches))
     pixels = weight.new_zeros(images, self.max_num_tiles, weight.shape[1], size, size)
-    return _vision_obstacle(self, options) or (_placed_tokens(self, pixels, pixels.new_ones(images, dtype=torch.int64), options), [])
+    return _vision_obstacle(self) or (_placed_tokens(self, pixels, pixels.new_ones(images, dtype=torch.int64), options), [])
 
 
 def _vision_probe(self: nn.Module) -> Probe:
@@ -363,7 +348,7 @@ def _geometry(self: nn.Module) -> str:
 
 
 def _host(cls: str, make: Callable[..., Host] = Host, **how: Any) -> Host:
-    return make(name="transformers Mllama", matches=named(cls, _FROM), written_by=_FROM, renamed=_RENAMED, **how)
+    return make(name="transformers Mllama", matches=lambda module: is_named(module, (cls,), _FROM), written_by=_FROM, renamed=_RENAMED, **how)
 
 
 HOSTS = (

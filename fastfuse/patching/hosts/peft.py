@@ -1,7 +1,6 @@
 """PEFT's LoRA layers over an NF4 base: lora.bnb.Linear4bit, and lora.Linear over torchao's NF4Tensor."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from fastfuse.modules._prepared import PreparedLinear, Watch, dora_factor
 from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain_tensors, rebound
+from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain_tensors, rebound
 from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
@@ -55,9 +54,7 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     host = _base(self)
     if host is None:
         return Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
-    if (author := foreign_forward(host.HOST, base)) is not None:
-        return Reason("FOREIGN_FORWARD", f"the base layer's forward comes from {author}")
-    if found := host.obstacle(base, x):
+    if found := foreign_forward(host.HOST, base) or host.obstacle(base, x):
         return found
     if x is None:
         return None
@@ -168,7 +165,7 @@ def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: flo
     return y if bias is None else y + bias
 
 
-def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+def corrected(self: nn.Module, given: Given) -> Tensor:
     """PEFT's own forward over a dense base layer, where bitsandbytes decodes the weight wrongly: DoRA's norms take it from there as well."""
     base = self.base_layer
     if _base(self) is not bitsandbytes or torch.equal(*(decoded := bitsandbytes.decodes(base, bitsandbytes.compute_dtype(base, given["x"])))):
@@ -183,8 +180,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 
 HOST = nf4_host(
-    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
-    weight=lambda module: module.base_layer.weight, view=_view,
+    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS, view=_view,
     obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected, watched=_prepared,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",

@@ -46,7 +46,7 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 
 HOST = nf4_host(
-    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input",
+    obstacle=obstacle, fused=fused, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip

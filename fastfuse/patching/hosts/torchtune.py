@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fastfuse.modules.attention import project
 from fastfuse.modules.low_precision.nf4_linear import bias_fits
-from fastfuse.modules.transformer import add_attended
-from fastfuse.modules.vision_transformer import place_tokens
+from fastfuse.modules.transformer import add_attended, masks_scores
+from fastfuse.modules.vision_transformer import place_tokens, run_layers
 from fastfuse.ops import EncoderMask, cross_attention, lora_row_norms, nf4_linear, nf4_lora_linear
 from fastfuse.ops._patch_tokens import tile_rows
 from fastfuse.ops.nf4_linear import DTYPES
@@ -28,7 +28,8 @@ from fastfuse.patching.hosts._host import (
     autocast_dtype,
     convolution,
     hooked,
-    named,
+    is_named,
+    patches_in,
     plain_tensors,
     random_like,
     rebound,
@@ -41,8 +42,7 @@ _FROM = "torchtune."
 
 def _known(name: str, *parts: str) -> Callable[[nn.Module], bool]:
     """Recognises torchtune's class by its name, so that a part it lacks is reported, and the same class under another name by its parts."""
-    by_name = named(name, _FROM)
-    return lambda module: by_name(module) or all(hasattr(module, part) for part in parts)
+    return lambda module: is_named(module, (name,), _FROM) or all(hasattr(module, part) for part in parts)
 
 
 def _over_nf4(known: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
@@ -101,8 +101,7 @@ def _with_bias(bias: Tensor | None, op: Callable[..., Tensor], x: Tensor, *args:
 
 def _lora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     a, b = self.lora_a, self.lora_b
-    found = None if self.disabled else adapter_obstacle(a, b, self.dropout)
-    if (found := found or _frozen_obstacle(self, x)) or self.disabled:
+    if found := adapter_obstacle(a, b, self.dropout):
         return found
     if b.bias is not None:
         return Reason("LORA_BIAS", "the adapter's B has a bias")
@@ -115,19 +114,17 @@ def _lora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
 
 
 def _lora(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> Tensor:
-    return _adapted(self, x, weight, self.bias, backend, self.alpha / self.rank)
+    return _adapted(self, x, weight, self.bias, self.alpha / self.rank, backend=backend)
 
 
-def _adapted(self: nn.Module, x: Tensor, weight: NF4View, bias: Tensor | None, backend: str | None, scaling: float, **dora: Tensor) -> Tensor:
-    if self.disabled:
-        return _frozen(self, x, weight, backend)
+def _adapted(self: nn.Module, x: Tensor, weight: NF4View, bias: Tensor | None, scaling: float, **options: Any) -> Tensor:
     a, b, p = self.lora_a.weight, self.lora_b.weight, drops_now(self.dropout)
-    return _with_bias(bias, nf4_lora_linear, x, weight, a, b, scaling, dropout_p=p, training=True, backend=backend, **dora)
+    return _with_bias(bias, nf4_lora_linear, x, weight, a, b, scaling, dropout_p=p, training=True, **options)
 
 
 def _dora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
-    found = _lora_obstacle(self, x) or (None if self.disabled else plain_tensors(self.magnitude))
-    if found or self.disabled or x is None:
+    found = _lora_obstacle(self, x) or plain_tensors(self.magnitude)
+    if found or x is None:
         return found
     if autocast_dtype(x) not in (None, x.dtype):
         return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
@@ -137,26 +134,28 @@ def _dora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
 
 
 def _dora(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> Tensor:
-    if self.disabled:
-        return _frozen(self, x, weight, backend)
     magnitude, bias = self.magnitude, self.bias
     norms = lora_row_norms(weight, self.lora_a.weight, self.lora_b.weight, self.scaling, x.dtype, backend=backend)
     if bias is not None:  # part of what the magnitude scales, unlike the op's
         bias = bias * (magnitude / norms).to(bias.dtype)
-    return _adapted(self, x, weight, bias, backend, self.scaling, magnitude=magnitude, norms=norms)
+    return _adapted(self, x, weight, bias, self.scaling, magnitude=magnitude, norms=norms, backend=backend)
 
 
-def _adapter_dtype(module: nn.Module) -> torch.dtype:
-    return module.lora_a.weight.dtype
-
-
-_ADAPTER = ("lora_a", "lora_b", "dropout", "disabled")
+def _adapter_host(cls: str, scale: tuple[str, str], obstacle: Callable[..., Reason | None], fused: Callable[..., Tensor], covers: str) -> Host:
+    """obstacle, fused: of an adapter that is not disabled.  scale: the attributes that its product is multiplied by."""
+    adapter = ("lora_a", "lora_b", "dropout", "disabled")
+    return nf4_host(
+        name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known(cls, *adapter, scale[1])), written_by=_FROM, parts=("weight", "bias", *adapter, *scale),
+        obstacle=lambda module, x: _frozen_obstacle(module, x) or (None if module.disabled else obstacle(module, x)),
+        fused=lambda module, *given: (_frozen if module.disabled else fused)(module, *given),
+        probe_dtype=lambda module: module.lora_a.weight.dtype, modules=f"`{cls}` over NF4", covers=covers,
+    )  # fmt: skip
 
 
 # VisionTransformer
 
 
-def _front_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _front_obstacle(self: nn.Module) -> Reason | None:
     """Why the modules in front of the layers are not what the op computes."""
     conv, cls, pre, pos, norm = self.conv, self.cls_token_embedding, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
     found = convolution(conv) or _child(cls, "CLSEmbedding") or _child(norm, "Fp32LayerNorm")
@@ -190,9 +189,10 @@ def _call_obstacle(self: nn.Module, images: Any, aspect_ratio: Any) -> Reason | 
         return Reason("ARGUMENTS", "called with something else than images of 6 dims and a tensor of aspect ratios")
     if aspect_ratio is None and images.shape[2] > 1:
         return Reason("ARGUMENTS", "called without aspect ratios for several tiles")
-    (h, w), (ph, pw) = images.shape[-2:], self.conv.kernel_size
-    if images.shape[3] != self.conv.in_channels or (h // ph) * (w // pw) != self.patches_per_tile:
-        return Reason("SHAPE", f"tiles of {h} x {w} pixels do not have {self.patches_per_tile} patches")
+    if images.shape[3] != self.conv.in_channels or patches_in(images, self.conv) != self.patches_per_tile:
+        return Reason(
+            "SHAPE", f"tiles of {images.shape[3]} channels, {images.shape[4]} x {images.shape[5]} pixels, do not have {self.patches_per_tile} patches"
+        )
     if (autocast := autocast_dtype(images)) is not None:
         if images.dtype not in DTYPES or weight.dtype not in (torch.float32, autocast):
             return Reason("AUTOCAST", f"images are {images.dtype}, weights {weight.dtype} under autocast to another dtype")
@@ -203,32 +203,24 @@ def _call_obstacle(self: nn.Module, images: Any, aspect_ratio: Any) -> Reason | 
 
 def _vision(self: nn.Module, given: Given, options: Options) -> Any:
     images, ratio = given.get("images"), given.get("aspect_ratio")
-    if found := _front_obstacle(self, options) or _call_obstacle(self, images, ratio):
+    if found := _front_obstacle(self) or _call_obstacle(self, images, ratio):
         return found
-    b, n_imgs, n_tiles = images.shape[:3]
+    b, n_imgs = images.shape[:2]
     if ratio is None:
         ratio = torch.ones(b * n_imgs, 2, dtype=torch.int64, device=images.device)
     ratio = ratio.reshape(b * n_imgs, 2)
     x = asking_for_grad(place_tokens(self, images.flatten(0, 1), ratio, backend=options.named()), self.conv)
-    n_tokens, dim = x.shape[2:]
-    x, hidden = x.flatten(1, 2), []
-    for i, layer in enumerate(self.layers):
-        if i in self.out_indices:
-            hidden.append(x.reshape(b, n_imgs, n_tiles, n_tokens, dim))
-        x = layer(x)
-    x = self.ln_post(x)
+    x, hidden = run_layers(self, x)
     if self.post_tile_pos_embed is not None:
-        x = _placed_tiles(self.post_tile_pos_embed, x.reshape(b * n_imgs, n_tiles, n_tokens, dim), ratio)
-    x = x.reshape(b, n_imgs, n_tiles, n_tokens, dim)
+        x = _placed_tiles(self.post_tile_pos_embed, x, ratio)
+    x, *hidden = (t.unflatten(0, (b, n_imgs)) for t in (x, *hidden))
     return (x if self.cls_projection is None else self.cls_projection(x)), hidden
 
 
 def _placed_tiles(post: nn.Module, x: Tensor, ratio: Tensor) -> Tensor:
     """post(x, ratio), where it is plain without its loop over the images, which reads every ratio on the host."""
-    if _child(post, "TilePositionalEmbedding") is not None:
-        return post(x, ratio)
-    table = post.embedding
-    if table.dim() != 4 or table.shape[0] != table.shape[1]:
+    table = getattr(post, "embedding", None)
+    if _child(post, "TilePositionalEmbedding") is not None or table.dim() != 4 or table.shape[0] != table.shape[1]:
         return post(x, ratio)
     rows = tile_rows(ratio.to(x.device, non_blocking=True), x.shape[1], *table.shape[:2])
     tiles = F.embedding(rows.clamp(min=0), (table * post.gate.tanh()).flatten(0, 2))
@@ -237,7 +229,7 @@ def _placed_tiles(post: nn.Module, x: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-    return _front_obstacle(self, options) or (place_tokens(self, *zero_images(self, sizes), backend=options.named()), [])
+    return _front_obstacle(self) or (place_tokens(self, *zero_images(self, sizes), backend=options.named()), [])
 
 
 def image_of(self: nn.Module) -> tuple[int, int]:
@@ -248,9 +240,8 @@ def image_of(self: nn.Module) -> tuple[int, int]:
 def zero_images(self: nn.Module, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """([images, tiles, channels, height, width], aspect ratios [images, 2]), as many images as make so many tokens."""
     weight, (ph, pw), side, (tiles, n) = self.conv.weight, self.conv.kernel_size, math.isqrt(self.patches_per_tile), image_of(self)
-    images = -(-sizes.tokens // (tiles * n))
-    shape = (images, tiles, weight.shape[1], side * ph, side * pw)
-    return torch.zeros(shape, dtype=weight.dtype, device=weight.device), torch.ones(images, 2, dtype=torch.int64, device=weight.device)
+    zeros = weight.new_zeros(-(-sizes.tokens // (tiles * n)), tiles, weight.shape[1], side * ph, side * pw)
+    return zeros, zeros.new_ones(zeros.shape[0], 2, dtype=torch.int64)
 
 
 def _vision_probe(self: nn.Module) -> Probe:
@@ -265,7 +256,7 @@ def _vision_probe(self: nn.Module) -> Probe:
 # TransformerCrossAttentionLayer
 
 
-def _attention_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _attention_obstacle(self: nn.Module) -> Reason | None:
     attn = self.attn
     if found := _child(attn, "MultiHeadAttention"):
         return found
@@ -291,19 +282,15 @@ def _mask_obstacle(attn: nn.Module, x: Any, encoder_input: Any, mask: Any, cache
     """Why the op does not attend as torchtune would with these arguments."""
     if not isinstance(x, Tensor) or x.dim() != 3 or not (encoder_input is None or (isinstance(encoder_input, Tensor) and encoder_input.dim() == 3)):
         return Reason("ARGUMENTS", "called with something else than tensors of 3 dims")
-    (b, s, _), held = x.shape, encoder_input if cache is None else cache.k_cache
+    b, held = x.shape[0], encoder_input if cache is None else cache.k_cache
     if held.shape[0] != b or (encoder_input is not None and encoder_input.shape[0] != b):
         return Reason("SHAPE", "text and images, or their cache, have batches of different size")
     if mask is None:
         causal = attn.kv_cache is None and attn.is_causal
         return Reason("CAUSAL", "without a mask its attention is causal") if causal else None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or hasattr(mask, "device_mesh") or mask.device != x.device:
-        return Reason("MASK", "the mask is not a bool tensor beside the input")
-    width = held.shape[1] if cache is None else held.shape[2]
-    # No `in (1, b)`: under torch.compile a number is not found among symbols.
-    if mask.dim() != 3 or (mask.shape[0] != 1 and mask.shape[0] != b) or mask.shape[1] != s or mask.shape[2] != width:
-        return Reason("MASK", "the mask does not have a column for each image token and a row for each text token")
-    return None
+    if masks_scores(mask, x, held.shape[1] if cache is None else held.shape[2]):
+        return None
+    return Reason("MASK", "the mask is not a bool tensor beside the input, with a row for each text token and a column for each image token")
 
 
 def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
@@ -312,7 +299,7 @@ def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
     cache = attn.kv_cache if attn.cache_enabled else None
     if encoder_input is None and cache is None:
         return x
-    if found := _attention_obstacle(self, options) or _mask_obstacle(attn, x, encoder_input, mask, cache) or _heads(self).unserved(x, options):
+    if found := _attention_obstacle(self) or _mask_obstacle(attn, x, encoder_input, mask, cache) or _heads(self).unserved(x, options):
         return found
     from_cache, compiling, skip, uniform = encoder_input is None, torch.compiler.is_compiling(), None, options.masked_rows == "uniform"
     if from_cache and not compiling and cache.size == 0:  # waits for the device, as the layer itself does
@@ -340,21 +327,13 @@ def _attention_probe(self: nn.Module) -> Probe | None:
 
 
 HOSTS = (
-    nf4_host(
-        name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known("DoRALinear", *_ADAPTER, "magnitude")), written_by=_FROM,
-        parts=("weight", "bias", *_ADAPTER, "scaling", "magnitude"), weight=lambda module: module.weight, obstacle=_dora_obstacle, fused=_dora,
-        probe_dtype=_adapter_dtype, modules="`DoRALinear` over NF4", covers="bias scaled as there, dropout, disabled adapters",
-    ),
-    nf4_host(
-        name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known("LoRALinear", *_ADAPTER, "alpha")), written_by=_FROM,
-        parts=("weight", "bias", *_ADAPTER, "alpha", "rank"), weight=lambda module: module.weight, obstacle=_lora_obstacle, fused=_lora,
-        probe_dtype=_adapter_dtype, modules="`LoRALinear` over NF4", covers="dropout, disabled adapters",
-    ),
+    _adapter_host("DoRALinear", ("scaling", "magnitude"), _dora_obstacle, _dora, "bias scaled as there, dropout, disabled adapters"),
+    _adapter_host("LoRALinear", ("rank", "alpha"), _lora_obstacle, _lora, "dropout, disabled adapters"),
     nf4_host(
         name="torchtune", op="nf4_linear", written_by=_FROM, parts=("weight", "bias"), x="input",
         # Beside its forward it is what torchao's quantize_ makes of a Linear.
         matches=_over_nf4(lambda module: isinstance(module, nn.Linear) and type(module).forward.__module__.startswith(_FROM)),
-        weight=lambda module: module.weight, obstacle=_frozen_obstacle, fused=_frozen, probe_dtype=lambda module: module.weight.dtype,
+        obstacle=_frozen_obstacle, fused=_frozen, 
         modules="`FrozenNF4Linear`", covers="bf16, fp16, fp32",
     ),
     Host(

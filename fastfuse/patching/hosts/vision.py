@@ -20,7 +20,9 @@ from fastfuse.patching.hosts._host import (
     autocast_dtype,
     convolution,
     hooked,
+    nothing,
     only_asks_for_grad,
+    patches_in,
     plain,
     plain_tensors,
     random_like,
@@ -65,19 +67,12 @@ def _forward_of(cls: type[nn.Module]) -> str:
     return cls.forward.__qualname__
 
 
-_UNKNOWN = Reason("UNKNOWN_FORWARD", "built like a front end that fastfuse knows, with another forward")
-
-
-def _patches(pixels: Tensor, conv: nn.Conv2d) -> int:
-    return pixels.shape[2] // conv.weight.shape[2] * (pixels.shape[3] // conv.weight.shape[3])
-
-
 def _unfit(pixels: Any, casts: bool, parts: _Parts) -> Reason | None:
     """Why the op would not give what the module's own forward makes of these pixels, be it an error."""
     conv, cls, positions = parts.conv, parts.cls, parts.positions
     if not isinstance(pixels, Tensor):
         return Reason("ARGUMENTS", "called with something else than one tensor")
-    if pixels.dim() != 4 or pixels.shape[1] != conv.weight.shape[1] or _patches(pixels, conv) == 0:
+    if pixels.dim() != 4 or pixels.shape[1] != conv.weight.shape[1] or patches_in(pixels, conv) == 0:
         return Reason("SHAPE", "the pixels are not (images, channels, height, width) with room for a patch")
     if any(t is not None and t.device != pixels.device for t in (conv.weight, cls, positions)):
         return Reason("DEVICE", "pixels and weights are on several devices")
@@ -98,8 +93,10 @@ def _unfit(pixels: Any, casts: bool, parts: _Parts) -> Reason | None:
 def _own_positions(self: nn.Module, kind: _Kind, parts: _Parts, pixels: Tensor, interpolate: bool = False) -> bool:
     """Whether the image gets the positions as they are, if there are some."""
     size = tuple(pixels.shape[2:])
-    if parts.n is None or _patches(pixels, parts.conv) != parts.n:
-        return parts.n is None
+    if parts.n is None:
+        return True
+    if patches_in(pixels, parts.conv) != parts.n:
+        return False
     if interpolate or kind.size == "square":
         elsewhere = "interpolate_pos_encoding" in self.__dict__ or type(self).interpolate_pos_encoding.__module__ != type(self).forward.__module__
         return size[0] == size[1] and not elsewhere
@@ -207,19 +204,21 @@ def _front(
     conv: str,
     read: Callable[[nn.Module], _Parts],
     embed: Callable[[nn.Module, _Parts, Tensor, Options], Tensor | Reason],
-    unfit: Callable[[nn.Module], Reason | None] = lambda module: None,
-    child: Callable[[nn.Module], Reason | None] = lambda module: None,
+    unfit: Callable[[nn.Module], Reason | None] = nothing,
+    child: Callable[[nn.Module], Reason | None] = nothing,
     steps: int = 2,
     **how: Any,
 ) -> Host:
-    """conv: the name of its convolution.  read: its parts.  embed: what it makes of pixels that are fit for it.  unfit: why no call of the module would be fused.  child: why one has to be
-    called, beside the convolution.  steps: as Probe's."""
+    """conv: the name of its convolution.  read: its parts.  embed: what it makes of pixels that are fit for it.  unfit: why no call of the module would be
+    fused.  child: why one has to be called, beside the convolution.  steps: as Probe's."""
     x = how["takes"][0]
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
-        return unfit(module) if _forward_of(type(module)) in kinds else _UNKNOWN
+        if _forward_of(type(module)) not in kinds:
+            return Reason("UNKNOWN_FORWARD", "built like a front end that fastfuse knows, with another forward")
+        return unfit(module)
 
-    def obstacle(module: nn.Module, options: Options) -> Reason | None:
+    def obstacle(module: nn.Module) -> Reason | None:
         return child(module) or convolution(module.get_submodule(conv))  # no parts are read, which may be parametrized: for a report
 
     def fused(module: nn.Module, given: Given, options: Options) -> Tensor | Reason:
@@ -244,7 +243,7 @@ def _front(
         if (found := probe(module)) is None:
             return None
         two = found.given[x]
-        images = -(-sizes.tokens // _patches(two, read(module).conv))
+        images = -(-sizes.tokens // patches_in(two, read(module).conv))
         out = fused(module, {x: two.new_zeros(images, *two.shape[1:])}, options)
         return out if type(out) is Reason else (out, [])
 
@@ -260,8 +259,6 @@ def _listed(kinds: dict[str, _Kind]) -> str:
 
 _HF = {"written_by": "transformers.", "takes": ("pixel_values",), "ignores": ("interpolate_pos_encoding",)}
 _CLIP_PARTS = ("patch_embedding.weight", "position_embedding.weight", "position_ids", "interpolate_pos_encoding")
-_VIT_CHILD = tuple(f"patch_embeddings.{name}" for name in ("projection.weight", "num_channels", "image_size"))
-_VIT_PARTS = (*_VIT_CHILD, "cls_token", "position_embeddings", "dropout", "interpolate_pos_encoding")
 _TIMM_PARTS = ("proj.weight", "norm", "img_size", "strict_img_size", "dynamic_img_pad", "flatten", "output_fmt")
 
 HOSTS = (
@@ -273,7 +270,9 @@ HOSTS = (
         for name, kinds, cls in (("CLIP", _CLIP, ("class_embedding",)), ("SigLIP", _SIGLIP, ()))
     ),
     _front(
-        _VIT, "patch_embeddings.projection", _vit_parts, _vit, child=_vit_child, name="transformers ViT", parts=_VIT_PARTS, modules=_listed(_VIT),
+        _VIT, "patch_embeddings.projection", _vit_parts, _vit, child=_vit_child, name="transformers ViT", modules=_listed(_VIT),
+        parts=("patch_embeddings.projection.weight", "patch_embeddings.num_channels", "patch_embeddings.image_size", "cls_token", "position_embeddings",
+               "dropout", "interpolate_pos_encoding"),
         matches=_made_of({"patch_embeddings", "dropout"}, {"cls_token"}, ("position_embeddings", "mask_token", "register_tokens")),
         covers="images of the model's own size, no masked patches", **_HF,
     ),
