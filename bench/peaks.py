@@ -3,6 +3,7 @@
 python -m bench.peaks     measure and print
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -116,6 +117,7 @@ def describe(peaks: Peaks) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     peaks = measure("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(peaks))
     print(json.dumps(asdict(peaks)))

@@ -34,6 +34,18 @@ def _rows_of(x_ptr, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D
 
 
 @triton.jit
+def _load_rows(
+    x, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr = False
+):
+    """Rows [BLOCK_M, BLOCK_D] from token t0 on; with TMA x is a descriptor of [b, s, query heads, D] and G is GP."""
+    if TMA:
+        return x.load([b, t0, head, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        at, inside = _rows_of(x, stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _columns_of(x, stride, b, head, n0, end, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, TMA: tl.constexpr):
     """k or v [BLOCK_N, BLOCK_D] from column n0 on; with CUT columns from `end` on are not read and 0, as past s_e they are with TMA."""
     if TMA:
@@ -159,8 +171,7 @@ def cross_attention_fwd_kernel(
     r = tl.arange(0, BLOCK_M)
     t = t0 + r // GP
     ok = t < s
-    at, inside = _rows_of(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    q = tl.load(at, mask=inside, other=0.0)
+    q = _load_rows(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     lo, hi = _intervals(mask, b, t, ok, shape, KIND)
     blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, TOKENS_PER_BLOCK)
     first = 0
@@ -171,19 +182,16 @@ def cross_attention_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for j in tl.range(first, tl.minimum(full, last)):
-        n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
-        scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
-        x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
-        m, total, acc = _softmax_step(scores, x, m, total, acc, False, PRECISION)
-    for j in tl.range(tl.maximum(full, first), last):
-        n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
-        scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
-        scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
-        x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
-        m, total, acc = _softmax_step(scores, x, m, total, acc, True, PRECISION)
+    for CUT in tl.static_range(2):
+        begin = tl.maximum(full, first) if CUT else first
+        for j in tl.range(begin, last if CUT else tl.minimum(full, last)):
+            n0 = _column(blocks, j, BLOCK_N, KIND)
+            x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
+            scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
+            if CUT:
+                scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
+            x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
+            m, total, acc = _softmax_step(scores, x, m, total, acc, CUT, PRECISION)
     live = total != 0  # of NaN too, which must not pass for nothing
     if KIND == 1:
         live = live & (lo < hi)
@@ -242,25 +250,14 @@ def cross_attention_delta_kernel(
     """delta = sum(o do) - dlse of each row: what softmax's backward subtracts. Program (token block, batch row and key head)."""
     t0, bh = tl.program_id(0) * (BLOCK_M // GP), tl.program_id(1)
     b, head = bh // key_heads, bh % key_heads * G
-    at, inside = _rows_of(o_ptr, o_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    o = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at, inside = _rows_of(do_ptr, do_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    delta = tl.sum(o * tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)
+    o = _load_rows(o_ptr, o_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D).to(tl.float32)
+    delta = tl.sum(o * _load_rows(do_ptr, do_stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D).to(tl.float32), 1)
     r = tl.arange(0, BLOCK_M)
     row = bh.to(tl.int64) * s * GP + t0 * GP + r
     ok = t0 + r // GP < s
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=ok & (r % GP < G), other=0.0) * _log2e()
     tl.store(delta_ptr + row, delta, mask=ok)
-
-
-@triton.jit
-def _dq_step(q, do, k, v, lse, delta, dq, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
@@ -275,10 +272,8 @@ def cross_attention_dq_kernel(
     r = tl.arange(0, BLOCK_M)
     t = t0 + r // GP
     ok = t < s
-    at, inside = _rows_of(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    q = tl.load(at, mask=inside, other=0.0)
-    at, inside = _rows_of(do_ptr, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-    do = tl.load(at, mask=inside, other=0.0)
+    q = _load_rows(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
+    do = _load_rows(do_ptr, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     row = bh.to(tl.int64) * s * GP + t0 * GP + r
     lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
     delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
@@ -288,29 +283,20 @@ def cross_attention_dq_kernel(
     # At head_dim 256, with tiles of 64 rows, nothing is hoisted out of the loops: the descriptors of wgmma and tcgen05 would take the registers of the
     # sums. On sm_90 Triton 3.9 spilled 64 bytes a thread here, up to 104 in dkdv; 3.7.1 took 253 registers where it takes 199 now. It costs: dkdv's loops
     # grew by 2 to 4% with 3.7.1, and dq's by up to 14% with 3.9 where there is no TMA; sm_100's are 10% shorter. Elsewhere hoisting makes loops shorter.
-    for j in tl.range(0, full, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
-        n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
-        y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, False, TMA)
-        dq = _dq_step(q, do, x, y, lse, delta, dq, None, scale, False, PRECISION)
-    for j in tl.range(full, last, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
-        n0 = _column(blocks, j, BLOCK_N, KIND)
-        x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
-        y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, True, TMA)
-        visible = _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False)
-        dq = _dq_step(q, do, x, y, lse, delta, dq, visible, scale, True, PRECISION)
+    for CUT in tl.static_range(2):
+        for j in tl.range(full if CUT else 0, last if CUT else full, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
+            n0 = _column(blocks, j, BLOCK_N, KIND)
+            x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
+            y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
+            if CUT:
+                visible = _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False)
+            p = tl.math.exp2(tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale - lse[:, None])
+            if CUT:
+                p = tl.where(visible, p, 0.0)
+            ds = p * (tl.dot(do, tl.trans(y), input_precision=PRECISION) - delta[:, None])
+            dq = tl.dot(ds.to(x.dtype), x, dq, input_precision=PRECISION)
     at, inside = _rows_of(dq_ptr, strides.dq, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     tl.store(at, (dq * (scale / _log2e())).to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _tokens_of(x, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """q or do [BLOCK_M, BLOCK_D] from token t0 on; with TMA x is a descriptor of [b, s, query heads, D] and G is GP."""
-    if TMA:
-        return x.load([b, t0, head, 0]).reshape(BLOCK_M, BLOCK_D)
-    else:
-        at, inside = _rows_of(x, stride, b, head, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
-        return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
@@ -340,8 +326,8 @@ def cross_attention_dkdv_kernel(
         last = tl.load(mask.counts + at * 2 + 1) * (TOKENS_PER_BLOCK // tokens)
     for j in tl.range(0, last, disable_licm=BLOCK_D > 128 and BLOCK_N >= 64):
         t0 = _token(blocks, j, tokens, KIND, TOKENS_PER_BLOCK)
-        x = _tokens_of(q, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
-        y = _tokens_of(do, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        x = _load_rows(q, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
+        y = _load_rows(do, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
         ok = r < (s - t0) * GP
         p = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
         lse = tl.load(lse_ptr + rows + t0 * GP + r, mask=ok, other=float("inf"))

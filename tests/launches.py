@@ -64,11 +64,6 @@ def weight(N: int) -> NF4View:
     return NF4View(torch.zeros(N * K // 2, dtype=torch.uint8), torch.tensor(BITSANDBYTES), scales, 64, (N, K), torch.bfloat16)
 
 
-def body(op):
-    """The op's launcher without the switch of the current device."""
-    return op._init_fn.__wrapped__.__wrapped__
-
-
 def launched_once(op, args: tuple) -> tuple:
     return op.launch.plan(args)(args)
 
@@ -123,7 +118,7 @@ def fill(s_e: int, compacted: bool, b: int = 2) -> None:
     cache, new = torch.zeros(b, 2, 2048, 128, dtype=torch.bfloat16), torch.zeros(b, s_e, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     lengths = torch.zeros(b, dtype=torch.int32)
     places = torch.zeros(b, s_e, dtype=torch.int32) if compacted else None
-    body(_kv_cache_write)(cache, cache.clone(), lengths, new, new, places, lengths, False, False)
+    _kv_cache_write._init_fn(cache, cache.clone(), lengths, new, new, places, lengths, False, False)
 
 
 def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torch.bfloat16, mask: str = "bits", b: int = 2, masks: int = 2) -> None:

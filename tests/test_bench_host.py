@@ -26,12 +26,16 @@ def test_calls_that_grew_by_more_than_a_tenth_are_named():
     ]
 
 
-def stored_here() -> dict:
-    """What is stored of the installed Triton; skips where counts would tell about other packages than fastfuse."""
+def needs_a_stub() -> None:
     for package in HOSTS:
         pytest.importorskip(package)
     if shutil.which(os.environ.get("CC", "cc").split()[0]) is None:
         pytest.skip("no C compiler")
+
+
+def stored_here() -> dict:
+    """What is stored of the installed Triton; skips where counts would tell about other packages than fastfuse."""
+    needs_a_stub()
     stored = json.loads(STORED.read_text()).get(f"triton {importlib.metadata.version('triton')}")
     if stored is None:
         pytest.skip("no rows of the installed Triton are stored")
@@ -41,10 +45,20 @@ def stored_here() -> dict:
     return stored
 
 
+def lines_of(*command: str) -> list[str]:
+    """What a process of its own prints: there fastfuse is loaded for a GPU that is not there."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
 def test_no_call_costs_more_python_than_stored():
     rows = stored_here()["rows"]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "bench.host", "--check", "--quick"]  # a process of its own: there fastfuse is loaded for a GPU that is not there
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(line.startswith(tuple(f"{name} " for name in rows)) for line in done.stdout.splitlines()) >= 15, done.stdout
+    lines = lines_of("-m", "bench.host", "--check", "--quick")
+    assert sum(line.startswith(tuple(f"{name} " for name in rows)) for line in lines) >= 15, lines
+
+
+def test_prepared_calls_launch_what_the_whole_way_does():
+    needs_a_stub()
+    assert sum(line.endswith(" launches") for line in lines_of("tests/prepared_launches.py")) >= 50

@@ -10,7 +10,6 @@ import pickle
 import types
 import warnings
 import weakref
-from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -490,10 +489,9 @@ def test_patched_finds_its_modules_under_new_names():
     assert not any("_fastfuse" in m.__dict__ or "forward" in m.__dict__ for m in base.modules())
 
 
-def test_the_readme_has_the_table_of_hosts():
+def test_the_table_has_every_host():
     from fastfuse.patching.hosts import BUILT_IN, table
 
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
     assert {host.name for host in BUILT_IN} == {line.split(" | ")[0].removeprefix("| ") for line in table().splitlines()[2:]}
 
 

@@ -1,4 +1,4 @@
-"""README's tables and plots are what bench/results gives, and rows that must not be shown are refused. Needs no GPU and times nothing."""
+"""The tables and plots of docs/benchmarks.md are what bench/results gives, and rows that must not be shown are refused. Needs no GPU and times nothing."""
 
 import json
 from pathlib import Path
@@ -28,11 +28,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 class Tree:
-    """A README, results and bars of its own."""
+    """A page, results and bars of its own."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.readme, self.results, self.bars = folder / "README.md", folder / "results", folder / "bars.json"
-        self.readme.write_text(MARKED)
+        self.page, self.results, self.bars = folder / "benchmarks.md", folder / "results", folder / "bars.json"
+        self.page.write_text(MARKED)
         self.results.mkdir()
         self.judge()
         monkeypatch.setattr(report, "BARS", self.bars)
@@ -44,13 +44,13 @@ class Tree:
         harness.append(rows, self.results)
 
     def run(self, *args: str) -> int:
-        return report.main(["--readme", str(self.readme), "--results", str(self.results), *args])
+        return report.main(["--page", str(self.page), "--results", str(self.results), *args])
 
     def files(self) -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in self.readme.parent.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in self.page.parent.rglob("*") if path.is_file()}
 
     def section(self, name: str) -> str:
-        return self.readme.read_text().split(f"<!-- bench: {name} -->")[1].split(f"<!-- /bench: {name} -->")[0].strip()
+        return self.page.read_text().split(f"<!-- bench: {name} -->")[1].split(f"<!-- /bench: {name} -->")[0].strip()
 
     def lines(self, name: str = "cpu") -> list[list[str]]:
         """The cells of the section's tables."""
@@ -64,14 +64,14 @@ class Tree:
         assert said.count("\n") == 1 and all(word in said for word in words), said
 
 
-def test_readme_is_what_the_committed_results_give(capsys) -> None:
+def test_the_page_is_what_the_committed_results_give(capsys) -> None:
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_without_rows_the_sections_say_so_and_nothing_else(tree) -> None:
     assert tree.run() == 0
     assert [tree.section(name) for name in NAMES] == ["not measured on a CPU yet", "not measured on a GPU yet"]
-    assert tree.readme.read_text().endswith("\nend\n") and tree.run("--check") == 0
+    assert tree.page.read_text().endswith("\nend\n") and tree.run("--check") == 0
     assert not list(tree.results.iterdir())
 
 
@@ -140,7 +140,7 @@ def test_wrong_once_is_wrong_at_that_commit(tree, capsys) -> None:
     ],
 )
 def test_markers_must_be_right(tree, capsys, text, words) -> None:
-    tree.readme.write_text(text)
+    tree.page.write_text(text)
     tree.add(row("fastfuse"))
     tree.refuses(capsys, *words)
 
@@ -148,11 +148,11 @@ def test_markers_must_be_right(tree, capsys, text, words) -> None:
 def test_check_names_the_first_difference_and_writes_nothing(tree, capsys) -> None:
     tree.add(*(row(name, us, f"M{m} N8 K8", bytes=64, flops=128) for m in (1, 16) for name, us in (("fastfuse", 200), ("eager", 300))))
     assert tree.run() == 0 and tree.run("--check") == 0
-    made, text = tree.files(), tree.readme.read_text()
+    made, text = tree.files(), tree.page.read_text()
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "M16" in line)
-    plots = sorted(tree.results.glob("plots/*.svg"))
+    plots = sorted(tree.page.parent.glob("plots/*.svg"))
     assert [path.stem for path in plots] == ["a_chip_2_threads_roofline", "a_chip_2_threads_speedup"]
-    assert all(f"(results/plots/{path.name})" in text for path in plots)
+    assert all(f"(plots/{path.name})" in text for path in plots)
 
     def differs(path: Path, content: bytes | None, *words: str) -> None:
         path.unlink() if content is None else path.write_bytes(content)
@@ -162,12 +162,12 @@ def test_check_names_the_first_difference_and_writes_nothing(tree, capsys) -> No
         assert said.count("\n") == 1 and all(word in said for word in words), said
         assert tree.run() == 0 and tree.files() == made  # writing repairs it, and the same rows give the same bytes
 
-    differs(tree.readme, text.replace("0.200", "0.100", 2).encode(), "README.md:", "0.100", "0.200")
-    differs(tree.readme, text.replace("M16", "M17").encode(), f"README.md:{line}:", "M17", "M16")
+    differs(tree.page, text.replace("0.200", "0.100", 2).encode(), "benchmarks.md:", "0.100", "0.200")
+    differs(tree.page, text.replace("M16", "M17").encode(), f"benchmarks.md:{line}:", "M17", "M16")
     differs(tree.results / "a_chip_2_threads.md", None, "a_chip_2_threads.md:1:")
     differs(plots[1], None, plots[1].name, "not there")
     differs(plots[0], plots[0].read_bytes().replace(b"<dc:description>data ", b"<dc:description>data 0"), plots[0].name, "other data")
-    differs(tree.results / "plots" / "old.svg", b"<svg/>", "old.svg", "no result")
+    differs(tree.page.parent / "plots" / "old.svg", b"<svg/>", "old.svg", "no result")
     differs(tree.results / "old.md", report.GENERATED.encode(), "old.md", "no result")
 
     (tree.results / "notes.md").write_text("of a person")
@@ -184,7 +184,7 @@ def test_a_case_below_its_bar_is_named_with_its_reason(tree, capsys) -> None:
     tree.judge([bar], [why])
     assert tree.run() == 0
     assert "1 of 2 cases are below" in tree.section("cpu")
-    assert "- It is an example.\n  - linear M1 N8 K8 float32: 0.90x as fast as eager, bar 1x\n" in tree.section("cpu")
+    assert "- It is an example.\n    - linear M1 N8 K8 float32: 0.90x as fast as eager, bar 1x\n" in tree.section("cpu")
 
     for explained in ([], [why | {"fastest_peer": 0.95}], [why | {"device_type": "cuda"}], [{"percent_of_floor": 0, "why": "no"}]):
         tree.judge([bar], explained)
@@ -192,11 +192,11 @@ def test_a_case_below_its_bar_is_named_with_its_reason(tree, capsys) -> None:
             assert tree.run(*args) == 1
             said = capsys.readouterr().err
             assert "linear M1 N8 K8 float32: 0.90x" in said and "M2" not in said
-        assert "- **not explained**\n  - linear M1" in tree.section("cpu")
+        assert "- **not explained**\n    - linear M1" in tree.section("cpu")
 
     tree.judge([{"shape": "M2 *", "percent_of_floor": 80, "why": "bandwidth"}], [{"percent_of_floor": 20, "why": "It waits."}])
     assert tree.run() == 0
-    assert "- It waits.\n  - linear M2 N8 K8 float32: 25% of the floor, bar 80%\n" in tree.section("cpu")
+    assert "- It waits.\n    - linear M2 N8 K8 float32: 25% of the floor, bar 80%\n" in tree.section("cpu")
 
     tree.judge()
     assert tree.run() == 0 and "All 2 cases reach their bar" in tree.section("cpu")
@@ -224,7 +224,7 @@ def test_whole_models(tree) -> None:
     ]
     assert [line[3:] for line in tree.lines("gpu")[2:]] == expected
     assert "4.00x as fast as unpatched, bar 5x" in tree.section("gpu") and tree.section("cpu") == "not measured on a CPU yet"
-    assert [path.stem for path in tree.results.glob("plots/*.svg")] == ["GPU_tokens"]
+    assert [path.stem for path in tree.page.parent.glob("plots/*.svg")] == ["GPU_tokens"]
 
 
 def test_devices_are_kept_apart(tree) -> None:
@@ -247,4 +247,4 @@ def test_rows_of_the_harness_are_taken_as_they_are(tree) -> None:
     case = harness.Case("linear", "M8 N8 K8", torch.float32, make, {"fastfuse": product, "eager": product}, truth, lambda i: Cost(768, 1024))
     tree.add(*harness.measure(case, "cpu", peaks, harness.environment("cpu") | {"dirty": False, "commit": "d" * 40}))
     assert tree.run() == 0 and tree.run("--check") == 0
-    assert tree.lines()[2][:3] == ["linear", "M8 N8 K8", "float32"] and list(tree.results.glob("plots/*_roofline.svg"))
+    assert tree.lines()[2][:3] == ["linear", "M8 N8 K8", "float32"] and list(tree.page.parent.glob("plots/*_roofline.svg"))

@@ -91,9 +91,9 @@ class VisionCrossAttentionMask:
         self.image_token_id = image_token_id
 
     def __call__(self, sample: MutableMapping[str, Any], inference: bool = False) -> MutableMapping[str, Any]:
-        """Add "encoder_mask": for each image [t, c, H, W] of sample["encoder_input"]["images"] a bool [s, t * n].
+        """Add "encoder_mask": for each image [t, c, H, W] of `sample["encoder_input"]["images"]` a bool [s, t * n].
 
-        s = len(sample["tokens"]), n = patches of a tile + 1 for its class token. Every column of a mask is the same
+        s = `len(sample["tokens"])`, n = patches of a tile + 1 for its class token. Every column of a mask is the same
         memory. Raises RuntimeError where image tokens and images differ in number.
         """
         tokens = torch.as_tensor(sample["tokens"])

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastfuse.ops._cpu_library import library
+
 REPEATS = 3  # timed runs of the prompt; the median is shown
 QUESTION = range(5, 17)  # a prompt of fixed token ids: the weights are random, words would mean nothing
 
@@ -99,4 +101,5 @@ def print_memory(console: Console, predicted: int, dense: int, measured: int) ->
 
 
 def print_backend(console: Console, triton: bool) -> None:
-    console.print(f"backend      {'Triton kernels' if triton else 'the PyTorch reference: no GPU found, and nothing here was measured on one'}")
+    nf4 = f", NF4 in C ({library().instructions})" if library() else ""
+    console.print(f"backend      {'Triton kernels' if triton else f'PyTorch{nf4}: no GPU found, and nothing here was measured on one'}")

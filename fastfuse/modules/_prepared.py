@@ -6,15 +6,15 @@ Neither results nor addresses are kept, nor the weight: an old one would stay in
 """
 
 from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter, is_, not_
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 from torch.nn.modules import module as _nn
 
 from fastfuse import tune
-from fastfuse.kernels.arguments import NF4Weight, Operand, TorchaoScales
+from fastfuse.kernels.arguments import NF4Weight, Operand
 from fastfuse.ops import _op
 from fastfuse.ops._fused_op import _misaligned, _new, leaves
 from fastfuse.ops._linear_group import LinearArgs, factor_of
@@ -24,7 +24,7 @@ from fastfuse.quant.nf4 import Layout, NF4View
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_nn, name) for name in vars(_nn) if name.startswith("_global_") and isinstance(getattr(_nn, name), dict))
-_kind = attrgetter("dtype", "shape")
+_requires_grad = attrgetter("requires_grad")
 _C, _forward_ad = torch._C, torch.autograd.forward_ad
 _SHAPES = 64  # of x, that a layer keeps a plan for
 
@@ -65,16 +65,15 @@ def is_due(calls: int) -> bool:
     return calls & min(calls - 1, 31) == 0
 
 
-def read_torchao(parameters: dict[str, Tensor | None], view: NF4View) -> Callable[[], NF4Weight | None]:
-    """Reads the tensors of the NF4Tensor under "weight": None where it is of another shape, layout or class."""
+def read_torchao(parameters: dict[str, Tensor | None], view: NF4View) -> Callable[[], list[Tensor] | None]:
+    """Reads the tensors of the NF4Tensor under "weight", in an NF4Weight's order: None where it is of another shape, layout or class."""
     kind, alike = type(parameters["weight"]), (view.shape, (view.shape[1], 1), view.block_size, view.scale_block)
 
-    def weight() -> NF4Weight | None:
+    def weight() -> list[Tensor] | None:
         held = parameters["weight"]
         if type(held) is not kind or (held.shape, held.stride(), held.block_size, held.scaler_block_size) != alike:
             return None
-        scales = _new(TorchaoScales, (held.quantized_scalers, held.quantization_factor, held.scaler_mean))
-        return _new(NF4Weight, (held.quantized_data, held.nf4, scales))
+        return [held.quantized_data, held.nf4, held.quantized_scalers, held.quantization_factor, held.scaler_mean]
 
     return weight
 
@@ -91,6 +90,10 @@ def dora_factor(magnitude: Tensor, a: Tensor, b: Tensor, scaling: float, view: N
     return factor
 
 
+def _kind(t: Tensor) -> tuple:
+    return type(t), t.dtype, t.shape, t.device, t.is_contiguous(), t.is_neg() or t._is_zerotensor()
+
+
 class PreparedLinear:
     """prepared(x) -> y of an NF4 layer, or None where something is not as it was, or somebody would see the call pass by."""
 
@@ -99,7 +102,7 @@ class PreparedLinear:
         watch: Watch,
         x: Tensor,
         view: NF4View,
-        weight: Callable[[], NF4Weight | None],
+        weight: Callable[[], list[Tensor] | None],
         a: Tensor | None = None,
         b: Tensor | None = None,
         scaling: float = 1.0,
@@ -107,28 +110,58 @@ class PreparedLinear:
         factor: Callable[[NF4Weight, Tensor], Tensor] | None = None,
         active: tuple[dict, object] | None = None,
     ):
-        """weight: the weight's tensors, read anew; None where it is another one.  factor: (weight, x) -> what DoRA multiplies by, made at every call.
-        active: a module's __dict__, and what its _active_adapter must be equal to: it may be a list, which can be changed in place."""
+        """weight: the tensors of an NF4Weight in order, read anew; None where it is another one.  factor: (weight, x) -> what DoRA multiplies by, made at every
+        call.  active: a module's __dict__, and what its _active_adapter must be equal to: it may be a list, which can be changed in place."""
         self.weight, self.factor, self.active = weight, factor, active
         self.holders, self.keys, self.values = watch.holders, watch.keys, [*map(dict.get, watch.holders, watch.keys)]
         self.empty, self.children = watch.empty, watch.children
         self.a, self.b, self.bias, self.scaling = a, b, bias, scaling
+        self.others = [t for t in (a, b, bias) if t is not None]
+        self.scales = type(view.tensors().scales)
         self.N, self.K = view.shape
         self.R, self.layout = 0 if a is None else a.shape[0], Layout.of(view)
         self.dtype, self.device, self.autocast = x.dtype, x.device, x.device.type
-        self.by_launch = x.device.type == "cuda"
         with _C.DisableTorchFunctionSubclass():
             held = weight()
-        tensors = [held.packed, held.code, *held.scales, *(t for t in (a, b, bias) if t is not None)]
-        self.kinds, self.types, self.devices = [*map(_kind, tensors)], [*map(type, tensors)], [*map(Tensor.get_device, tensors)]
+            self.kinds = [*map(_kind, (*held, *self.others))]
+            tree = self.tree(held)
+        self.by_launch = x.device.type == "cuda"
         ones = None if factor is None else torch.empty(self.N, dtype=torch.float32, device="meta")
-        self.constants, self.keeping = (leaves(self.args(x, held, ones, keep))[1] for keep in (False, True))
+        self.constants, self.keeping = (leaves(self.args(x, tree, ones, keep))[1] for keep in (False, True))
+        self.guards: dict[tuple, TensorGuards] = {}
         self.plans: dict[tuple, Callable] = {}
+        self.launches: dict[tuple, Callable | None] = {}
         self.served = False
+
+    def tree(self, held: list[Tensor]) -> NF4Weight:
+        """Plain tensors of what weight() gives: bitsandbytes' codes are a Parameter of its own kind, of any shape and dtype."""
+        packed = held[0]
+        if type(packed) is not Tensor:
+            packed = packed.detach().view(-1)
+            if packed.dtype is not torch.uint8:
+                packed = packed.view(torch.uint8)
+        return _new(NF4Weight, (packed, held[1], _new(self.scales, held[2:])))
 
     def args(self, x: Tensor, weight: NF4Weight, factor: Tensor | None, keep: bool) -> LinearArgs:
         operand = _new(Operand, (weight, self.a, self.b, factor, self.bias, None, None, self.N, self.R, self.scaling))
         return _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, keep, False))
+
+    def alike(self, key: tuple, tensors: list[Tensor]) -> bool:
+        """Whether the tensors of a call, x first, are as they were. PyTorch's own guards compare in one call what takes eight for each tensor here; they tell
+        apart more than this does (who asks for a gradient, inference mode), so for each such case they are made anew."""
+        x = tensors[0]
+        if x.dtype is not self.dtype or x.device != self.device or x.layout is not torch.strided or x.shape[-1:] != (self.K,):
+            return False
+        if self.factor is not None and x.dim() == 1:  # PEFT's DoRA gives a vector another dimension
+            return False
+        kinds = [*map(_kind, tensors)]
+        if kinds[1:] != self.kinds or any(kind[4:] != (True, False) for kind in kinds):
+            return False
+        if len(self.guards) >= _SHAPES:
+            for kept in (self.guards, self.plans, self.launches):
+                kept.clear()
+        self.guards[key] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return True
 
     def __call__(self, x: Tensor = None, *args, **kwargs) -> Tensor | None:
         # Whoever looks on is asked for before x is touched: a mode of functions would see that.
@@ -138,59 +171,49 @@ class PreparedLinear:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed or torch.compiler._is_compiling_flag:
             return None
-        if args or kwargs or type(x) is not Tensor or x.is_nested or x.dtype is not self.dtype or x.device != self.device:
-            return None
-        if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)):
+        if args or kwargs or type(x) is not Tensor or x.is_nested or not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or any(self.empty):
             return None
         if self.active is not None and self.active[0]["_active_adapter"] != self.active[1]:
             return None
         for child, kind, forward in self.children:
             if type(child) is not kind or kind.forward is not forward:
                 return None
-        shape = x.shape
-        if shape[-1:] != (self.K,) or (self.factor is not None and len(shape) == 1):  # PEFT's DoRA gives a vector another dimension
-            return None
+        shape, may_record = x.shape, torch.is_grad_enabled()
         with _C.DisableTorchFunctionSubclass():
-            weight = self.weight()
-        if weight is None:
-            return None
-        a, b, bias = self.a, self.b, self.bias
-        tensors = [weight.packed, weight.code, *weight.scales]
-        if a is not None:
-            tensors += (a, b)
-        if bias is not None:
-            tensors += (bias,)
-        if [*map(_kind, tensors)] != self.kinds or [*map(type, tensors)] != self.types or [*map(Tensor.get_device, tensors)] != self.devices:
-            return None
-        tensors = [x, *tensors]
-        unlike = map(not_, map(Tensor.is_contiguous, tensors)), map(Tensor.is_neg, tensors), map(Tensor._is_zerotensor, tensors)
-        if any(chain(self.empty, *unlike, map(_misaligned, map(Tensor.data_ptr, tensors)))):
-            return None
-        if self.by_launch and self.device.index not in (None, _C._cuda_getDevice()):
-            return None
+            held = self.weight()
+            if held is None:
+                return None
+            tensors = [x, *held, *self.others]
+            guards = self.guards.get(key := (shape, may_record, x.requires_grad))
+            if (guards is None or not guards.check(*tensors)) and not self.alike(key, tensors):
+                return None
+            addresses = (*map(Tensor.data_ptr, tensors),)
+            if any(map(_misaligned, addresses)) or (self.by_launch and self.device.index not in (None, _C._cuda_getDevice())):
+                return None
+            records = may_record and (self.factor is not None or True in map(_requires_grad, tensors))
+            if not records and (launch := self.launches.get(shape)) is not None and (y := launch(x, addresses)) is not None:
+                self.served = True
+                return y
+            weight = self.tree(held)
+        return self.by_plan(x, weight, records)
+
+    def by_plan(self, x: Tensor, weight: NF4Weight, records: bool) -> Tensor | None:
         factor, keep, constants = None, False, self.constants
+        tensors = [x, weight.packed, weight.code, *weight.scales, *self.others]
         if self.factor is not None:
             factor = self.factor(weight, x)
             if factor.dtype is not torch.float32 or factor.shape != (self.N,):
                 return None
-            tensors.insert(len(tensors) - (bias is not None), factor)
+            tensors.insert(len(tensors) - (self.bias is not None), factor)
             if factor.requires_grad:
                 keep, constants = True, self.keeping
-        operand = _new(Operand, (weight, a, b, factor, bias, None, None, self.N, self.R, self.scaling))
-        args = _new(LinearArgs, (x, (operand,), self.layout, self.K, None, 0.0, keep, False))
-        plan = linear.cpu
-        if self.by_launch:
-            try:
-                plan = self.plans[shape, keep]
-            except KeyError:
-                if len(self.plans) >= _SHAPES:
-                    self.plans.clear()
-                plan = self.plans[shape, keep] = linear.launch.planned((args,), tensors, constants)
         self.served = True
-        if torch.is_grad_enabled():
-            for t in (x, a, b, bias, factor):
-                if t is not None and t.requires_grad:
-                    return linear.differentiable(plan, args, tensors, constants)[0]
+        args, plan = self.args(x, weight, factor, keep), linear.cpu
+        if self.by_launch and (plan := self.plans.get((x.shape, keep))) is None:
+            plan = self.plans[x.shape, keep] = linear.launch.planned((args,), tensors, constants)
+            self.launches[x.shape] = getattr(plan, "at_addresses", None) if factor is None else None
+        if records and True in map(_requires_grad, tensors):
+            return linear.differentiable(plan, args, tensors, constants)[0]
         return plan(args)[0]
 
 

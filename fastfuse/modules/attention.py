@@ -102,16 +102,7 @@ class MultiHeadAttention(nn.Module):
         cache = self.kv_cache if self.cache_enabled else None
         if y is None and cache is None:
             raise ValueError("Must provide y input or use kv_cache to enable streaming decoding")
-        q = self._heads(self.q_proj(x), self.num_heads, input_pos, self.q_norm)
-        if y is None:
-            k, v = cache.k_cache, cache.v_cache
-        else:
-            k = self._heads(self.k_proj(y), self.num_kv_heads, input_pos, self.k_norm)
-            v = self.v_proj(y).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-            if cache is not None:
-                if torch.is_autocast_enabled(x.device.type):  # norms leave another dtype than projections do
-                    k, v = k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype)
-                k, v = cache.update(k, v)
+        q, k, v = project(self, x, y, cache, input_pos)
         if isinstance(mask, EncoderMask) and self._attention_call is not sdpa_or_flex_attention:
             mask = mask.to_dense()
         out = self._attention_call(
@@ -122,10 +113,25 @@ class MultiHeadAttention(nn.Module):
         )  # fmt: skip
         return self.output_proj(out.transpose(1, 2).flatten(2))
 
-    def _heads(self, projected: Tensor, heads: int, input_pos: Tensor | None, norm: nn.Module | None) -> Tensor:
-        """[b, s, heads * head_dim] -> [b, heads, s, head_dim], rotated, then normalised."""
-        h = projected.unflatten(-1, (heads, self.head_dim))
-        if self.pos_embeddings is not None:
-            h = self.pos_embeddings(h, input_pos=input_pos)
-        h = h.transpose(1, 2)
-        return h if norm is None else norm(h)
+
+def project(attn: nn.Module, x: Tensor, y: Tensor | None, cache: KVCache | None, input_pos: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of x, and keys and values of y or, without y, of the cache, for a MultiHeadAttention or torchtune's: each [b, heads, s, head_dim]."""
+    q = _heads(attn, attn.q_proj(x), attn.num_heads, input_pos, attn.q_norm)
+    if y is None:
+        return q, cache.k_cache, cache.v_cache
+    k = _heads(attn, attn.k_proj(y), attn.num_kv_heads, input_pos, attn.k_norm)
+    v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim)).transpose(1, 2)
+    if cache is None:
+        return q, k, v
+    if torch.is_autocast_enabled(x.device.type):  # norms leave another dtype than projections do
+        k, v = k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype)
+    return q, *cache.update(k, v)
+
+
+def _heads(attn: nn.Module, projected: Tensor, heads: int, input_pos: Tensor | None, norm: nn.Module | None) -> Tensor:
+    """[b, s, heads * head_dim] -> [b, heads, s, head_dim], rotated, then normalised."""
+    h = projected.unflatten(-1, (heads, attn.head_dim))
+    if attn.pos_embeddings is not None:
+        h = attn.pos_embeddings(h, input_pos=input_pos)
+    h = h.transpose(1, 2)
+    return h if norm is None else norm(h)

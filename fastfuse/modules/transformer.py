@@ -118,7 +118,7 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
 
     def _packs(self, x: Tensor, encoder_input: Tensor | None, mask: Tensor | EncoderMask | None) -> bool:
         """Whether forward makes an EncoderMask of the mask: a bool tensor shaped as the scores (PyTorch's attention would broadcast another)."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != x.device or hasattr(mask, "device_mesh"):
+        if not isinstance(mask, Tensor):
             return False
         if self.attn.cache_enabled:
             cache = self.attn.kv_cache
@@ -129,8 +129,7 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             return False
         else:
             b, width = encoder_input.shape[:2]
-        fits = b == x.shape[0] and (mask.shape[0] == 1 or mask.shape[0] == b) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
-        return fits and self._takes_encoder_mask(x)
+        return b == x.shape[0] and masks_scores(mask, x, width) and self._takes_encoder_mask(x)
 
     def _filled(self, mask: EncoderMask, encoder_input: Tensor | None, cache: KVCache | None) -> EncoderMask:
         """The mask, where rows that may see nothing see every token, of a cache those it holds."""
@@ -178,13 +177,26 @@ class TransformerCrossAttentionLayer(_AttentionLayer):
             # Left alone, an empty softmax is NaN in some attention kernels.
             encoder_mask = torch.where(skip, self._everything(encoder_mask, encoder_input, cache), encoder_mask)
         attended = self.attn(self.ca_norm(x), encoder_input, mask=encoder_mask)
-        if skip is not None and self.empty_rows == "zero":
-            attended = attended.masked_fill(skip, 0)
-        h = x + self.ca_scale(attended)
-        mlp = self.mlp(self.mlp_norm(h))
-        if skip is not None:
-            mlp = mlp.masked_fill(skip, 0)
-        return h + self.mlp_scale(mlp)
+        return add_attended(self, x, attended, skip, self.empty_rows == "uniform")
+
+
+def masks_scores(mask: object, x: Tensor, width: int) -> bool:
+    """Whether it is a bool tensor beside x, with a row for each token of x and a column for each of `width` image tokens, as an EncoderMask is made of."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != x.device or hasattr(mask, "device_mesh"):
+        return False
+    # No `in (1, b)`: under torch.compile a number is not found among symbols.
+    return (mask.shape[0] == 1 or mask.shape[0] == x.shape[0]) and mask.shape[1] == x.shape[1] and mask.shape[2] == width
+
+
+def add_attended(layer: nn.Module, x: Tensor, attended: Tensor, skip: Tensor | None, uniform: bool) -> Tensor:
+    """The rest of a TransformerCrossAttentionLayer, or torchtune's. skip: bool [b, s, 1], the tokens that may see nothing.  uniform: they attend all the same."""
+    if skip is not None and not uniform:
+        attended = attended.masked_fill(skip, 0)
+    h = x + layer.ca_scale(attended)
+    mlp = layer.mlp(layer.mlp_norm(h))
+    if skip is not None:
+        mlp = mlp.masked_fill(skip, 0)
+    return h + layer.mlp_scale(mlp)
 
 
 class TransformerDecoder(nn.Module):

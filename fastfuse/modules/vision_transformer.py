@@ -128,26 +128,16 @@ class VisionTransformer(nn.Module):
         if images.dim() != 6 or images.shape[3:] != (self.in_channels, self.tile_size, self.tile_size):
             tile = f"{self.in_channels}, {self.tile_size}, {self.tile_size}"
             raise ValueError(f"images has shape {tuple(images.shape)}, expected (b, n_imgs, n_tiles, {tile})")
-        b, n_imgs, n_tiles = images.shape[:3]
+        b, n_imgs = images.shape[:2]
         aspect_ratio = self._ratios(images, aspect_ratio)
         images = images.flatten(0, 1)
         x = self._fused_embedding(images, aspect_ratio) if self._is_plain() else self._embedding(images, aspect_ratio)
-        n_tokens, per_tile = self.get_image_tokens_per_tile(), x.shape[2]
+        n_tokens = self.get_image_tokens_per_tile()
         mask = None if self.pad_tokens_to == 1 else self._mask(x, n_tokens, aspect_ratio)
-        x = x.flatten(1, 2)
-        hidden_states = []
-        for i, layer in enumerate(self.layers):
-            if i in self.out_indices and not self.states_after_layer:
-                hidden_states.append(x)
-            x = layer(x) if mask is None else layer(x, mask=mask)
-            if i in self.out_indices and self.states_after_layer:
-                hidden_states.append(x)
-        if len(self.layers) in self.out_indices:
-            hidden_states.append(x)
-        x = self.ln_post(x).unflatten(1, (n_tiles, per_tile))
+        x, hidden_states = run_layers(self, x, mask, self.states_after_layer)
         if self.post_tile_pos_embed is not None:
             x = self.post_tile_pos_embed(x, aspect_ratio)
-        hidden_states = [h.unflatten(1, (n_tiles, per_tile)).unflatten(0, (b, n_imgs))[:, :, :, :n_tokens] for h in hidden_states]
+        hidden_states = [h.unflatten(0, (b, n_imgs))[:, :, :, :n_tokens] for h in hidden_states]
         return Encoded(x.unflatten(0, (b, n_imgs)), hidden_states, mask)
 
     def _ratios(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor | None:
@@ -181,28 +171,13 @@ class VisionTransformer(nn.Module):
 
     def _fused_embedding(self, images: Tensor, aspect_ratio: Tensor | None) -> Tensor:
         """_embedding as one op."""
-        conv, cls, pre, pos, norm = self.conv, self.cls_token_embedding, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
-        tiled = isinstance(pos, TiledTokenPositionalEmbedding)
-        table = pre if pre is not None else pos if tiled else None
+        pre, pos = self.pre_tile_pos_embed, self.token_pos_embedding
+        table = pre if pre is not None else pos if isinstance(pos, TiledTokenPositionalEmbedding) else None
         if table is not None and table.aspect_ratios is not None:
             aspect_ratio = table.ids_of(aspect_ratio, images.shape[1])
         if images.dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
-            images = images.to(conv.weight.dtype)
-        h, w = conv.kernel_size
-        return patch_embed(
-            images[..., : images.shape[-2] // h * h, : images.shape[-1] // w * w],  # as the convolution, which drops what is left over
-            conv.weight,
-            cls.weight,
-            aspect_ratio if table is not None else None,
-            pos.local_token_positional_embedding if tiled else pos.positional_embedding,
-            pos.global_token_positional_embedding if tiled else None,
-            pos.gate if tiled else None,
-            None if pre is None else pre.embedding,
-            None if pre is None else pre.gate,
-            norm=(norm.weight, norm.bias, norm.eps),
-            append_cls=cls.append_cls_token,
-            pad_tokens_to=self.pad_tokens_to,
-        )
+            images = images.to(self.conv.weight.dtype)
+        return place_tokens(self, images, aspect_ratio, self.pad_tokens_to)
 
     def _is_plain(self) -> bool:
         """Whether the modules in front of the layers are what the op computes: of these classes, without hooks, forwards or sharded weights of their own."""
@@ -241,3 +216,42 @@ class VisionTransformer(nn.Module):
         # Added to the scores, in their dtype: of a bool mask every layer would make such a tensor for itself, and keep it for its backward.
         mask = torch.zeros(x.shape[0], valid.shape[1], valid.shape[1], dtype=x.dtype, device=x.device)
         return mask.masked_fill_(~(valid[:, :, None] | valid[:, None, :]), -torch.inf)
+
+
+def place_tokens(front: nn.Module, images: Tensor, aspect_ratio: Tensor | None, pad_tokens_to: int = 1, backend: str | None = None) -> Tensor:
+    """What the modules in front of the layers of a vision transformer, torchtune's too, make of images [images, n_tiles, c, h, w], as one op: placed and
+    normalised tokens [images, n_tiles, n_tokens, embed_dim]."""
+    conv, cls, pre, pos, norm = front.conv, front.cls_token_embedding, front.pre_tile_pos_embed, front.token_pos_embedding, front.ln_pre
+    tiled = hasattr(pos, "global_token_positional_embedding")
+    h, w = conv.kernel_size
+    return patch_embed(
+        images[..., : images.shape[-2] // h * h, : images.shape[-1] // w * w],  # as the convolution, which drops what is left over
+        conv.weight,
+        cls.weight,
+        aspect_ratio if tiled or pre is not None else None,
+        pos.local_token_positional_embedding if tiled else pos.positional_embedding,
+        pos.global_token_positional_embedding if tiled else None,
+        pos.gate if tiled else None,
+        None if pre is None else pre.embedding,
+        None if pre is None else pre.gate,
+        norm=(norm.weight, norm.bias, norm.eps),
+        append_cls=cls.append_cls_token,
+        pad_tokens_to=pad_tokens_to,
+        backend=backend,
+    )
+
+
+def run_layers(vit: nn.Module, x: Tensor, mask: Tensor | None = None, after: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """x [images, n_tiles, n_tokens, embed_dim] through the layers and ln_post of a vision transformer, torchtune's too, and its hidden states, all of that
+    shape. mask: of all tokens of an image, for the layers.  after: whether index k of out_indices stands for the output of layer k."""
+    shape, hidden_states = x.shape[1:3], []
+    x = x.flatten(1, 2)
+    for i, layer in enumerate(vit.layers):
+        if i in vit.out_indices and not after:
+            hidden_states.append(x)
+        x = layer(x) if mask is None else layer(x, mask=mask)
+        if i in vit.out_indices and after:
+            hidden_states.append(x)
+    if len(vit.layers) in vit.out_indices:
+        hidden_states.append(x)
+    return vit.ln_post(x).unflatten(1, shape), [h.unflatten(1, shape) for h in hidden_states]

@@ -22,33 +22,24 @@ class Launch:
     __slots__ = ("compiled", "constants", "device", "direct", "function", "kernel", "metadata", "run", "values")
 
     def __init__(self, kernel, **constants):
-        self.kernel, self.constants, self.run = kernel, constants, None
+        self.kernel, self.constants, self.run, self.direct = kernel, constants, None, None
 
     def __call__(self, grid: tuple[int, int, int], *args) -> None:
-        if self.run is None or self.kernel.pre_run_hooks:
-            self._by_triton(grid, args)
-            return
-        runtime = knobs.runtime
-        try:  # attributes alone: each call of a function would cost more than the launch's own 2 us allow
-            watched = (
-                runtime.launch_enter_hook.calls
-                or runtime.launch_exit_hook.calls
-                or runtime.add_stages_inspection_hook
-                or runtime.debug
-                or "instrumentation_mode" in knobs.compilation.__dict__
-            )
-        except AttributeError:  # a hook that is no chain
-            watched = True
-        if watched:
+        if self.run is None or self.kernel.pre_run_hooks or is_watched():
             self._by_triton(grid, args)
         else:
             stream = torch._C._cuda_getCurrentRawStream(self.device)
             if self.direct is None:
                 self.run(*grid, stream, self.function, self.metadata, None, None, None, *args, *self.values)
             else:
-                launch, cooperative, pdl, annotations, signature = self.direct
-                values = (*args, *self.values)
-                launch(*grid, stream, self.function, cooperative, pdl, self.metadata, None, None, None, None, None, annotations, signature, values)
+                launch, constants = self.direct
+                launch(*grid, stream, *constants, (*args, *self.values))
+
+    def again(self, grid: tuple[int, int, int], *args) -> None:
+        """Where self.direct is given and nothing watches. Tensors' addresses serve as well as tensors: Triton's C function asks a tensor for its own, and
+        the driver whether it is one of the device."""
+        launch, constants = self.direct
+        launch(*grid, torch._C._cuda_getCurrentRawStream(self.device), *constants, (*args, *self.values))
 
     def _by_triton(self, grid: tuple[int, int, int], args: tuple) -> None:
         _settle_cache_keys()
@@ -58,18 +49,31 @@ class Launch:
             self.function, self.metadata = compiled.function, compiled.packed_metadata
             self.values = tuple(self.constants[p.name] for p in self.kernel.params[len(args) :])
             self.device = torch.cuda.current_device()
-            self.direct = _direct(compiled.run)
+            self.direct = _direct(compiled)
             self.run = compiled.run
 
 
-def _direct(launcher) -> tuple | None:
+def is_watched() -> bool:
+    """Whether Triton's hooks or debugging look on at launches."""
+    runtime = knobs.runtime
+    try:  # attributes alone: each call of a function would cost more than the launch's own 2 us allow
+        watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.add_stages_inspection_hook or runtime.debug
+        return watched or "instrumentation_mode" in knobs.compilation.__dict__
+    except AttributeError:  # a hook that is no chain
+        return True
+
+
+def _direct(compiled) -> tuple | None:
     """The C function under Triton's launcher, and what it takes beside a launch's own arguments: without scratch memory to allocate, the launcher adds
     nothing but 3 Python calls (7 with Triton 3.9). None for a launcher that is not known to be like that."""
+    launcher = compiled.run
     if type(launcher).__name__ != "CudaLauncher" or not tune.TRITON.startswith(("3.7.", "3.9.")) or getattr(launcher, "gsan_enabled", False):
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
-    return launcher.launch, launcher.launch_cooperative_grid, launcher.launch_pdl, launcher.arg_annotations, launcher.kernel_signature
+    options = launcher.launch_cooperative_grid, launcher.launch_pdl
+    none = (None,) * 5  # hooks of launches and scratch memory
+    return launcher.launch, (compiled.function, *options, compiled.packed_metadata, *none, launcher.arg_annotations, launcher.kernel_signature)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
@@ -20,6 +21,7 @@ except ImportError:  # Triton ships for Linux alone; everywhere else the PyTorch
 HAS_TRITON = triton is not None
 INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when fastfuse was imported
 BACKENDS = ("auto", "triton", "torch")
+Plan = Callable[[tuple], tuple[Tensor, ...]]  # what launches for arguments of one kind: see fused_op()
 
 _backend = "auto"
 stand_in: Callable[[Callable, tuple], object] | None = None  # called in place of every launcher, with it and its arguments: see _collect.py
@@ -118,45 +120,43 @@ def backend_for(device: torch.device, name: str = "auto") -> str:
 
 
 def replaceable(launch: Callable) -> Callable:
-    """The launcher, or what stands in for it."""
+    """The launcher, on the device of its first tensor, which need not be Triton's current one; or what stands in for it."""
 
     @functools.wraps(launch)
-    def run(*args):
-        return launch(*args) if stand_in is None else stand_in(launch, args)
+    def run(x, *args):
+        if stand_in is not None:
+            return stand_in(launch, (x, *args))
+        if x.device.index is None or x.device.index == torch.cuda.current_device():
+            return launch(x, *args)
+        with torch.cuda.device(x.device):
+            return launch(x, *args)
 
     return run
 
 
-def no_autocast(kernel: Callable) -> Callable:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if device.type != "meta" and torch.is_autocast_enabled(device.type) else None
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Dtypes were settled by the public function: autocast must not reach the matrix products inside."""
-
-    @functools.wraps(kernel)
-    def run(x, *args):
-        device = _lead(x).device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return kernel(x, *args)
-        with torch.autocast(device, enabled=False):
-            return kernel(x, *args)
-
-    return run
+    return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
-def _on_device(launch: Callable) -> Callable:
-    """Triton launches on the current device, which need not be the one the tensors are on."""
+def differentiated_twice(args: tuple, first: Callable, grads: Sequence[Tensor | None]) -> tuple:
+    """The gradient of an op that is a gradient, rare enough to be left to autograd: args with gradients in the tensors' places.
 
-    @functools.wraps(launch)
-    def run(x, *args):
-        device = _lead(x).device
-        if device.index in (None, torch.cuda.current_device()):
-            return launch(x, *args)
-        with torch.cuda.device(device):
-            return launch(x, *args)
-
-    return run
-
-
-def _lead(x: Tensor | Sequence[Tensor]) -> Tensor:
-    return x if isinstance(x, Tensor) else x[0]
+    first: (args) -> (results of a formula, what comes back to them, its inputs that the op gives the gradients of). grads: those of these gradients.
+    """
+    args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, args)
+    with torch.enable_grad():
+        outs, upstream, inputs = first(args)
+        asked = [(t, g) for t, g in zip(inputs, grads, strict=True) if g is not None]
+        once = torch.autograd.grad(outs, [t for t, _ in asked], upstream, create_graph=True)
+        leaves = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad]
+        twice = iter(torch.autograd.grad(once, leaves, [g for _, g in asked], allow_unused=True))
+    return tree_map_only(Tensor, lambda t: next(twice) if t.requires_grad else None, args)
 
 
 def number(value: float, like: Tensor) -> float | Tensor:

@@ -176,7 +176,7 @@ def find_rows(args: PatchEmbedArgs) -> Callable[[PatchEmbedArgs], tuple[Tensor |
     (entries, side), n_tiles, n = args.tables.grid(), args.images.shape[1], math.prod(args.images.shape[:2])
     find, packed = Launch(tile_rows_kernel, IDS=args.aspect_ratio.dim() == 1, BLOCK=1024, **tune.OPTIONS), args.aspect_ratio.is_contiguous()
 
-    def run(args: PatchEmbedArgs) -> tuple[Tensor, Tensor]:
+    def run(args):
         tables, ratio = args.tables, args.aspect_ratio
         device = ratio.device
         rows = torch.empty(n, dtype=torch.int32, device=device)
@@ -221,7 +221,7 @@ def patchify(args: PatchEmbedArgs, layout: TokenLayout, multiple: int = 16) -> t
     grid, dtype, geometry, (scale, shift) = (-(-M // _BLOCK_M), -(-K // _BLOCK_K), 1), kernel_dtype(args.weight.dtype), layout.geometry(), kernel_numbers(args)
     fill = Launch(patchify_kernel, CHANNELS=C, PATCH_H=ph, PATCH_W=pw, BLOCK_M=_BLOCK_M, BLOCK_K=_BLOCK_K, **tune.OPTIONS)
 
-    def run(images: Tensor) -> Tensor:
+    def run(images):
         a = torch.empty((M, K), dtype=dtype, device=images.device)
         fill(grid, images if tiles_of is None else tiles_of(images), a, image, geometry, scale, shift, M, K)
         return a

@@ -1,6 +1,7 @@
 """Attention of text over encoder tokens where a mask lets it, forward and backward."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from fastfuse.ops._attention_ref import (
 )
 from fastfuse.ops._fused_op import fused_op, remember, signature
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, Cost, constant, kernel_dtype, nbytes, no_autocast, precision, route
+from fastfuse.ops._op import HAS_TRITON, Cost, Plan, autocast_dtype, constant, differentiated_twice, kernel_dtype, nbytes, no_autocast, precision, route
 from fastfuse.ops.encoder_mask import AttentionMask, Blocks, EncoderMask
 
 if HAS_TRITON:
@@ -88,15 +89,16 @@ def attend(
     uniform: bool = False, key: tuple | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o, lse [b, hkv, s, GP], base 2) of checked arguments; with Lengths each batch row sees the first columns. key: of the call's signature."""
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if (dtype := autocast_dtype(q.device)) is not None:
+        q, k, v = (t.to(dtype) for t in (q, k, v))
     chosen = route(op, q, backend)
     scale = constant(q.shape[-1] ** -0.5 if scale is None else scale)
     if chosen == "reference":
         visible = mask.to_dense() if isinstance(mask, EncoderMask) else dense(mask, q.shape[2], k.shape[2]) if isinstance(mask, Lengths) else mask
         if uniform and visible is not None:
             visible = visible | ~visible.any(-1, keepdim=True)
-        return no_autocast(formula)(q, k, v, visible, scale)
+        with no_autocast(q.device):
+            return formula(q, k, v, visible, scale)
     G, by_kernels = q.shape[1] // k.shape[1], chosen == "interpreter" or q.device.type == "cuda"
     if by_kernels and (reason := uncovered(q.dtype, q.shape[-1], G, q.shape[0] * k.shape[1])):
         raise Unsupported(f"{op}: {reason}")
@@ -115,38 +117,60 @@ def attend(
 
 def _check(op: str, q, k, v, mask, empty_rows: str) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
-        if t.dim() != 4:
-            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected (b, heads, tokens, head_dim)")
-        if not t.is_floating_point():
-            raise ValueError(f"{op}: {name} is {t.dtype}, expected floating point")
+        check_tensor(op, name, t, "b, heads, tokens, head_dim")
     if k.shape != v.shape:
         raise ValueError(f"{op}: k has shape {tuple(k.shape)}, v {tuple(v.shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.device != q.device:
-            raise ValueError(f"{op}: q is on {q.device}, {name} on {t.device}")
-        if t.dtype != q.dtype and not (q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)):
-            raise ValueError(f"{op}: q is {q.dtype}, {name} {t.dtype}")
-    (b, hq, s, d), (b_k, hkv, s_e, d_k) = q.shape, k.shape
-    if b != b_k:
-        raise ValueError(f"{op}: q has a batch of {b}, k of {b_k}")
-    if d != d_k or d == 0:
-        raise ValueError(f"{op}: q has head_dim {d}, k {d_k}" if d else f"{op}: head_dim is 0")
-    if hkv == 0 or hq == 0 or hq % hkv:
-        raise ValueError(f"{op}: q has {hq} heads, k {hkv}, which does not divide them")
-    if mask is not None:
-        if not isinstance(mask, (Tensor, EncoderMask)):
-            raise TypeError(f"{op}: mask is a {type(mask).__name__}, expected a bool tensor or an EncoderMask")
-        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-            raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where attention is allowed")
-        # Compared one by one: torch.compile answers `n in (1, b)` with no for a b that is a symbol.
-        if len(mask.shape) != 3 or (mask.shape[0] != 1 and mask.shape[0] != b) or mask.shape[1] != s or mask.shape[2] != s_e:
-            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, q and k need ({b} or 1, {s}, {s_e})")
-        if mask.device != q.device:
-            raise ValueError(f"{op}: q is on {q.device}, mask on {mask.device}")
+    check_alike(op, "q", q, "k", k)
+    check_alike(op, "q", q, "v", v)
+    check_heads(op, q, "k", k)
+    check_mask(op, mask, k, q.shape[2])
     if empty_rows not in ("zero", "uniform"):
         raise ValueError(f"{op}: empty_rows is {empty_rows!r}, expected 'zero' or 'uniform'")
+
+
+def check_tensor(op: str, name: str, t, dims: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+    if t.dim() != 4:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected ({dims})")
+    if not t.is_floating_point():
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected floating point")
+
+
+def check_alike(op: str, name: str, t: Tensor, other: str, like: Tensor) -> None:
+    """Device, and dtype where autocast does not settle it."""
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, {other} on {like.device}")
+    if t.dtype != like.dtype and autocast_dtype(t.device) is None:
+        raise ValueError(f"{op}: {name} is {t.dtype}, {other} {like.dtype}")
+
+
+def check_heads(op: str, q: Tensor, owner: str, k: Tensor) -> None:
+    (b, hq, _, d), (b_k, hkv, _, d_k) = q.shape, k.shape
+    if b != b_k:
+        raise ValueError(f"{op}: q has a batch of {b}, {owner} of {b_k}")
+    if d != d_k or d == 0:
+        raise ValueError(f"{op}: q has head_dim {d}, {owner} {d_k}" if d else f"{op}: head_dim is 0")
+    if hkv == 0 or hq == 0 or hq % hkv:
+        raise ValueError(f"{op}: q has {hq} heads, {owner} {hkv}, which does not divide them")
+
+
+def check_mask(op: str, mask, k: Tensor, s: int | None = None) -> None:
+    """s: how many rows it must have, those of q; one or more where None."""
+    if mask is None:
+        return
+    if not isinstance(mask, (Tensor, EncoderMask)):
+        raise TypeError(f"{op}: mask is a {type(mask).__name__}, expected a bool tensor or an EncoderMask")
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where attention is allowed")
+    b, _, s_e, _ = k.shape
+    # Compared one by one: torch.compile answers `n in (1, b)` with no for a b that is a symbol.
+    fits = len(mask.shape) == 3 and (mask.shape[0] == 1 or mask.shape[0] == b) and mask.shape[2] == s_e
+    if not fits or (mask.shape[1] == 0 if s is None else mask.shape[1] != s):
+        needed = f"k needs ({b} or 1, 1 or more, {s_e})" if s is None else f"q and k need ({b} or 1, {s}, {s_e})"
+        raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, {needed}")
+    if mask.device != k.device:
+        raise ValueError(f"{op}: {'k' if s is None else 'q'} is on {k.device}, mask on {mask.device}")
 
 
 def uncovered(dtype: torch.dtype, head_dim: int, group: int, key_heads: int = 1) -> str | None:
@@ -197,12 +221,12 @@ class _Common:
         """tensors: q, k, v and what else kernels read of the args, in their order."""
         (b, hkv, s_e, d), (G, GP), s = args.k.shape, group_of(args.q, args.k), args.q.shape[2]
         self.device, self.dtype, self.work = args.q.device, args.q.dtype, kernel_dtype(args.q.dtype)
-        self.rows, self.heads, self.columns = s * GP, b * hkv, s_e
+        self.rows, self.heads = s * GP, b * hkv
         self.kind, masks = 0, 1
         if isinstance(args.mask, AttentionMask):
             self.kind, masks = 1 if args.mask.rows.shape[-1] == 2 else 2, args.mask.rows.shape[0]
         self.shape = s, s_e, hkv, masks
-        self.block_d = max(16, 1 << (d - 1).bit_length())
+        self.G, self.GP, self.D, self.block_d = G, GP, d, max(16, 1 << (d - 1).bit_length())
         self.constants = {"G": G, "GP": GP, "D": d, "BLOCK_D": self.block_d}
         self.negative = args.scale < 0  # the largest score is the largest product only where it is not: q changes its sign too
         self.scale = (-args.scale if self.negative else args.scale) * LOG2E
@@ -219,22 +243,23 @@ class _Common:
 
     def tile(self, op: str, by_tma: bool) -> tuple[dict, int]:
         """(the kernel's constants, BLOCK_M of them)"""
-        G, GP, D = (self.constants[name] for name in ("G", "GP", "D"))
         kind = "fp32" if self.work == torch.float32 else "16-bit"
-        tile = tune.pick(op, tune.arch_of(self.device), dtype=kind, D=D, M=self.rows, N=self.columns, tma=int(by_tma)).launch()
-        BLOCK_M = max(tile["BLOCK_M"], GP)
-        return tile | {"BLOCK_M": BLOCK_M, "KIND": self.kind, "TOKENS_PER_BLOCK": listed_tokens(G), "PRECISION": precision()} | self.constants, BLOCK_M
+        tile = tune.pick(op, tune.arch_of(self.device), dtype=kind, D=self.D, M=self.rows, N=self.shape[1], tma=int(by_tma)).launch()
+        BLOCK_M = max(tile["BLOCK_M"], self.GP)
+        return tile | {"BLOCK_M": BLOCK_M, "KIND": self.kind, "TOKENS_PER_BLOCK": listed_tokens(self.G), "PRECISION": precision()} | self.constants, BLOCK_M
+
+    def describe_columns(self, tile: dict) -> list[Callable] | None:
+        """What makes the descriptors of k and v, where the tile reads them by TMA."""
+        return [_descriptor(t, 1, 1, tile["BLOCK_N"], self.block_d) for t in self.read[1:3]] if tile["TMA"] else None
 
     def by_rows(self, rows: int, depth: int = 1) -> tuple[int, int, int]:
         """A grid of programs for so many rows each."""
         return -(-self.rows // rows), self.heads, depth
 
-    def like(self, t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(shape, strides) of a result in t's layout."""
-        return t.shape, empty_like(t, self.work).stride()  # made for once: on "meta" the strides of dims of one element are others
-
-    def empty(self, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
-        return torch.empty_strided(*layout, dtype=self.work, device=self.device)
+    def like(self, t: Tensor) -> tuple[Callable[[], Tensor], Strides]:
+        """(what makes a result in t's layout, its strides)"""
+        made = empty_like(t, self.work)  # here: on "meta" the strides of dims of one element are others
+        return partial(torch.empty_strided, made.shape, made.stride(), dtype=self.work, device=self.device), _strides(made)
 
 
 def _without_values(t: Tensor) -> Tensor:
@@ -259,15 +284,15 @@ def _descriptor(like: Tensor, *block: int) -> Callable[[Tensor], "TensorDescript
     fields = dict(vars(TensorDescriptor(like, list(like.shape), list(like.stride()), list(block))))
     del fields["base"]
 
-    def describe(t: Tensor) -> "TensorDescriptor":
-        descriptor = _bare(TensorDescriptor)
+    def describe(t):
+        descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__ = {**fields, "base": t}
         return descriptor
 
     return describe
 
 
-_new, _bare = tuple.__new__, object.__new__
+_new = tuple.__new__
 
 
 def _splits(programs: int, columns: int, device: torch.device) -> int:
@@ -280,39 +305,34 @@ def _columns_of(mask: Lengths | AttentionMask) -> Lengths | Mask:
     return mask if type(mask) is Lengths else _new(Mask, (mask.rows, mask.rows_empty, mask.blocks.column_blocks, mask.blocks.column_block_counts))
 
 
-def _launch(args: AttentionArgs) -> Callable[[AttentionArgs], tuple[Tensor, Tensor]]:
+def _launch(args: AttentionArgs) -> Plan:
     """Where few programs would have all the columns, several share them, and a second kernel puts their parts together."""
     c = _Common(args, args.q, args.k, args.v)
-    (_, k, v), (b, hkv, s_e, d), GP = c.read, args.k.shape, c.constants["GP"]
-    s, layout, fp32 = args.q.shape[2], c.like(args.q), {"dtype": torch.float32, "device": c.device}
+    (b, hkv, s_e, d), s, GP, fp32 = args.k.shape, args.q.shape[2], c.GP, {"dtype": torch.float32, "device": c.device}
+    empty_o, o_strides = c.like(args.q)
     if not (args.q.numel() and s_e):
-        return lambda args: (c.empty(layout).zero_().to(c.dtype), torch.full((b, hkv, s, GP), torch.inf, **fp32))
+        return lambda args: (empty_o().zero_().to(c.dtype), torch.full((b, hkv, s, GP), torch.inf, **fp32))
     tile, BLOCK_M = c.tile("cross_attention", c.columns_by_tma)
     splits = _splits(-(-c.rows // BLOCK_M) * c.heads, s_e, c.device)
     attend_part = Launch(cross_attention_fwd_kernel, SPLIT=splits > 1, **tile)
     merge = Launch(cross_attention_merge_kernel, BLOCK_M=max(GP, 16), num_warps=merge_warps(d), **c.constants, **tune.OPTIONS)
     grid, grid_of_merge = c.by_rows(BLOCK_M, splits), c.by_rows(max(GP, 16))
-    o_strides = Strides(*layout[1][:3])
-    strides = ForwardStrides(*c.strides, o_strides)
-    describe_k, describe_v = (_descriptor(t, 1, 1, tile["BLOCK_N"], c.block_d) for t in (k, v)) if tile["TMA"] else (None, None)
-    as_it_is, kind, shape, scale, work, device = c.as_it_is, c.kind, c.shape, c.scale, c.work, c.device
+    strides, describe = ForwardStrides(*c.strides, o_strides), c.describe_columns(tile)
 
-    def run(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        q, k, v, mask = args.q, args.k, args.v, args.mask
-        if not as_it_is:
-            q, k, v = c.readable((q, k, v))
-        o, lse = torch.empty_strided(*layout, dtype=work, device=device), torch.empty((b, hkv, s, GP), **fp32)
-        if describe_k is not None:
-            k, v = describe_k(k), describe_v(v)
-        if kind:
+    def run(args):
+        q, k, v = args[:3] if c.as_it_is else c.readable(args[:3])
+        o, lse, mask = empty_o(), torch.empty((b, hkv, s, GP), **fp32), args.mask
+        if c.kind:
             mask = _columns_of(mask)
+        if describe is not None:
+            k, v = describe[0](k), describe[1](v)
         if splits == 1:
-            attend_part(grid, q, k, v, o, lse, mask, strides, *shape, scale, splits)
+            attend_part(grid, q, k, v, o, lse, mask, strides, *c.shape, c.scale, splits)
         else:
             parts, part_lse = torch.empty((splits, b * hkv, s * GP, d), **fp32), torch.empty((splits, b * hkv, s * GP), **fp32)
-            attend_part(grid, q, k, v, parts, part_lse, mask, strides, *shape, scale, splits)
-            merge(grid_of_merge, parts, part_lse, o, lse, o_strides, *shape, splits)
-        return (o, lse) if as_it_is else (o.to(c.dtype), lse)
+            attend_part(grid, q, k, v, parts, part_lse, mask, strides, *c.shape, c.scale, splits)
+            merge(grid_of_merge, parts, part_lse, o, lse, o_strides, *c.shape, splits)
+        return (o, lse) if c.work == c.dtype else (o.to(c.dtype), lse)
 
     return run
 
@@ -321,20 +341,20 @@ _attention = fused_op("cross_attention", AttentionArgs, AttentionMask, Blocks, r
 """(args) -> o, lse [b, hkv, s, GP], base 2."""
 
 
-def _grad_launch(args: AttentionGradArgs) -> Callable[[AttentionGradArgs], tuple[Tensor, ...]]:
+def _grad_launch(args: AttentionGradArgs) -> Plan:
     """Without atomics: every sum has one owner and one order."""
     c = _Common(args, args.q, args.k, args.v, args.o, args.do)
     needs_q, needs_k, needs_v = args.needs_grad
     if not (args.q.numel() and args.k.numel()):
-        layouts = [c.like(t) for t, needed in zip((args.q, args.k, args.v), args.needs_grad, strict=True) if needed]
-        return lambda args: tuple([c.empty(layout).zero_().to(c.dtype) for layout in layouts])
-    rows_each = max(c.constants["GP"], 32)
+        empties = [c.like(t)[0] for t, needed in zip((args.q, args.k, args.v), args.needs_grad, strict=True) if needed]
+        return lambda args: tuple([empty().zero_().to(c.dtype) for empty in empties])
+    rows_each = max(c.GP, 32)
     subtract = Launch(cross_attention_delta_kernel, BLOCK_M=rows_each, **c.constants, **tune.OPTIONS)
     grid, (*_, o_strides, do_strides) = c.by_rows(rows_each), c.strides
     d_q = _dq_plan(args, c) if needs_q else None
     d_kv = _dkdv_plan(args, c) if needs_k or needs_v else None
 
-    def run(args: AttentionGradArgs) -> tuple[Tensor, ...]:
+    def run(args):
         tensors = args.q, args.k, args.v, args.o, args.do
         q, k, v, o, do = tensors if c.as_it_is else c.readable(tensors)
         delta, dlse = torch.empty_like(args.lse), args.dlse
@@ -350,14 +370,14 @@ def _grad_launch(args: AttentionGradArgs) -> Callable[[AttentionGradArgs], tuple
 def _dq_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., Tensor]:
     q, k, v, _, do = c.strides
     tile, BLOCK_M = c.tile("cross_attention_dq", c.columns_by_tma)
-    launch, grid, layout = Launch(cross_attention_dq_kernel, **tile), c.by_rows(BLOCK_M), c.like(args.q)
-    strides = DqStrides(q, k, v, do, Strides(*layout[1][:3]))
-    describe = [_descriptor(t, 1, 1, tile["BLOCK_N"], c.block_d) for t in c.read[1:3]] if tile["TMA"] else None
+    launch, grid, describe = Launch(cross_attention_dq_kernel, **tile), c.by_rows(BLOCK_M), c.describe_columns(tile)
+    empty_dq, dq_strides = c.like(args.q)
+    strides = DqStrides(q, k, v, do, dq_strides)
 
-    def run(args: AttentionGradArgs, q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor) -> Tensor:
+    def run(args, q, k, v, do, delta):
         if describe is not None:
             k, v = describe[0](k), describe[1](v)
-        dq = c.empty(layout)
+        dq = empty_dq()
         launch(grid, q, k, v, do, args.lse, delta, dq, _columns_of(args.mask), strides, *c.shape, c.scale)
         return dq.neg_() if c.negative else dq
 
@@ -366,22 +386,21 @@ def _dq_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., Tensor]:
 
 def _dkdv_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., list[Tensor]]:
     _, needs_k, needs_v = args.needs_grad
-    G, GP = c.constants["G"], c.constants["GP"]
     q, k, v, _, do = c.strides
-    tile, BLOCK_M = c.tile("cross_attention_dkdv", G == GP and c.has_descriptor[0] and c.has_descriptor[4])
-    launch, grid = Launch(cross_attention_dkdv_kernel, DK=needs_k, DV=needs_v, **tile), (-(-c.columns // tile["BLOCK_N"]), c.heads, 1)
-    of_k, of_v = c.like(args.k), c.like(args.v)
-    strides = DkDvStrides(q, k, v, do, Strides(*of_k[1][:3]) if needs_k else k, Strides(*of_v[1][:3]) if needs_v else v)
-    describe = [_descriptor(c.read[i].transpose(1, 2), 1, BLOCK_M // GP, G, c.block_d) for i in (0, 4)] if tile["TMA"] else None
+    tile, BLOCK_M = c.tile("cross_attention_dkdv", c.G == c.GP and c.has_descriptor[0] and c.has_descriptor[4])
+    launch, grid = Launch(cross_attention_dkdv_kernel, DK=needs_k, DV=needs_v, **tile), (-(-args.k.shape[2] // tile["BLOCK_N"]), c.heads, 1)
+    (empty_dk, dk_strides), (empty_dv, dv_strides) = c.like(args.k), c.like(args.v)
+    strides = DkDvStrides(q, k, v, do, dk_strides if needs_k else k, dv_strides if needs_v else v)
+    describe = [_descriptor(c.read[i].transpose(1, 2), 1, BLOCK_M // c.GP, c.G, c.block_d) for i in (0, 4)] if tile["TMA"] else None
 
-    def run(args: AttentionGradArgs, q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor) -> list[Tensor]:
+    def run(args, q, k, v, do, delta):
         mask = args.mask
         if c.kind:
             mask = _new(Mask, (mask.rows, mask.rows_empty, mask.blocks.token_blocks, mask.blocks.token_block_counts))
         if describe is not None:
             q, do = describe[0](q.transpose(1, 2)), describe[1](do.transpose(1, 2))
-        dk = c.empty(of_k) if needs_k else args.k.new_empty(0)
-        dv = c.empty(of_v) if needs_v else args.v.new_empty(0)
+        dk = empty_dk() if needs_k else k.new_empty(0)
+        dv = empty_dv() if needs_v else v.new_empty(0)
         launch(grid, q, k, v, do, args.lse, delta, dk, dv, mask, strides, *c.shape, c.scale)
         return [dk, dv] if needs_k and needs_v else [dk] if needs_k else [dv]
 
@@ -402,19 +421,14 @@ def _backward(args: AttentionArgs, outs: tuple[Tensor, Tensor], grads: tuple, ne
 
 
 def _grad_backward(args: AttentionGradArgs, outs: tuple, grads: tuple, needs: AttentionGradArgs) -> AttentionGradArgs:
-    """The gradient of a gradient is rare enough to be left to autograd: the formula, differentiated twice."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (args.do, args.q, args.k, args.v, args.dlse)]
-    do, q, k, v, dlse = leaves
-    with torch.enable_grad():
-        y, lse = formula(q, k, v, dense(args.mask, q.shape[2], k.shape[2]), args.scale)
-        differentiated = [t for t, needed in zip((q, k, v), args.needs_grad, strict=True) if needed]
-        asked = [(t, g) for t, g in zip(differentiated, grads, strict=True) if g is not None]
-        ups = [do] if dlse is None else [do, dlse]
-        first = torch.autograd.grad([y, lse][: len(ups)], [t for t, _ in asked], ups, create_graph=True)
-        second = iter(torch.autograd.grad(first, [t for t in leaves if t is not None], [g for _, g in asked], allow_unused=True))
-    do, q, k, v, dlse = (None if t is None else next(second) for t in leaves)
-    # What o and lse are to q, k and v is in the formula already.
-    return AttentionGradArgs(do, q, k, v, o=None, lse=None, dlse=dlse, mask=None, scale=None, needs_grad=None, interpret=None)
+    """What o and lse are to q, k and v is in the formula already."""
+
+    def first(args):
+        upstream = [args.do] if args.dlse is None else [args.do, args.dlse]
+        outs = formula(args.q, args.k, args.v, dense(args.mask, args.q.shape[2], args.k.shape[2]), args.scale)
+        return outs[: len(upstream)], upstream, [t for t, needed in zip(args[1:4], args.needs_grad, strict=True) if needed]
+
+    return differentiated_twice(args, first, grads)
 
 
 _attention.register_backward(_backward)

@@ -1,6 +1,5 @@
 """The lengths that DoRA divides by."""
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._nf4_cpu import decoded_rows
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, number, route, triton_dtype
+from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, no_autocast, number, route, triton_dtype
 from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, nf4_dequantize_ref
 from fastfuse.quant.nf4 import Layout, NF4View, is_dense, view_of
 
@@ -83,7 +82,7 @@ def lora_row_norms_ref(w: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, 
     b, scaling = (b * scaling, 1.0) if isinstance(scaling, Tensor) else (b, scaling)
     rows = max(_CHUNK // w.shape[1], 1)
     chunks = zip(w.split(rows), b.split(rows), strict=True)
-    with contextlib.nullcontext() if w.is_meta else torch.autocast(w.device.type, enabled=False):
+    with no_autocast(w.device):
         return torch.cat([torch.linalg.vector_norm(torch.addmm(part.to(dtype), factor, a, alpha=scaling), dim=1) for part, factor in chunks])
 
 

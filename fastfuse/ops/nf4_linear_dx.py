@@ -11,7 +11,7 @@ from fastfuse.kernels.arguments import Operand
 from fastfuse.ops import _nf4_cpu
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._linear_group import LinearArgs, columns_of, decoded, needs_no_cast, rescale, seed_of, subset, tile_of, to_kernel, weight_of
+from fastfuse.ops._linear_group import LinearArgs, columns_of, decoded, needs_no_cast, rescale, seed_of, tile_of, to_kernel, weight_of
 from fastfuse.ops._op import HAS_TRITON, kernel_dtype
 from fastfuse.ops.low_rank import LoRAGradArgs, drop, lora_grad, lora_up, scaled_product, threshold
 from fastfuse.ops.nf4_dequantize import nf4_dequantize_ref
@@ -127,19 +127,21 @@ def gradients(
     d_xa, d_pre_scale: of the values kept for the backward, which have a gradient only where a gradient is differentiated again.
     """
     operands = args.operands
-    like, differentiated_again, all_used = None, False, True
+    like, differentiated_again = None, False
     for t, d in zip(dy, d_pre_scale, strict=True):
         like = like if like is not None else t if t is not None else d
         differentiated_again = differentiated_again or d is not None
-        all_used = all_used and (t is not None or d is not None)
-    if d_xa is None and not all_used:
-        return _of_used(args, xa, pre_scale, dy, d_pre_scale, needs)
     lead, K, like = (d_xa if like is None else like).shape[:-1], args.K, args.x if like is None else like
     M = math.prod(lead)  # lead.numel() would make a constant of it under torch.compile
     kept = 1.0 if args.seeds is None else rescale(args.seeds, args.dropout_p)
-    made, dz, onward, plain, column = (), (), (), (), 0
+    made, dz, onward, plain, used, column = (), (), (), (), (), 0
     for i, (p, wanted, t) in enumerate(zip(operands, needs.operands, dy, strict=True)):
         dW = da = db = d_factor = d_bias = None
+        columns = slice(column, column := column + p.R)
+        if t is None and d_pre_scale[i] is None and d_xa is None:  # took no part in the loss: None, as in eager PyTorch, not zeros
+            made += (None,)
+            continue
+        used += (i,)
         t = like.new_zeros(M, p.N) if t is None else t.reshape(M, p.N).contiguous()
         if wanted.factor:
             wide = torch.promote_types(t.dtype, torch.float32)
@@ -150,7 +152,7 @@ def gradients(
         if differentiated_again:
             t, factor = (t * factor).to(t.dtype) + (0 if d_pre_scale[i] is None else d_pre_scale[i].reshape(t.shape)), None
         if p.a is not None:
-            columns, low, through = slice(column, column := column + p.R), xa.reshape(M, xa.shape[-1]), needs.x or wanted.a
+            low, through = xa.reshape(M, xa.shape[-1]), needs.x or wanted.a
             low = low if operands[1:] == () else low[:, columns]
             if through or wanted.b:
                 is_tensor = type(p.scaling) is not float
@@ -179,18 +181,7 @@ def gradients(
     dx = None
     if needs.x:
         low = torch.cat(onward, 1) if onward[1:] else onward[0] if onward else None
-        dx_args = _new(LinearDxArgs, (dz, plain, args.layout, K, args.seeds, args.dropout_p, low, args.interpret))
+        seeds = args.seeds if args.seeds is None or used[len(operands) - 1 :] else torch.stack([args.seeds[i] for i in used])
+        dx_args = _new(LinearDxArgs, (dz, plain, args.layout, K, seeds, args.dropout_p, low, args.interpret))
         dx = linear_dx(dx_args)[0].view(*lead, K)
     return _new(LinearArgs, (dx, made, None, None, None, None, None, None))
-
-
-def _of_used(args: LinearArgs, xa, pre_scale, dy, d_pre_scale, needs: LinearArgs) -> LinearArgs:
-    """Of the operands whose result took part in the loss: the others' tensors get None, as in eager PyTorch, not zeros."""
-    used = [i for i, (t, d) in enumerate(zip(dy, d_pre_scale, strict=True)) if t is not None or d is not None]
-    xa = torch.cat([xa[..., columns_of(args.operands, i)] for i in used], -1) if xa is not None else None
-    dy, pre_scale, d_pre_scale = ([values[i] for i in used] for values in (dy, pre_scale, d_pre_scale))
-    found = gradients(subset(args, used), xa, pre_scale, dy, None, d_pre_scale, needs._replace(operands=[needs.operands[i] for i in used]))
-    operands = [None] * len(args.operands)
-    for i, grads in zip(used, found.operands, strict=True):
-        operands[i] = grads
-    return found._replace(operands=operands)

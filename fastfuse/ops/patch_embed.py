@@ -9,11 +9,10 @@ from torch import Tensor
 from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import Placed
-from fastfuse.ops import _op
 from fastfuse.ops._device_checks import values_are_at_hand
-from fastfuse.ops._fused_op import fused_op
+from fastfuse.ops._fused_op import fused_op, remember, signature
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, precision, route
+from fastfuse.ops._op import HAS_TRITON, Cost, Plan, autocast_dtype, kernel_dtype, nbytes, precision, route
 from fastfuse.ops._patch_tokens import (
     PatchEmbedArgs,
     Tables,
@@ -34,10 +33,9 @@ if HAS_TRITON:
     from fastfuse.kernels.patch_embed import patch_embed_fwd_kernel, place_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PLAIN, _NUMBERS = (Tensor, torch.nn.Parameter), (int, float)
-_KEPT = 1024  # calls told apart, mostly by how many images there are
+_NUMBERS = (int, float)
 _new = tuple.__new__  # a NamedTuple's own constructor is a Python call more
-_passed: dict[tuple, str] = {}
+served: dict[tuple, Callable] = {}  # calls that have passed the checks: see signature()
 
 
 def patch_embed(
@@ -82,56 +80,47 @@ def patch_embed(
     """
     eps, norm_weight, norm_bias = (None, None, None) if norm is None else _norm("patch_embed", norm)
     tables = _new(Tables, (bias, cls, local_pos, global_pos, gate, pre_pos, pre_gate, norm_weight, norm_bias))
-    args, chosen = _prepared(images, weight, aspect_ratio, tables, eps, append_cls, scale, shift, pad_tokens_to, backend)
-    y = formula(args)[0] if chosen == "reference" else patch_embed_op(args)[0]
+    args, run, key = _prepared(images, weight, aspect_ratio, tables, eps, append_cls, scale, shift, pad_tokens_to, backend)
+    y = run(args)[0]
+    if key is not None:
+        remember(served, key, patch_embed_op, args)
     return y if images.ndim == 5 else y.view(*images.shape[:-3], *y.shape[2:])
 
 
-def _prepared(images, weight, aspect_ratio, tables: Tables, eps, append_cls, scale, shift, pad_tokens_to, backend) -> tuple[PatchEmbedArgs, str]:
-    """The op's arguments, checked, and where they go. The checks and the choice ask for kinds alone: those of calls that passed are kept."""
+def _prepared(
+    images, weight, aspect_ratio, tables: Tables, eps, append_cls, scale, shift, pad_tokens_to, backend
+) -> tuple[PatchEmbedArgs, Callable, tuple | None]:
+    """The op's arguments, checked, what runs them, and the signature to keep that by, where it is not kept yet."""
     op, append_cls = "patch_embed", bool(append_cls)
     scale = scale if scale is None else _numbers(op, "scale", scale)
     shift = shift if shift is None else _numbers(op, "shift", shift)
-    key = _key(images, weight, aspect_ratio, tables, (eps, append_cls, scale, shift, pad_tokens_to), backend)
-    chosen = None if key is None else _passed.get(key)
-    if chosen is None:
+    tensors, there = [], []
+    for t in (images, weight, aspect_ratio, *tables):
+        there += (t is not None,)
+        if t is not None:
+            tensors += (t,)
+    key, interpret = None, False
+    if type(pad_tokens_to) is int:  # 1.0 equals 1
+        key = signature(tensors, (op, backend, eps, append_cls, pad_tokens_to, *there, *(scale or ()), "shift", *(shift or ())))
+    run = served.get(key)
+    if run is not None:
+        key = None
+    else:
         _check(op, images, weight, aspect_ratio, tables, scale, shift, pad_tokens_to)
-    device = images.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        weight, key = weight.to(torch.get_autocast_dtype(device.type)), None  # what passes with this dtype may not pass without
-    if chosen is None:
+        if (dtype := autocast_dtype(images.device)) is not None:
+            weight = weight.to(dtype)
         chosen = route(op, images, backend)
-        if chosen == "interpreter" or (chosen == "op" and device.type == "cuda"):
+        interpret = chosen == "interpreter"
+        if interpret or (chosen == "op" and images.device.type == "cuda"):
             _check_kernels(op, images, weight, tables)
-        if key is not None:
-            if len(_passed) >= _KEPT:
-                _passed.clear()
-            _passed[key] = chosen
+        run, key = (formula, None) if chosen == "reference" else (patch_embed_op, key)
     if tables.global_pos is None and tables.pre_pos is None:
         aspect_ratio = None
     else:
         aspect_ratio = _ratios(images, aspect_ratio, tables)
-    keep = eps is not None and chosen != "reference" and torch.is_grad_enabled() and _requires_grad(images, weight, *tables)
+    keep = eps is not None and torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
     tiles = images if images.ndim == 5 else images.reshape(math.prod(images.shape[:-4]), *images.shape[-4:])
-    args = (tiles, weight, aspect_ratio, tables, eps, append_cls, scale, shift, pad_tokens_to, keep, chosen == "interpreter")
-    return _new(PatchEmbedArgs, args), chosen
-
-
-def _key(images, weight, aspect_ratio, tables: Tables, constants: tuple, backend: str | None) -> tuple | None:
-    """What decides whether a call passes the checks and where it goes; None where more does."""
-    if torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-        return None
-    if torch.autograd.forward_ad._current_level >= 0 or _op.stand_in is not None or type(constants[-1]) is not int or type(backend) not in (str, type(None)):
-        return None
-    kinds = []
-    for t in (images, weight, aspect_ratio, *tables):
-        if type(t) in _PLAIN:
-            kinds += (t.shape, t.dtype, t.device)
-        elif t is None:
-            kinds += (None,)
-        else:
-            return None
-    return (*constants, backend or _op._backend, *kinds)
+    return _new(PatchEmbedArgs, (tiles, weight, aspect_ratio, tables, eps, append_cls, scale, shift, pad_tokens_to, keep, interpret)), run, key
 
 
 def _ratios(images: Tensor, aspect_ratio: Tensor | None, tables: Tables) -> Tensor:
@@ -146,13 +135,6 @@ def _ratios(images: Tensor, aspect_ratio: Tensor | None, tables: Tables) -> Tens
             tile_rows(aspect_ratio, images.shape[-4], *tables.grid())  # a ValueError is better than an assertion on the device
         aspect_ratio = aspect_ratio.to(images.device, non_blocking=True)
     return aspect_ratio
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    for t in tensors:  # noqa: SIM110  any() over them would be a Python call for each
-        if t is not None and t.requires_grad:
-            return True
-    return False
 
 
 def _norm(op: str, norm) -> tuple[float, Tensor | None, Tensor | None]:
@@ -191,25 +173,20 @@ def _check(op: str, images, weight, aspect_ratio, tables: Tables, scale, shift, 
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"{op}: images is {images.dtype}, expected uint8 or floating point")
     lead, n = images.shape[:-4], H // ph * (W // pw) + (tables.cls is not None)
-    for name, t, shape in (
-        ("bias", tables.bias, (D,)),
-        ("cls", tables.cls, (D,)),
-        ("local_pos", tables.local_pos, (n, D)),
-        ("norm_weight", tables.norm_weight, (D,)),
-        ("norm_bias", tables.norm_bias, (D,)),
-    ):
+    for name, shape in {"bias": (D,), "cls": (D,), "local_pos": (n, D), "norm_weight": (D,), "norm_bias": (D,)}.items():
+        t = getattr(tables, name)
         if t is not None and t.shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")
-    for name, t, tokens in (("global_pos", tables.global_pos, n), ("pre_pos", tables.pre_pos, 1)):
+    for name, gate_name, tokens in (("global_pos", "gate", n), ("pre_pos", "pre_gate", 1)):
+        t, gate = getattr(tables, name), getattr(tables, gate_name)
         if t is not None and (t.dim() != 4 or t.shape[2:] != (tokens, D)):
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected [T, T, {tokens}, {D}] or [ids, T, {tokens}, {D}]")
+        if gate is not None and gate.numel() != 1:
+            raise ValueError(f"{op}: {gate_name} has shape {tuple(gate.shape)}, expected one number")
+        if gate is not None and t is None:
+            raise ValueError(f"{op}: {gate_name} is given, {name} is None: there is nothing to gate")
     if tables.global_pos is not None and tables.pre_pos is not None and tables.global_pos.shape[:2] != tables.pre_pos.shape[:2]:
         raise ValueError(f"{op}: global_pos is for {tuple(tables.global_pos.shape[:2])} tiles, pre_pos for {tuple(tables.pre_pos.shape[:2])}")
-    for name, t, owner in (("gate", tables.gate, tables.global_pos), ("pre_gate", tables.pre_gate, tables.pre_pos)):
-        if t is not None and t.numel() != 1:
-            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected one number")
-        if t is not None and owner is None:
-            raise ValueError(f"{op}: {name} is given, {'global_pos' if name == 'gate' else 'pre_pos'} is None: there is nothing to gate")
     _check_ratio(op, lead, n_tiles, aspect_ratio, tables)
     for name, values in (("scale", scale), ("shift", shift)):
         if values is not None and len(values) not in (1, C):
@@ -217,9 +194,11 @@ def _check(op: str, images, weight, aspect_ratio, tables: Tables, scale, shift, 
     if not isinstance(pad_tokens_to, int) or pad_tokens_to < 1:
         raise ValueError(f"{op}: pad_tokens_to is {pad_tokens_to!r}, expected a whole number >= 1")
     for name, t in (("weight", weight), *tables._asdict().items()):
-        if t is not None and t.device != images.device:
+        if t is None:
+            continue
+        if t.device != images.device:
             raise ValueError(f"{op}: images is on {images.device}, {name} on {t.device}")
-        if t is not None and not t.is_floating_point():
+        if not t.is_floating_point():
             raise ValueError(f"{op}: {name} is {t.dtype}, expected floating point")
 
 
@@ -248,20 +227,9 @@ def _check_kernels(op: str, images: Tensor, weight: Tensor, tables: Tables) -> N
             raise Unsupported(f"{op}: {name} is {t.dtype}, covered are bf16, fp16 and fp32")
 
 
-def patch_embed_ref(
-    images: Tensor,
-    weight: Tensor,
-    cls: Tensor | None = None,
-    aspect_ratio: Tensor | None = None,
-    local_pos: Tensor | None = None,
-    global_pos: Tensor | None = None,
-    gate: Tensor | None = None,
-    pre_pos: Tensor | None = None,
-    pre_gate: Tensor | None = None,
-    **options,
-) -> Tensor:
+def patch_embed_ref(images: Tensor, weight: Tensor, *tables: Tensor | None, **options) -> Tensor:
     """The formula, eager: patch_embed with backend="torch"."""
-    return patch_embed(images, weight, cls, aspect_ratio, local_pos, global_pos, gate, pre_pos, pre_gate, **options, backend="torch")
+    return patch_embed(images, weight, *tables, **options, backend="torch")
 
 
 def patch_embed_cost(
@@ -275,12 +243,10 @@ def patch_embed_cost(
     return Cost(nbytes(images, weight, cls, local_pos) + taken + out, 2 * tiles * layout.patches * weight.numel())
 
 
-def patch_embed_bwd_cost(
-    images: Tensor, weight: Tensor, cls: Tensor | None = None, *_, local_pos=None, global_pos=None, pre_pos=None, pad_tokens_to: int = 1
-) -> Cost:
+def patch_embed_bwd_cost(images: Tensor, weight: Tensor, cls: Tensor | None = None, *_, **options) -> Cost:
     """The gradients of weight, CLS, tables and gates: pixels, dY and the tables' rows read once, every gradient written once, the whole of each table's."""
-    forward = patch_embed_cost(images, weight, cls, local_pos=local_pos, global_pos=global_pos, pre_pos=pre_pos, pad_tokens_to=pad_tokens_to)
-    return Cost(forward.bytes + nbytes(cls, local_pos, global_pos, pre_pos), forward.flops)
+    forward = patch_embed_cost(images, weight, cls, **options)
+    return Cost(forward.bytes + nbytes(cls, *map(options.get, ("local_pos", "global_pos", "pre_pos"))), forward.flops)
 
 
 def _reachable(entries: int, side: int, n_tiles: int) -> int:
@@ -297,7 +263,7 @@ def _reference(args: PatchEmbedArgs) -> tuple[Tensor, ...]:
     return y, padded(before_norm.to(y.dtype), y.shape[2] - before_norm.shape[1]).contiguous(), stats
 
 
-def _launch(args: PatchEmbedArgs) -> Callable[[PatchEmbedArgs], tuple[Tensor, ...]]:
+def _launch(args: PatchEmbedArgs) -> Plan:
     layout, dtype, keep, norm = TokenLayout.of(args), result_dtype(args.weight, args.tables), args.keep, args.eps is not None
     work, M, D = kernel_dtype(dtype), layout.rows, args.weight.shape[0]
     shape = *args.images.shape[:2], layout.padded, D
@@ -311,7 +277,7 @@ def _launch(args: PatchEmbedArgs) -> Callable[[PatchEmbedArgs], tuple[Tensor, ..
         place = _place(args, layout) if tile is None or norm else None
     placed, place_now = _placed(args), Placed() if tile is not None else None
 
-    def run(args: PatchEmbedArgs) -> tuple[Tensor, ...]:
+    def run(args):
         device = args.images.device
         out, kept, stats = torch.empty(shape, dtype=work, device=device), None, None
         if keep:
@@ -333,7 +299,7 @@ def _placed(args: PatchEmbedArgs) -> Callable[[PatchEmbedArgs], Placed]:
     t = args.tables
     rows_of, packed = find_rows(args), all(t is None or t.is_contiguous() for t in (t.cls, t.bias, t.local_pos, t.global_pos, t.pre_pos))
 
-    def run(args: PatchEmbedArgs) -> Placed:
+    def run(args):
         t = args.tables
         tables = t.cls, t.bias, t.local_pos, t.global_pos, t.pre_pos
         rows, factors = rows_of(args)
@@ -348,7 +314,7 @@ def _unfused(args: PatchEmbedArgs, layout: TokenLayout) -> Callable[[PatchEmbedA
     gap, work = columns - math.prod(inner), kernel_dtype(args.weight.dtype)
     cast, in_place = work != args.weight.dtype, work == kernel_dtype(result_dtype(args.weight, args.tables))
 
-    def run(args: PatchEmbedArgs, placed: Placed, out: Tensor) -> Tensor:
+    def run(args, placed, out):
         w, pixels = args.weight.flatten(1), pixels_of(args.images)
         if cast:
             w = w.to(work)
@@ -377,7 +343,7 @@ def _fused(tile: tune.Tile, args: PatchEmbedArgs, layout: TokenLayout) -> Callab
     grid = min(blocks, tune.processors_of(args.images.device)) if tile["FLATTEN"] else blocks, 1, 1
     multiply = Launch(patch_embed_fwd_kernel, CHANNELS=C, PATCH_H=ph, PATCH_W=pw, LINE=line, PRECISION=precision(), **tile.launch())
 
-    def run(args: PatchEmbedArgs, placed: Placed, out: Tensor) -> Tensor:
+    def run(args, placed, out):
         w, images = args.weight, args.images
         if cast:
             w = w.to(work)
@@ -401,7 +367,7 @@ def _place(args: PatchEmbedArgs, layout: TokenLayout) -> Callable:
     place = Launch(place_kernel, NORM=args.eps is not None, BLOCK_M=rows, BLOCK_N=columns, **tune.OPTIONS)
     packed = all(t is None or t.is_contiguous() for t in (args.tables.norm_weight, args.tables.norm_bias))
 
-    def run(tables: Tables, x: Tensor, out: Tensor, kept: Tensor | None, stats: Tensor | None, placed: Placed) -> None:
+    def run(tables, x, out, kept, stats, placed):
         w, b = tables.norm_weight, tables.norm_bias
         if not packed:
             w, b = (t if t is None else t.contiguous() for t in (w, b))

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastfuse import tune
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, kernel_dtype
+from fastfuse.ops._op import HAS_TRITON, Plan, differentiated_twice, kernel_dtype
 from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patchify, tile_rows, triton_block
 
 if HAS_TRITON:
@@ -49,31 +48,30 @@ def in_places(needs: tuple, grads: Iterator[Tensor]) -> tuple:
 
 def _in_order(grads: dict[str, Tensor | None], need: dict[str, bool], forward: PatchEmbedArgs) -> tuple[Tensor, ...]:
     """The gradients that are needed, in their tensors' shape and dtype."""
-    in_order = []
-    for name, t in _by_name(forward).items():
-        if need[name]:
-            g = grads[name]
-            if g.dtype != t.dtype:
-                g = g.to(t.dtype)
-            in_order += ((g if g.shape == t.shape else g.reshape(t.shape)).contiguous(),)
-    return tuple(in_order)
+    return tuple([grads[name].to(t.dtype).reshape(t.shape).contiguous() for name, t in _by_name(forward).items() if need[name]])
+
+
+def _add_sums(grads: dict[str, Tensor], total: Tensor, factor: Tensor | None, layout: TokenLayout, need: dict[str, bool]) -> None:
+    """The gradients of what is the same in every tile. total: the sum over all tiles, factor: of local_pos."""
+    if need["local_pos"]:
+        grads["local_pos"] = total if factor is None else total * factor
+    if need["cls"]:
+        grads["cls"] = total[layout.cls_at].clone()
+    if need["bias"]:
+        grads["bias"] = total[layout.first : layout.first + layout.patches].sum(0)
 
 
 def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
     forward, kept, need = args.forward, args.kept, _by_name(args.needs)
     images, weight, tables, layout = forward.images, forward.weight, forward.tables, TokenLayout.of(forward)
     wide = torch.promote_types(args.dy.dtype, torch.float32)
-    n_tiles, (entries, side) = images.shape[1], tables.grid()
     dz, grads = args.dy.flatten(0, 1)[:, : layout.tokens], {}
     if kept is not None:
-        mean, rstd = (s.view(*kept.shape[:2], 1)[:, : layout.tokens] for s in args.stats)
-        kept = kept[:, : layout.tokens]
-        norm = None if tables.norm_weight is None else tables.norm_weight.to(wide)
-        mask = need["norm_weight"], need["norm_bias"]
-        bias = None if tables.norm_bias is None else tables.norm_bias.to(wide)
-        values = (t.to(wide).contiguous() for t in (dz, kept))
-        dz, *of_norm = torch.ops.aten.native_layer_norm_backward(*values, kept.shape[-1:], mean.contiguous(), rstd.contiguous(), norm, bias, [True, *mask])
-        grads |= dict(zip(("norm_weight", "norm_bias"), of_norm, strict=True))
+        stats = [s.view(*kept.shape[:2], 1)[:, : layout.tokens].contiguous() for s in args.stats]
+        values = [t.to(wide).contiguous() for t in (dz, kept[:, : layout.tokens])]
+        norm = [t if t is None else t.to(wide) for t in (tables.norm_weight, tables.norm_bias)]
+        mask = True, need["norm_weight"], need["norm_bias"]
+        dz, grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(*values, kept.shape[-1:], *stats, *norm, mask)
         dz = dz.to(args.dy.dtype)
     first, last = layout.first, layout.first + layout.patches
     if need["weight"]:
@@ -83,8 +81,9 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
         grads["weight"] = (pixels.T @ dz.reshape(-1, dz.shape[-1]).to(weight.dtype)).T
     if need["images"]:
         grads["images"] = _image_gradient(dz[:, first:last], images, weight, forward.scale)
-    if any(need[name] for name in ("global_pos", "gate", "pre_pos", "pre_gate")):
-        rows, n_rows = tile_rows(forward.aspect_ratio, n_tiles, entries, side), entries * side
+    if any(need[name] for name in _BY_ROW):
+        entries, side = tables.grid()
+        rows, n_rows = tile_rows(forward.aspect_ratio, images.shape[1], entries, side), entries * side
         # dz by row in one pass; tiles without a row go to one behind the last
         sums = torch.zeros((n_rows + 1, *dz.shape[1:]), dtype=wide, device=args.dy.device).index_add_(0, torch.where(rows < 0, n_rows, rows), dz.to(wide))
         total = sums.sum(0)
@@ -92,12 +91,7 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
     else:
         total = dz.sum(0, dtype=wide)
     opened, pre_opened = (1 if t is None else t.to(wide).tanh() for t in (tables.gate, tables.pre_gate))
-    if need["bias"]:
-        grads["bias"] = total[first:last].sum(0)
-    if need["cls"]:
-        grads["cls"] = total[layout.cls_at]
-    if need["local_pos"]:
-        grads["local_pos"] = total * (1 if tables.gate is None else 1 - opened)
+    _add_sums(grads, total, None if tables.gate is None else 1 - opened, layout, need)
     if need["global_pos"]:
         grads["global_pos"] = sums * opened
     if need["gate"]:
@@ -129,7 +123,7 @@ def _image_gradient(patches: Tensor, images: Tensor, weight: Tensor, scale: tupl
     return pixels * scale[0] if scale else pixels
 
 
-def _launch(args: PatchEmbedBwdArgs) -> Callable[[PatchEmbedBwdArgs], tuple[Tensor, ...]]:
+def _launch(args: PatchEmbedBwdArgs) -> Plan:
     forward, need, layout = args.forward, _by_name(args.needs), TokenLayout.of(args.forward)
     M, D, work, first, tokens = layout.rows, args.dy.shape[3], kernel_dtype(args.dy.dtype), layout.first, layout.tokens
     if not M:
@@ -139,7 +133,7 @@ def _launch(args: PatchEmbedBwdArgs) -> Callable[[PatchEmbedBwdArgs], tuple[Tens
     pixels_of = patchify(forward, layout)[0] if need["weight"] else None
     place = _place_bwd(forward, need, layout, work) if any(need[name] for name in Tables._fields[:7]) else None
 
-    def run(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
+    def run(args):
         forward = args.forward
         dz, grads, narrow = args.dy.to(work).contiguous().view(M, D), {}, None
         if norm is not None:
@@ -169,10 +163,9 @@ def _norm_bwd(args: PatchEmbedBwdArgs, layout: TokenLayout) -> Callable[[PatchEm
     need_weight, need_bias = args.needs.tables.norm_weight, args.needs.tables.norm_bias
     differentiate = Launch(norm_bwd_kernel, BLOCK_N=columns, num_warps=norm_warps(columns), **tune.OPTIONS)
 
-    def run(args: PatchEmbedBwdArgs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def run(args, dy):
         dx, weight = torch.empty_like(dy), args.forward.tables.norm_weight
-        dw = torch.empty((programs, D), dtype=torch.float32, device=dy.device)
-        db = torch.empty((programs, D), dtype=torch.float32, device=dy.device)
+        dw, db = (torch.empty((programs, D), dtype=torch.float32, device=dy.device) for _ in range(2))
         x, weight = args.kept.to(work), None if weight is None else weight.contiguous()
         differentiate((programs, 1, 1), dy, x, args.stats, weight, dx, dw, db, geometry, M, D, rows)
         return dx, dw.sum(0) if need_weight else None, db.sum(0) if need_bias else None
@@ -185,20 +178,14 @@ def _place_bwd(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLayo
     by_row = any(need[name] for name in _BY_ROW)
     rows_of = find_rows(forward) if by_row or forward.tables.gate is not None else None
     sums_of = _sums_by_row(forward, need, layout) if by_row else None
-    first, last = layout.first, layout.first + layout.patches
 
-    def run(forward: PatchEmbedArgs, dz: Tensor, grads: dict[str, Tensor]) -> None:
+    def run(forward, dz, grads):
         rows, factors = (None, None) if rows_of is None else rows_of(forward)
         if sums_of is None:
             total = dz.view(-1, layout.padded, dz.shape[1])[:, : layout.tokens].sum(0, dtype=torch.float32)
         else:
             total = sums_of(forward.tables, dz, rows, factors, grads)
-        if need["local_pos"]:
-            grads["local_pos"] = total if factors is None else total * factors[0]
-        if need["cls"]:
-            grads["cls"] = total[layout.cls_at].clone()
-        if need["bias"]:
-            grads["bias"] = total[first:last].sum(0)
+        _add_sums(grads, total, None if factors is None else factors[0], layout, need)
 
     return run
 
@@ -211,15 +198,14 @@ def _sums_by_row(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLa
     differentiate = Launch(place_bwd_kernel, BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, TILES=_TILES, **tune.OPTIONS)
     has_pre = need["pre_pos"] or need["pre_gate"]
 
-    def run(tables: Tables, dz: Tensor, rows: Tensor, factors: Tensor, grads: dict[str, Tensor]) -> Tensor:
-        device = dz.device
+    def run(tables, dz, rows, factors, grads):
+        like = {"dtype": torch.float32, "device": dz.device}
         order, starts = _by_row(rows, n_rows)
-        total = torch.empty((tokens, D), dtype=torch.float32, device=device)
-        table = None if tables.global_pos is None else tables.global_pos.contiguous()
-        local = None if tables.local_pos is None else tables.local_pos.contiguous()
-        dtable = torch.empty((n_rows, tokens, D), dtype=kernel_dtype(table.dtype), device=device) if need["global_pos"] else None
-        pre = torch.empty((grid[0], n_rows, D), dtype=torch.float32, device=device) if has_pre else None
-        dots = torch.empty((*grid[:2], 2), dtype=torch.float32, device=device) if need["gate"] else None
+        table, local = (t if t is None else t.contiguous() for t in (tables.global_pos, tables.local_pos))
+        total = torch.empty((tokens, D), **like)
+        dtable = table.new_empty((n_rows, tokens, D), dtype=kernel_dtype(table.dtype)) if need["global_pos"] else None
+        pre = torch.empty((grid[0], n_rows, D), **like) if has_pre else None
+        dots = torch.empty((*grid[:2], 2), **like) if need["gate"] else None
         differentiate(grid, dz, order, starts, table, local, factors, total, dtable, pre, dots, geometry, D, n_rows)
         grads["global_pos"] = dtable
         if dots is not None:
@@ -252,21 +238,11 @@ patch_embed_bwd = fused_op("patch_embed_bwd", PatchEmbedBwdArgs, PatchEmbedArgs,
 
 
 def _backward(args: PatchEmbedBwdArgs, outs: tuple, grads: Sequence[Tensor | None], needs: PatchEmbedBwdArgs) -> PatchEmbedBwdArgs:
-    """The gradient of a gradient is rare enough to be left to autograd: the eager formula, differentiated twice."""
+    def first(args):
+        y, forward = formula(args.forward)[0], _by_name(args.forward).values()
+        return y, args.dy[:, :, : y.shape[2]], [t for t, needed in zip(forward, _by_name(args.needs).values(), strict=True) if needed]
 
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_() if t.is_floating_point() else t
-
-    dy, forward = tree_map_only(Tensor, leaf, (args.dy, args.forward._replace(pad_tokens_to=1)))
-    with torch.enable_grad():
-        y = formula(forward)[0]
-        needed = [t for t, n in zip(_by_name(forward).values(), _by_name(args.needs).values(), strict=True) if n]
-        asked = [(t, g) for t, g in zip(needed, grads, strict=True) if g is not None]
-        first = torch.autograd.grad(y, [t for t, _ in asked], dy[:, :, : y.shape[2]], create_graph=True)
-        leaves = [t for t in tree_leaves((dy, forward)) if isinstance(t, Tensor) and t.requires_grad]
-        second = iter(torch.autograd.grad(first, leaves, [g for _, g in asked], allow_unused=True))
-    d_dy, d_forward = tree_map_only(Tensor, lambda t: next(second) if t.requires_grad else None, (dy, forward))
-    return PatchEmbedBwdArgs(d_dy, d_forward, *(None,) * 4)
+    return differentiated_twice(args._replace(forward=args.forward._replace(pad_tokens_to=1)), first, grads)
 
 
 patch_embed_bwd.register_backward(_backward, lambda args, outs, needs: (args._replace(kept=None, stats=None), ()))

@@ -11,8 +11,8 @@ from fastfuse.ops._attention_ref import AttentionArgs
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._fused_op import Planned, signature
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, Cost, _on_device, nbytes, no_autocast, replaceable, route
-from fastfuse.ops.cross_attention import _public_lse, attend, served
+from fastfuse.ops._op import HAS_TRITON, Cost, nbytes, replaceable, route
+from fastfuse.ops.cross_attention import _public_lse, attend, check_alike, check_heads, check_mask, check_tensor, served
 from fastfuse.ops.encoder_mask import EncoderMask, _check_count
 
 if HAS_TRITON:
@@ -73,7 +73,7 @@ class StaticKVCache:
 
     def _write(self, op: str, k: Tensor, v: Tensor, mask: Tensor | EncoderMask | None, compact: bool, append: bool) -> None:
         self._check_tokens(op, k, v)
-        _check_mask(op, mask, k)
+        check_mask(op, mask, k)
         (b, _, max_len, _), s_e = self.k.shape, k.shape[2]
         if s_e > max_len and (mask is None or not compact):
             raise ValueError(f"{op}: k has {s_e} tokens, max_len is {max_len}")
@@ -98,16 +98,12 @@ class StaticKVCache:
         self.mask, self.is_filled = mask, True
 
     def _check_tokens(self, op: str, k: Tensor, v: Tensor) -> None:
-        b, heads, _, d = self.k.shape
         for name, t in (("k", k), ("v", v)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
-            if t.dim() != 4:
-                raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected (b, n_kv_heads, s_e, head_dim)")
-            for what, has, holds in (("a batch of", t.shape[0], b), ("heads:", t.shape[1], heads), ("head_dim", t.shape[3], d)):
-                if has != holds:
-                    raise ValueError(f"{op}: {name} has {what} {has}, the cache {holds}")
-            _check_like_cache(op, name, t, self)
+            check_tensor(op, name, t, "b, n_kv_heads, s_e, head_dim")
+            for dim, what in ((0, "a batch of"), (1, "heads:"), (3, "head_dim")):
+                if t.shape[dim] != self.k.shape[dim]:
+                    raise ValueError(f"{op}: {name} has {what} {t.shape[dim]}, the cache {self.k.shape[dim]}")
+            check_alike(op, name, t, "the cache", self.k)
             if not torch.compiler.is_compiling() and any(torch._C._is_alias_of(t, own) for own in (self.k, self.v)):
                 raise ValueError(f"{op}: {name} is memory of the cache, which is written while {name} is read: pass a clone")
         if k.shape != v.shape:
@@ -115,30 +111,6 @@ class StaticKVCache:
 
     def __repr__(self) -> str:
         return f"StaticKVCache(shape={tuple(self.k.shape)}, dtype={self.k.dtype}, device={str(self.k.device)!r}, is_filled={self.is_filled})"
-
-
-def _check_like_cache(op: str, name: str, t: Tensor, cache: StaticKVCache) -> None:
-    """Device and dtype, which autocast settles by itself."""
-    if t.device != cache.k.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, the cache on {cache.k.device}")
-    if not t.is_floating_point():
-        raise ValueError(f"{op}: {name} is {t.dtype}, expected floating point")
-    if t.dtype != cache.k.dtype and not (t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)):
-        raise ValueError(f"{op}: {name} is {t.dtype}, the cache {cache.k.dtype}")
-
-
-def _check_mask(op: str, mask: Tensor | EncoderMask | None, k: Tensor) -> None:
-    if mask is None:
-        return
-    b, _, s_e, _ = k.shape
-    if not isinstance(mask, (Tensor, EncoderMask)):
-        raise TypeError(f"{op}: mask is a {type(mask).__name__}, expected a bool tensor or an EncoderMask")
-    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool, True where attention is allowed")
-    if len(mask.shape) != 3 or (mask.shape[0] != 1 and mask.shape[0] != b) or mask.shape[1] == 0 or mask.shape[2] != s_e:
-        raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, k needs ({b} or 1, 1 or more, {s_e})")
-    if mask.device != k.device:
-        raise ValueError(f"{op}: k is on {k.device}, mask on {mask.device}")
 
 
 def _places(visible: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,9 +195,7 @@ def _launch(
     _finish(k_cache, v_cache, lengths, k.shape[2], held, clear)
 
 
-_kv_cache_write = torch.library.custom_op(
-    "fastfuse::kv_cache_write", no_autocast(_on_device(_launch)), mutates_args=("k_cache", "v_cache", "lengths"), device_types="cuda"
-)
+_kv_cache_write = torch.library.custom_op("fastfuse::kv_cache_write", _launch, mutates_args=("k_cache", "v_cache", "lengths"), device_types="cuda")
 
 
 @_kv_cache_write.register_kernel("cpu")
@@ -281,18 +251,9 @@ _new = tuple.__new__
 def _check_decode(op: str, q: Tensor, cache: StaticKVCache) -> None:
     if not isinstance(cache, StaticKVCache):
         raise TypeError(f"{op}: cache is a {type(cache).__name__}, expected a StaticKVCache")
-    if not isinstance(q, Tensor):
-        raise TypeError(f"{op}: q is a {type(q).__name__}, not a tensor")
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, expected (b, heads, tokens, head_dim)")
-    _check_like_cache(op, "q", q, cache)
-    (b, hq, _, d), (b_k, hkv, _, d_k) = q.shape, cache.k.shape
-    if b != b_k:
-        raise ValueError(f"{op}: q has a batch of {b}, the cache of {b_k}")
-    if d != d_k:
-        raise ValueError(f"{op}: q has head_dim {d}, the cache {d_k}")
-    if hq == 0 or hq % hkv:
-        raise ValueError(f"{op}: q has {hq} heads, the cache {hkv}, which does not divide them")
+    check_tensor(op, "q", q, "b, heads, tokens, head_dim")
+    check_alike(op, "q", q, "the cache", cache.k)
+    check_heads(op, q, "the cache", cache.k)
     if not cache.is_filled:
         raise ValueError(f"{op}: the cache holds nothing: fill it first, or set is_filled where a CUDA graph has")
 

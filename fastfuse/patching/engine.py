@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,12 +22,26 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.ops._op import BACKENDS, INTERPRET, check, check_triton
 from fastfuse.patching.hosts import host_for, hosts, registered
-from fastfuse.patching.hosts._host import Host, Names, Options, Probe, Reason, Record, call_own, device_of, foreign_forward, forward_slot, host_of, runs_on
+from fastfuse.patching.hosts._host import (
+    Host,
+    Names,
+    Options,
+    Probe,
+    Reason,
+    Record,
+    bound_host,
+    call_own,
+    device_of,
+    foreign_forward,
+    forward_slot,
+    host_of,
+    runs_on,
+)
 from fastfuse.patching.report import Entry, PatchReport
 
-Filter = str | Callable[[str, nn.Module], bool] | Iterable[str | Callable[[str, nn.Module], bool]]
+_Test = str | Callable[[str, nn.Module], bool]
+Filter = _Test | Iterable[_Test]
 MASKED_ROWS = ("host", "zero", "uniform")
-_UNSEEN = Reason("UNSEEN", "it has come since patch was called, or lies outside of what it was called on: call patch again")
 # What status could not find out from a module: why patch left it out, or who gave it back. None for one that a call of patch has patched.
 # Weak references here, and not on the module: nothing is kept alive, copied or saved.
 _noted: WeakKeyDictionary[nn.Module, Reason | None] = WeakKeyDictionary()
@@ -59,56 +74,39 @@ def patch(
     FASTFUSE_DISABLE=1 in the environment makes patch leave everything alone, FASTFUSE_STRICT=1 makes such a call raise Unsupported.
     Raises ValueError for a bad option, Unsupported where the backend cannot run or as asked.
     """
-    return _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run)[0]
-
-
-def _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run) -> tuple[PatchReport, list[nn.Module]]:
-    """The report, and the modules this call patched."""
     check_model("patch", model)
     check(on_unsupported in ("skip", "warn", "raise"), f"patch: on_unsupported is {on_unsupported!r}, not 'skip', 'warn' or 'raise'")
     check(masked_rows in MASKED_ROWS, f"patch: masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
     check(backend in BACKENDS, f"patch: backend is {backend!r}, not one of {', '.join(BACKENDS)}")
     options = Options(backend, masked_rows, os.environ.get("FASTFUSE_STRICT") == "1")
-    plan = _plan(model, _op_names(ops), _matcher(include, True), _matcher(exclude, False), options)
-    todo = [p for p in plan if p.entry.status == "planned"]
+    plan = _plan(model, _op_names(ops), _matcher(include, "*"), _matcher(exclude, ()), options)
     refused = [p.entry for p in plan if p.entry.status == "skipped" and p.entry.code not in ("EXCLUDED", "DISABLED")]
     note = "" if plan else _nothing_found(model)
-    if refused or not plan:
-        message = note or f"{len(refused)} modules are not covered, the first: {refused[0].name}: {refused[0].code}: {refused[0].reason}"
-        if on_unsupported == "raise":
-            raise Unsupported(f"patch: {message}", refused[0].code if refused else "NOTHING_FOUND")
-        if on_unsupported == "warn" or not plan:
-            warnings.warn(f"fastfuse.patch: {message}", stacklevel=3)
+    if note:
+        _complain(note, "NOTHING_FOUND", "raise" if on_unsupported == "raise" else "warn")
+    elif refused:
+        first = refused[0]
+        _complain(f"{len(refused)} modules are not covered, the first: {first.name}: {first.code}: {first.reason}", first.code, on_unsupported)
     if not dry_run:
-        _apply(todo, options, verify)
-        if bad := [p.entry for p in todo if p.entry.code == "MISMATCH"]:
-            message = f"{bad[0].name}: {bad[0].reason}"
-            if on_unsupported == "raise":
-                for p in todo:
-                    _uninstall(p.module)
-                raise Unsupported(f"patch: {message}", "MISMATCH")
-            if on_unsupported == "warn":
-                warnings.warn(f"fastfuse.patch: {len(bad)} modules are not covered, the first: {message}", stacklevel=3)
+        _apply([p for p in plan if p.entry.status == "planned"], options, verify, on_unsupported)
         for p in plan:
             if p.entry.code in ("EXCLUDED", "MISMATCH"):
                 _noted[p.module] = Reason(p.entry.code, p.entry.reason)
             elif p.module.__dict__.get("_fastfuse") is not None:
                 _noted.setdefault(p.module, None)
-    report = PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
-    return report, [p.module for p in plan if p.entry.status == "patched"]
+    return PatchReport(type(model).__name__, tuple(p.entry for p in plan), note)
 
 
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
     check_model("unpatch", model)
-    records, wanted, entries = list(_records(model)), _matcher(include, True), []
-    ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in records})
-    for names, module, record in records:
-        name = names[0]
-        if (ops is None or record.op in ops) and any(wanted(n, module) for n in names):
+    patched, wanted, entries = [found for found in candidates(model) if found.record is not None], _matcher(include, "*"), []
+    ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in patched})
+    for names, module, _, record in patched:
+        if (ops is None or record.op in ops) and wanted(names, module):
             found, _noted[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
             code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
-            entries.append(Entry(name, type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
+            entries.append(Entry(names[0], type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
     for module in model.modules():
         if "_fastfuse" not in module.__dict__:
             _uninstall(module)  # a forward of ours that a wrapper put back after an earlier unpatch
@@ -116,19 +114,10 @@ def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include
 
 
 @contextlib.contextmanager
-def patched(
-    model: nn.Module,
-    *,
-    ops: str | Iterable[str] | None = None,
-    include: Filter | None = None,
-    exclude: Filter | None = None,
-    on_unsupported: str = "skip",
-    masked_rows: str = "host",
-    backend: str = "auto",
-    verify: bool = False,
-) -> Iterator[PatchReport]:
+def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches for the block alone, with patch's options. Earlier patches stay."""
-    report, mine = _patch(model, ops, include, exclude, on_unsupported, masked_rows, backend, verify, dry_run=False)
+    report, modules = patch(model, **options), dict(model.named_modules())
+    mine = [modules[e.name] for e in report.entries if e.status == "patched"]
     try:
         yield report
     finally:
@@ -146,24 +135,12 @@ def status(model: nn.Module) -> PatchReport:
     UNSEEN: the module was added after patch was called, such as an adapter over patched layers. Call patch again.
     """
     check_model("status", model)
-    records, entries = [record for *_, record in _records(model)], []
-    options, known = records[0].options if records else Options(), any(module in _noted for module in model.modules())
-    for name, module in model.named_modules():
-        host, record = host_of_module(module), module.__dict__.get("_fastfuse")
-        if record is not None:
-            entry = Entry(name, type(module).__name__, record.host, record.op, "patched", fallbacks=dict(record.fallbacks))
-            entry = entry if host is None else _described(host, module, entry, record.options)
-        elif host is None:
-            continue
-        elif host.native:
-            entry = Entry(
-                name, type(module).__name__, host.name, host.op, "already", layout=_layout(host, module), backend=runs_on(host.device(module), Options())
-            )
-        else:
-            entry = Entry(name, type(module).__name__, host.name, host.op, "unpatched", layout=_layout(host, module))
-            unseen = _UNSEEN if known and module not in _noted else None
-            if found := _refused(host, module, options, _noted.get(module)) or unseen:
-                entry = replace(entry, code=found.code, reason=found.words)
+    options = next((record.options for *_, record in candidates(model) if record is not None), Options())
+    known, entries = any(module in _noted for module in model.modules()), []
+    for found in candidates(model):
+        entry = _entry(found, options, _noted.get(found.module))
+        if known and found.module not in _noted and entry.status == "unpatched" and not entry.code:
+            entry = _with(entry, Reason("UNSEEN", "it has come since patch was called, or lies outside of what it was called on: call patch again"))
         entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
 
@@ -199,9 +176,29 @@ def register_host(name: str, op: str, matches: Callable[[nn.Module], bool], forw
         except Unsupported as e:
             return Reason(e.code, str(e))
 
-    host = Host(name=name, op=op, matches=matches, fused=fused, device=device_of, as_called=True)
+    host = Host(name=name, op=op, matches=matches, fused=fused, as_called=True)
     registered.insert(0, host)
     return Registration(host)
+
+
+class Candidate(NamedTuple):
+    """A module that fastfuse knows, or has patched, whatever has become of its weight since. A shared one has several names, and any of them may be asked for."""
+
+    names: list[str]
+    module: nn.Module
+    host: Host | None
+    record: Record | None
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    names = collections.defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    for module, known_as in names.items():
+        # The host that has patched it, else the first that would.
+        host, record = bound_host(module) or host_for(module), module.__dict__.get("_fastfuse")
+        if host is not None or record is not None:
+            yield Candidate(known_as, module, host, record)
 
 
 @dataclass
@@ -211,91 +208,65 @@ class _Planned:
     entry: Entry
 
 
-def _names(model: nn.Module) -> dict[int, list[str]]:
-    """A shared module has several names, and any of them may be asked for."""
-    names = collections.defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[id(module)].append(name)
-    return names
-
-
-def _records(model: nn.Module) -> Iterator[tuple[list[str], nn.Module, Record]]:
-    """What is patched, whatever has become of its weight since."""
-    names = _names(model)
-    for module in model.modules():
-        record = module.__dict__.get("_fastfuse")
-        if record is not None:
-            yield names[id(module)], module, record
-
-
-def host_of_module(module: nn.Module) -> Host | None:
-    """The host that has patched the module, else the first that would."""
-    bound = (host_of(module.__dict__.get(slot)) for slot in ("forward", "_old_forward"))
-    return next((host for host in bound if host is not None), None) or host_for(module)
-
-
 def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, options: Options) -> list[_Planned]:
-    aliases = _names(model)
     plan = []
-    for name, module in model.named_modules():
-        host = host_of_module(module)
+    for found in candidates(model):
+        names, module, host, _ = found
         if host is None:
             continue
-        names, record = aliases[id(module)], module.__dict__.get("_fastfuse")
-        entry = Entry(name, type(module).__name__, host.name, host.op, "planned", layout=_layout(host, module))
-        asked = host.op in ops and any(included(n, module) for n in names) and not any(excluded(n, module) for n in names)
-        if record is not None:
-            entry = _described(host, module, replace(entry, status="already"), record.options)
-        elif host.native:
-            entry = replace(entry, status="already", backend=runs_on(host.device(module), Options()))
-        elif found := _refused(host, module, options, None if asked else Reason("EXCLUDED", "not asked for")):
-            entry = _skipped(entry, found)
-        else:
-            _check_interpreter(host, module, options)
-            entry = _described(host, module, entry, options)
+        asked = host.op in ops and included(names, module) and not excluded(names, module)
+        entry = _entry(found, options, None if asked else Reason("EXCLUDED", "not asked for"))
+        if entry.status == "patched":
+            entry = replace(entry, status="already", fallbacks={})
+        elif entry.status == "unpatched":
+            entry = replace(entry, status="skipped") if entry.code else _planned(host, module, entry, options)
         plan.append(_Planned(module, host, entry))
     return plan
 
 
-def _refused(host: Host, module: nn.Module, options: Options, noted: Reason | None) -> Reason | None:
-    """Why patch leaves the module alone. noted: a reason that the module itself does not show."""
-    if os.environ.get("FASTFUSE_DISABLE") == "1":
-        return Reason("DISABLED", "FASTFUSE_DISABLE is set")
-    if noted is not None:
-        return noted
-    if (author := foreign_forward(host, module)) is not None:
-        return Reason("FOREIGN_FORWARD", f"its forward comes from {author}")
-    return host.drift(module) or host.refuses(module, options)
-
-
-def _skipped(entry: Entry, reason: Reason) -> Entry:
-    return replace(entry, status="skipped", code=reason.code, reason=reason.words)
-
-
-def _check_interpreter(host: Host, module: nn.Module, options: Options) -> None:
-    device = host.device(module)
+def _planned(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
+    device = device_of(module)
     if options.backend == "triton" and device is not None and device.type == "cpu":
         check_triton("patch")
         if not INTERPRET:
             raise Unsupported("patch: backend 'triton' on a CPU model needs TRITON_INTERPRET=1 set before import", "NO_GPU")
+    return _described(host, module, replace(entry, status="planned"), options)
+
+
+def _entry(found: Candidate, options: Options, noted: Reason | None) -> Entry:
+    """The module as it is: "patched", "already" fused, or "unpatched". noted: a reason to leave it alone that the module itself does not show."""
+    (name, *_), module, host, record = found
+    kind, layout = type(module).__name__, "" if host is None or host.drift(module) else host.layout(module)
+    if record is not None:
+        entry = Entry(name, kind, record.host, record.op, "patched", layout=layout, fallbacks=dict(record.fallbacks))
+        return entry if host is None else _described(host, module, entry, record.options)
+    entry = Entry(name, kind, host.name, host.op, "unpatched", layout=layout)
+    if host.native:
+        return replace(entry, status="already", backend=runs_on(module, Options()))
+    if os.environ.get("FASTFUSE_DISABLE") == "1":
+        noted = Reason("DISABLED", "FASTFUSE_DISABLE is set")
+    return _with(entry, noted or foreign_forward(host, module) or host.refused(module, options))
 
 
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    drift = host.drift(module)
-    found = drift or host.in_the_way(module, options)
-    if drift is None:
-        entry = replace(entry, layout=host.layout(module), backend=runs_on(host.device(module), options))
-    if found is None:
-        return entry
-    return replace(entry, code=found.code, reason=f"runs its own forward for now: {found.words}")
+    if found := host.in_the_way(module, options):
+        entry = _with(entry, Reason(found.code, f"runs its own forward for now: {found.words}"))
+    return entry if host.drift(module) else replace(entry, backend=runs_on(module, options))
 
 
-def _layout(host: Host, module: nn.Module) -> str:
-    return "" if host.drift(module) else host.layout(module)
+def _with(entry: Entry, found: Reason | None) -> Entry:
+    return entry if found is None else replace(entry, code=found.code, reason=found.words)
 
 
-def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
+def _complain(message: str, code: str, how: str, stacklevel: int = 3) -> None:
+    if how == "raise":
+        raise Unsupported(f"patch: {message}", code)
+    if how == "warn":
+        warnings.warn(f"fastfuse.patch: {message}", stacklevel=stacklevel)
+
+
+def _apply(todo: list[_Planned], options: Options, verify: bool, on_unsupported: str) -> None:
     try:
         for p in todo:
             slot = forward_slot(p.module)
@@ -305,13 +276,15 @@ def _apply(todo: list[_Planned], options: Options, verify: bool) -> None:
             p.module.__dict__["_fastfuse"] = Record(p.host.name, p.host.op, options, slot, before, Names.of(p.module, p.host.renamed), p.module)
             p.module.__dict__[slot] = p.host.bound(p.module)
             p.entry = replace(p.entry, status="patched")
+        bad = []
         for p in todo:
-            found = _verified(p) if verify and not p.entry.code else None
-            if found is not None and found.code == "MISMATCH":
+            p.entry = _with(p.entry, _verified(p, options) if verify and not p.entry.code else None)
+            if p.entry.code == "MISMATCH":
                 _uninstall(p.module)
-                p.entry = _skipped(p.entry, found)
-            elif found is not None:
-                p.entry = replace(p.entry, code=found.code, reason=found.words)
+                p.entry = replace(p.entry, status="skipped")
+                bad.append(p.entry)
+        if bad:
+            _complain(f"{len(bad)} modules are not covered, the first: {bad[0].name}: {bad[0].reason}", "MISMATCH", on_unsupported, stacklevel=4)
     except BaseException:
         for p in todo:
             _uninstall(p.module)
@@ -333,15 +306,13 @@ def _uninstall(module: nn.Module) -> bool:
     return record is None  # else one was bound, and is hidden
 
 
-def _verified(p: _Planned) -> Reason | None:
+def _verified(p: _Planned, options: Options) -> Reason | None:
     """MISMATCH where on random input the fused path is further from the module's own forward than rounding explains; None where it is not.
 
     HOST_DECODE where it is the host library that is off, by a fault that is known (Host.corrected).
     """
-    if any(w.device.type == "meta" or hasattr(w, "device_mesh") for w in p.module.parameters()):
+    if any(w.is_meta or hasattr(w, "device_mesh") for w in p.module.parameters()):
         return None  # no values at hand: not there yet, offloaded, or in shards
-    record = p.module.__dict__["_fastfuse"]
-    own = p.host.fallback or (lambda module, given, options: call_own(module, given))
     with undisturbed(p.module), torch.inference_mode(False), torch.enable_grad():  # some layers repack their weight for good where no gradient is wanted
         for m in p.module.modules():
             if isinstance(m, nn.Dropout):  # two masks would be two results
@@ -349,8 +320,8 @@ def _verified(p: _Planned) -> Reason | None:
         probe = p.host.probe(p.module)
         if probe is None:
             return None
-        want = own(p.module, probe.given, record.options)
-        got = p.host.fused(p.module, probe.given, record.options)  # without the hooks of the module itself
+        want = call_own(p.module, probe.given) if p.host.fallback is None else p.host.fallback(p.module, probe.given, options)
+        got = p.host.fused(p.module, probe.given, options)  # without the hooks of the module itself
         if type(got) is Reason:
             return Reason("MISMATCH", f"does not run: {got.code}: {got.words}")
         found = _apart(got, want, probe)
@@ -400,29 +371,27 @@ def _first_tensor(out) -> Tensor:
 
 
 def check_model(function: str, model) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model is a {type(model).__name__}, not a torch.nn.Module")
+    check(isinstance(model, nn.Module), f"{function}: model is a {type(model).__name__}, not a torch.nn.Module", TypeError)
 
 
 def _op_names(ops: str | Iterable[str] | None, function: str = "patch", more: Iterable[str] = ()) -> set[str]:
     known = {host.op for host in hosts()}.union(more)
     if ops is None:
         return known
-    if not isinstance(ops, Iterable):
-        raise TypeError(f"{function}: ops is a {type(ops).__name__}, not a name or several")
+    check(isinstance(ops, Iterable), f"{function}: ops is a {type(ops).__name__}, not a name or several", TypeError)
     names = {ops} if isinstance(ops, str) else set(ops)
     check(names <= known, f"{function}: ops has {', '.join(sorted(map(repr, names - known)))}, known are {', '.join(sorted(known))}")
     return names
 
 
-def _matcher(wanted: Filter | None, default: bool) -> Callable[[str, nn.Module], bool]:
-    if wanted is None:
-        return lambda name, module: default
+def _matcher(wanted: Filter | None, default: Filter) -> Callable[[list[str], nn.Module], bool]:
+    """Whether a module is wanted under one of its names."""
+    wanted = default if wanted is None else wanted
     tests = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
     for t in tests:
-        if not isinstance(t, str) and not callable(t):
-            raise TypeError(f"patch: include and exclude take globs or functions (name, module) -> bool, not a {type(t).__name__}")
-    return lambda name, module: any(t(name, module) if callable(t) else fnmatch.fnmatchcase(name, t) for t in tests)
+        what = f"patch: include and exclude take globs or functions (name, module) -> bool, not a {type(t).__name__}"
+        check(isinstance(t, str) or callable(t), what, TypeError)
+    return lambda names, module: any(t(name, module) if callable(t) else fnmatch.fnmatchcase(name, t) for name in names for t in tests)
 
 
 def _nothing_found(model: nn.Module) -> str:

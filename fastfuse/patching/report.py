@@ -65,18 +65,14 @@ class PatchReport:
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {status}" for status, n in self.counts.items())
         lines = [f"fastfuse: {self.model_type}: {counts or self.note}"]
-        groups = collections.Counter()
+        rows = collections.Counter()
         for e in self.entries:
-            calls = sum(e.fallbacks.values())
-            groups[e.op, e.status, e.host, e.layout, e.backend, e.code, e.reason] += 1
-            if calls:
-                groups[e.op, "fell back", e.host, "", "", ", ".join(sorted(e.fallbacks)), "calls that ran the module's own forward"] += calls
-        table = [("op", "status", "count", "host", "storage", "backend", "why")]
-        table += [
-            (op, status, str(n), host, layout, backend, f"{code}: {reason}" if code else "")
-            for (op, status, host, layout, backend, code, reason), n in groups.items()
-        ]
-        if len(table) > 1:
-            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-            lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+            rows[e.op, e.status, e.host, e.layout, e.backend, f"{e.code}: {e.reason}" if e.code else ""] += 1
+            if e.fallbacks:
+                why = f"{', '.join(sorted(e.fallbacks))}: calls that ran the module's own forward"
+                rows[e.op, "fell back", e.host, "", "", why] += sum(e.fallbacks.values())
+        if rows:
+            table = [("op", "status", "count", "host", "storage", "backend", "why"), *((op, status, str(n), *rest) for (op, status, *rest), n in rows.items())]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         return "\n".join(lines)

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.ops._collect import collecting
 from fastfuse.ops._op import HAS_TRITON, INTERPRET, check
-from fastfuse.patching.engine import check_model, host_of_module, undisturbed
-from fastfuse.patching.hosts._host import Host, Options, Reason, Sizes
+from fastfuse.patching.engine import candidates, check_model, undisturbed
+from fastfuse.patching.hosts._host import Host, Options, Reason, Sizes, device_of
 
 if HAS_TRITON:
     import triton
@@ -78,9 +78,9 @@ def warmup(
     if INTERPRET:
         raise Unsupported("warmup: TRITON_INTERPRET is set: interpreted kernels are not compiled", "INTERPRETED")
     start, found, left_out = time.perf_counter(), {}, {}
-    chips = _chips(model, target)
+    chips, devices = _chips(model, target), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     for arch, (chip, processors) in chips.items():
-        with collecting(chip, arch, processors) as kernels, _random_state_kept():
+        with collecting(chip, arch, processors) as kernels, torch.random.fork_rng(devices):
             left_out |= _rehearse(model, arch, model.training if backward is None else backward, autocast)
             for call in calls:
                 call()
@@ -111,21 +111,13 @@ def _chips(model: nn.Module, target: str | None) -> dict[str, tuple["GPUTarget",
     return chips
 
 
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
-        yield
-
-
 def _rehearse(model: nn.Module, arch: str, backward: bool, autocast: torch.dtype | None) -> dict[str, str]:
     """Have every covered module call its fused ops, once for all that are alike, in each mode. -> the modules that do not, and why."""
-    left_out, seen = {}, set()
-    image = next((found for m in model.modules() if (host := host_of_module(m)) and (found := host.image(m))), _IMAGE)
-    for name, module in model.named_modules():
-        host, record = host_of_module(module), module.__dict__.get("_fastfuse")
+    left_out, seen, found = {}, set(), [c for c in candidates(model) if c.host is not None]
+    image = next((size for c in found if (size := c.host.image(c.module))), _IMAGE)
+    for (name, *_), module, host, record in found:
         options = Options() if record is None else record.options
-        if host is None or (record is None and not host.native) or options.backend == "torch":
+        if (record is None and not host.native) or options.backend == "torch":
             continue
         held = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
         for training, dtype in itertools.product(sorted({False, backward}), {None: 0, autocast: 0}):
@@ -139,7 +131,7 @@ def _rehearse(model: nn.Module, arch: str, backward: bool, autocast: torch.dtype
 
 def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bool, autocast: torch.dtype | None, sizes: list[Sizes]) -> str | None:
     """Why it could not be done; None where it was."""
-    device = host.device(module) or torch.device("cpu")
+    device = device_of(module) or torch.device("cpu")
     casting = contextlib.nullcontext() if autocast is None or device.type == "meta" else torch.autocast(device.type, autocast)
     with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(training), casting:
         for m in module.modules():
@@ -148,7 +140,7 @@ def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bo
             try:
                 made = host.rehearse(module, each, options)
             except Unsupported as e:
-                made = Reason(e.code, str(e))
+                return f"{e.code}: {e}"
             if isinstance(made, Reason):
                 return f"{made.code}: {made.words}"
             if made is not None and training:
@@ -157,20 +149,17 @@ def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bo
 
 
 def _sizes(op: str, arch: str, image: tuple[int, int]) -> list[Sizes]:
-    """A call on either side of each boundary that the rows of the op draw."""
+    """A call on either side of each boundary that the rows of the op draw: of the smallest number of tokens for each kind of launch."""
+    kernels = [op] if op in ("patch_embed", "cross_attention") else _LINEAR
+    rows = [row["when"] for kernel in kernels for row in tune.table(kernel) if row["arch"] == tune.covering_arch(kernel, arch)]
+    lengths = sorted({1} | {when["M_max"] + 1 for when in rows if "M_max" in when})
     if op != "cross_attention":
-        return [Sizes(1, tokens, *image) for tokens in _bounds(["patch_embed"] if op == "patch_embed" else _LINEAR, arch)]
+        return [Sizes(1, tokens, *image) for tokens in lengths]
     # Few programs share the columns of the mask, many do not: of one sequence, and of so many that every multiprocessor has its own. A split takes
     # 512 columns; whether their number divides by 4 is a kernel of its own in packing a mask.
     tiles, n = image
     counts = sorted({1, tiles, max(tiles, -(-512 // n))})
-    return [Sizes(batch, tokens, count, n) for batch in (1, 256) for tokens in _bounds(["cross_attention"], arch) for count in counts]
-
-
-def _bounds(ops: Iterable[str], arch: str) -> list[int]:
-    """The smallest number of tokens for each kind of launch."""
-    rows = [row for op in ops for row in tune.table(op) if row["arch"] == tune.covering_arch(op, arch)]
-    return sorted({1} | {row["when"]["M_max"] + 1 for row in rows if "M_max" in row["when"]})
+    return [Sizes(batch, tokens, count, n) for batch in (1, 256) for tokens in lengths for count in counts]
 
 
 def _gradients(out: Tensor, inputs: list[Tensor], weights: list[Tensor]) -> None:
@@ -184,27 +173,24 @@ def _gradients(out: Tensor, inputs: list[Tensor], weights: list[Tensor]) -> None
 
 def _compile(kernels: list[Callable], workers: int, progress: bool) -> int:
     """Into Triton's cache; how many were not there."""
-    hits, before, failed = [], triton.knobs.compilation.listener, []
+    hits, before = [], triton.knobs.compilation.listener
 
     def listen(*, cache_hit: bool, **rest) -> None:
         hits.append(cache_hit)
         if before is not None:
             before(cache_hit=cache_hit, **rest)
 
-    triton.knobs.compilation.listener = listen
-    try:
-        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(kernels), desc="fastfuse: compiling", unit="kernel", disable=not progress) as bar:
-            futures = [pool.submit(kernel) for kernel in kernels]
-            try:
-                for future in as_completed(futures):
-                    bar.update()
-                    if error := future.exception():
-                        failed.append(error)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        triton.knobs.compilation.listener = before
+    bar = tqdm(total=len(kernels), desc="fastfuse: compiling", unit="kernel", disable=not progress)
+    with triton.knobs.compilation.scope(), bar, ThreadPoolExecutor(workers) as pool:
+        triton.knobs.compilation.listener = listen
+        futures = [pool.submit(kernel) for kernel in kernels]
+        try:
+            for _ in as_completed(futures):
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failed = [error for future in futures if (error := future.exception())]
     if failed:
         raise RuntimeError(f"warmup: {len(failed)} of {len(kernels)} kernels do not compile, the first: {failed[0]}") from failed[0]
     return hits.count(False)

@@ -21,10 +21,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastfuse.errors import Unsupported
 from fastfuse.modules._hooks import is_hooked
 from fastfuse.modules._prepared import PreparedLinear, is_due, is_special
-from fastfuse.ops import EncoderMask, cross_attention
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
-from fastfuse.ops.cross_attention import uncovered
 from fastfuse.quant.nf4 import holds_torchao
+
+Given = dict[str, Any]  # the arguments of a call, by the host's names
 
 
 class Reason(NamedTuple):
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 class Probe(NamedTuple):
     """Random arguments for verify, and how far two correct results may lie apart: dtype's rounding or fp32 sums of `depth` terms, `steps` times."""
 
-    given: dict[str, Any]
+    given: Given
     dtype: torch.dtype
     depth: int
     steps: int = 1
@@ -71,8 +71,12 @@ class Sizes(NamedTuple):
 Rehearsed = tuple[Any, list[Tensor]]  # what came out, and the activations that went in, for their gradients
 
 
-def _nothing(module: nn.Module, *_) -> None:
+def nothing(module: nn.Module, *_) -> None:
     return None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,12 +89,13 @@ class Host:
     parts: attributes that `fused` reads, dotted.  needs: arguments that its forward must have.
     takes: the arguments that `fused` knows, () for all; another one makes a call run the module's own forward, unless it is None or among `ignores`.
     renamed: a row for each argument whose name the library has changed: all its names, the newest first. Everything else here has the newest one.
-    refuses: why the module is not patched at all.  obstacle: why its calls would run its own forward as things stand, for the report.
+    refuses: why the module is not patched at all.  kernels: the op that must have some for the module's device, "" for none.
+    obstacle: why its calls would run its own forward as things stand, for the report.
     fused: (module, arguments by name, options) -> what forward returns, or a Reason, before anything has happened, to have the own forward run.
     fallback: (module, arguments by name, options) -> the same by the module's own forward, where that needs more than its arguments.
     as_called: `fused` gets {"args", "kwargs"} in place of names.
     prepare: after a fused call, (module, arguments by name, options) -> what may stand in for the next call of this kind, see modules/_prepared.py; or None.
-    device, layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
+    layout: of what the op reads.  modules, covers: what it is for, in words, for the table of hosts.
     probe: None where verify has nothing to compare.  corrected: (module, arguments by name) -> its own forward, without a known fault of the host library.
     rehearse: calls the fused ops as a forward of such sizes does, with zeros, for warmup; None where it has none of its own, or nobody knows.
     image: of a vision encoder, how many tiles an image has at most and how many tokens one becomes.  native: the module is fastfuse's own, and fused as it is.
@@ -99,7 +104,7 @@ class Host:
     name: str
     op: str
     matches: Callable[[nn.Module], bool]
-    fused: Callable[[nn.Module, dict[str, Any], Options], Any]
+    fused: Callable[[nn.Module, Given, Options], Any]
     classes: tuple[str, ...] = ()
     written_by: str = ""
     parts: tuple[str, ...] = ()
@@ -107,20 +112,20 @@ class Host:
     takes: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     renamed: tuple[tuple[str, ...], ...] = ()
-    refuses: Callable[[nn.Module, Options], Reason | None] = _nothing
-    obstacle: Callable[[nn.Module, Options], Reason | None] = _nothing
-    fallback: Callable[[nn.Module, dict[str, Any], Options], Any] | None = None
-    device: Callable[[nn.Module], torch.device | None] = _nothing
+    refuses: Callable[[nn.Module, Options], Reason | None] = nothing
+    obstacle: Callable[[nn.Module], Reason | None] = nothing
+    fallback: Callable[[nn.Module, Given, Options], Any] | None = None
+    kernels: str = ""
     layout: Callable[[nn.Module], str] = lambda module: ""
-    probe: Callable[[nn.Module], Probe | None] = _nothing
-    corrected: Callable[[nn.Module, dict[str, Any]], Any] | None = None
-    rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = _nothing
-    image: Callable[[nn.Module], tuple[int, int] | None] = _nothing
+    probe: Callable[[nn.Module], Probe | None] = nothing
+    corrected: Callable[[nn.Module, Given], Any] | None = None
+    rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = nothing
+    image: Callable[[nn.Module], tuple[int, int] | None] = nothing
     modules: str = ""
     covers: str = ""
     native: bool = False
     as_called: bool = False
-    prepare: Callable[[nn.Module, dict[str, Any], Options], PreparedLinear | None] | None = None
+    prepare: Callable[[nn.Module, Given, Options], PreparedLinear | None] | None = None
     _forwards: dict[type, Callable] = field(init=False, repr=False, default_factory=dict)
 
     def bound(self, module: nn.Module) -> MethodType:
@@ -147,17 +152,15 @@ class Host:
         return MethodType(self._forwards[kind], module)
 
     def recognises(self, module: nn.Module) -> bool:
-        if self.matches(module):
-            return True
-        return any(c.__name__ in self.classes and c.__module__.startswith(self.written_by) for c in type(module).__mro__)
+        return self.matches(module) or is_named(module, self.classes, self.written_by)
 
     def drift(self, module: nn.Module) -> Reason | None:
         """What this host expects of the module's class and does not find."""
         for path in self.parts:
             if _lacks(module, path.split(".")):
                 return Reason("STRUCTURE", f"{type(module).__name__} has no {path}: a version that fastfuse does not know")
-        accepted, names = _accepted(module), {row[0]: row for row in self.renamed}
-        for name in (*self.needs, *self.takes) if accepted is not None else ():
+        accepted, names = inspect.signature(type(module).forward).parameters.keys(), {row[0]: row for row in self.renamed}
+        for name in (*self.needs, *self.takes):
             row = names.get(name, (name,))
             if accepted.isdisjoint(row):
                 return Reason("SIGNATURE", f"{type(module).__name__}.forward takes no {' or '.join(row)}: a version that fastfuse does not know")
@@ -166,13 +169,25 @@ class Host:
         changed = module.__dict__.get("_fastfuse") is not None
         return Reason("CHANGED", "it is not what it was when it was patched") if changed else Reason("STRUCTURE", "it is not built as fastfuse knows it")
 
+    def refused(self, module: nn.Module, options: Options) -> Reason | None:
+        """Why the module is not patched."""
+        if found := self.drift(module) or self.refuses(module, options):
+            return found
+        device = device_of(module) if self.kernels else None
+        if device is not None:
+            try:
+                check_device(self.kernels, device, options.backend)
+            except Unsupported as e:
+                return Reason(e.code, str(e))
+        return None
+
     def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
-        """Why the next call of a module without drift would run its own forward."""
-        found = self.refuses(module, options) or self.obstacle(module, options)
+        """Why the next call of the module would run its own forward."""
+        found = self.refused(module, options) or self.obstacle(module)
         if found is None or found.code != "DTENSOR" or not whole_in_calls(module):
             return found
         with _without_shards(module):
-            return self.obstacle(module, options)
+            return self.obstacle(module)
 
 
 class Names(NamedTuple):
@@ -187,8 +202,8 @@ class Names(NamedTuple):
     def of(cls, module: nn.Module, renamed: tuple[tuple[str, ...], ...]) -> "Names":
         """A forward is called by the name in its signature and, as libraries rename, by the older ones of the same row."""
         found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        positional = tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-        known = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        positional = tuple(p.name for p in found if p.kind <= p.POSITIONAL_OR_KEYWORD)
+        known = {p.name for p in found}
         hosts, own, unknown = {}, {}, ()
         for row in renamed:
             at = next((i for i, name in enumerate(row) if name in known), 0)
@@ -197,7 +212,7 @@ class Names(NamedTuple):
             unknown += row[:at]
         return cls(tuple(hosts.get(name, name) for name in positional), hosts, own, unknown)
 
-    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any] | Reason:
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Given | Reason:
         """The arguments of a call by the host's names; a Reason where nobody can say which they are."""
         if self.unknown and (later := [name for name in self.unknown if name in kwargs]):
             return Reason("ARGUMENTS", f"called with {later[0]}, which its forward does not know")
@@ -225,7 +240,7 @@ class Record:
     prepared: PreparedLinear | None = None
     unprepared: int = 0  # fused calls that went the whole way since a prepared one served
 
-    def prepare(self, host: "Host", module: nn.Module, given: dict[str, Any]) -> None:
+    def prepare(self, host: "Host", module: nn.Module, given: Given) -> None:
         """After a call that was fused."""
         self.unprepared = 1 if self.prepared is not None and self.prepared.served else self.unprepared + 1
         if is_due(self.unprepared):
@@ -243,14 +258,6 @@ def _lacks(part: Any, names: list[str]) -> bool:
     if is_parametrized(part, names[0]):
         return False
     return not hasattr(part, names[0]) or (len(names) > 1 and _lacks(getattr(part, names[0]), names[1:]))
-
-
-def _accepted(module: nn.Module) -> set[str] | None:
-    """The arguments its forward names."""
-    try:
-        return set(inspect.signature(type(module).forward).parameters)
-    except (TypeError, ValueError):
-        return None
 
 
 def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -279,7 +286,7 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     return own_forward(self)(*args, **kwargs)
 
 
-def _uncovered(host: Host, record: Record, given: dict[str, Any]) -> Reason | None:
+def _uncovered(host: Host, record: Record, given: Given) -> Reason | None:
     """What no fused op covers, whatever the module."""
     for name, value in given.items() if host.takes else ():
         if not (name in host.takes or name in host.ignores or (value is None and name in record.names.positional)):
@@ -328,29 +335,32 @@ def host_of(bound: Any) -> Host | None:
     return host if marked is function else None
 
 
-def foreign_forward(host: Host, module: nn.Module) -> str | None:
-    """Who wrote the forward that a call would run, where it is neither the host library's own class nor fastfuse."""
+def bound_host(module: nn.Module) -> Host | None:
+    """The host whose forward a call of the module reaches, through accelerate's hook or not."""
+    return host_of(module.__dict__.get("forward")) or host_of(module.__dict__.get("_old_forward"))
+
+
+def foreign_forward(host: Host, module: nn.Module) -> Reason | None:
+    """Whether a call would run a forward that neither the host library's own class nor fastfuse has written."""
     own = type(module).forward
     current = module.__dict__.get(forward_slot(module), own)
     if host_of(current) is not None:
         return None
     current = getattr(current, "__func__", current)
     author = getattr(current, "__module__", None) or "an unknown place"
-    return None if current is own and author.startswith(host.written_by) else author
+    if current is own and author.startswith(host.written_by):
+        return None
+    return Reason("FOREIGN_FORWARD", f"the forward of {type(module).__name__} comes from {author}")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance."""
-    return is_hooked(module) or ("_hf_hook" in module.__dict__ and not _only_aligns(module))
+    """Whether calling the module does more than its forward, so that it must be called: accelerate's hooks are forwards of the instance.
 
-
-def _only_aligns(module: nn.Module) -> bool:
-    """Whether accelerate's hook does no more than to move the input to the module's device, where the module around it has it already.
-
-    Of a model spread over several GPUs every module with weights has such a hook.
+    Not where accelerate's does no more than to move the input to the module's device, where the module around it has it already: of a model spread over
+    several GPUs every module with weights has such a hook.
     """
-    hook = module.__dict__["_hf_hook"]
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.io_same_device
+    hook = module.__dict__.get("_hf_hook")
+    return is_hooked(module) or (hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload or hook.io_same_device))
 
 
 def only_asks_for_grad(module: nn.Module) -> bool:
@@ -379,11 +389,31 @@ def rebound(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def patches_side_by_side(conv: nn.Conv2d) -> Reason | None:
-    """Why the convolution is no product of patches and one matrix."""
+def convolution(conv: nn.Module) -> Reason | None:
+    """Why its product cannot be the op's; None where it maps patches that lie side by side by one matrix."""
+    if found := plain(conv, nn.Conv2d, only_asks_for_grad(conv)):
+        return found
     if conv.stride != tuple(conv.weight.shape[2:]) or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
         return Reason("GEOMETRY", f"its patches overlap or leave gaps: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
     return None
+
+
+def asking_for_grad(out: Tensor, *swallowed: nn.Module) -> Tensor:
+    """out, made to require a gradient where a hook on what the op swallows does no more than that."""
+    if any(map(only_asks_for_grad, swallowed)) and torch.is_grad_enabled() and not out.requires_grad:
+        out.requires_grad_()
+    return out
+
+
+def patches_in(pixels: Tensor, conv: nn.Conv2d) -> int:
+    (h, w), (H, W) = conv.weight.shape[2:], pixels.shape[-2:]
+    return H // h * (W // w)
+
+
+def whole_patches(pixels: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Without what is left over at the edges, as the convolution: SigLIP's 384 pixels are 27 patches of 14 and a rest."""
+    (h, w), (H, W) = conv.weight.shape[2:], pixels.shape[-2:]
+    return pixels[..., : H // h * h, : W // w * w]
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -397,42 +427,9 @@ def library_module(module: nn.Module, written_by: str) -> ModuleType:
     return sys.modules[next(c.__module__ for c in type(module).__mro__ if c.__module__.startswith(written_by))]
 
 
-def device_of(module: nn.Module) -> torch.device | None:
-    return next((p.device for p in module.parameters()), None)
-
-
-def named(name: str, written_by: str) -> Callable[[nn.Module], bool]:
-    """Recognises a class, and what derives from it, by its name and where it is from."""
-    return lambda module: any(c.__name__ == name and c.__module__.startswith(written_by) for c in type(module).__mro__)
-
-
-def attention_refuses(module: nn.Module, dtype: torch.dtype, head_dim: int, group: int, options: Options) -> Reason | None:
-    """Why no kernel attends as this module does on its device."""
-    device = device_of(module)
-    if device is None or device.type != "cuda" or options.backend == "torch":
-        return None
-    if found := on_device("cross_attention", device, options):
-        return found
-    why = uncovered(dtype, head_dim, group)
-    return None if why is None else Reason("UNCOVERED", why)
-
-
-def rehearse_attention(
-    module: nn.Module, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, tiled: bool, sizes: Sizes, options: Options
-) -> Rehearsed | Reason:
-    """On the meta device: kernels depend on neither values nor, with head_dim a multiple of 16, on strides. tiled: by a mask of tiles, else of image tokens."""
-    b, s, tiles, n = sizes
-    device = device_of(module)
-    if device is not None and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    if why := uncovered(dtype, head_dim, q_heads // kv_heads):
-        return Reason("UNCOVERED", why)
-    meta = {"dtype": dtype, "device": "meta", "requires_grad": torch.is_grad_enabled()}
-    given = [torch.empty(b, length, heads, head_dim, **meta) for length, heads in ((s, q_heads), (tiles * n, kv_heads), (tiles * n, kv_heads))]
-    flags = torch.empty((b, s, 1, tiles) if tiled else (b, s, tiles * n), dtype=torch.bool, device="meta")
-    mask = EncoderMask.from_tiles(flags, n) if tiled else EncoderMask.from_dense(flags)
-    q, k, v = (t.transpose(1, 2) for t in given)
-    return sum(cross_attention(q, k, v, seen, backend=options.named()) for seen in (mask, None)), given
+def is_named(module: nn.Module, names: tuple[str, ...], written_by: str) -> bool:
+    """Whether its class, or one that it derives from, has one of the names and is from there."""
+    return any(c.__name__ in names and c.__module__.startswith(written_by) for c in type(module).__mro__)
 
 
 def plain_tensors(*tensors: Tensor | None) -> Reason | None:
@@ -475,17 +472,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-def on_device(op: str, device: torch.device | None, options: Options) -> Reason | None:
-    """Why the backend has no kernel there."""
-    if device is None:
-        return None
-    try:
-        check_device(op, device, options.backend)
-    except Unsupported as e:
-        return Reason(e.code, str(e))
-    return None
-
-
-def runs_on(device: torch.device | None, options: Options) -> str:
-    """What serves a module there, in words; "" where it has no tensors of its own."""
+def runs_on(module: nn.Module, options: Options) -> str:
+    """What serves a module where it is, in words; "" where it has no tensors of its own."""
+    device = device_of(module)
     return "" if device is None else backend_for(device, options.backend)
+
+
+def random_like(t: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """A tensor of each shape, on t's device in its dtype: the same ones every time, nobody's generator is asked."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(t.device, t.dtype) for shape in shapes]

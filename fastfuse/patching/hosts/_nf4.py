@@ -9,41 +9,37 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.modules._prepared import PreparedLinear
 from fastfuse.ops._op import route
-from fastfuse.patching.hosts._host import Host, Options, Probe, Reason, Rehearsed, Sizes, on_device, plain_tensors, whole_in_calls
+from fastfuse.patching.hosts._host import Given, Host, Options, Probe, Reason, Rehearsed, Sizes, hooked, plain, plain_tensors, rebound, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
 def nf4_host(
     *,
-    weight: Callable[[nn.Module], Tensor],
-    view: Callable[[nn.Module], NF4View] | None = None,
+    view: Callable[[nn.Module], NF4View] = lambda module: NF4View.of(module.weight),
     obstacle: Callable[[nn.Module, Tensor | None], Reason | None],
     fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor],
-    probe_dtype: Callable[[nn.Module], torch.dtype],
+    probe_dtype: Callable[[nn.Module], torch.dtype] = lambda module: module.weight.dtype,
     watched: Callable[[nn.Module, Tensor, NF4View], PreparedLinear | None] = lambda *_: None,
     x: str = "x",
     **how: Any,
 ) -> Host:
-    """A Host of a module that maps its one argument, named x, by the NF4 weight that `weight` finds, which is read anew at every call.
+    """A Host of a module that maps its one argument, named x, by the NF4 weight that `view` reads anew at every call.
 
-    view: reads it, NF4View.of(weight(module)) where None.  watched: (module, x, view), after a fused call -> its next call prepared, None where that is not covered.
+    watched: (module, x, view), after a fused call -> its next call prepared, None where that is not covered.
     """
-    view = view or (lambda module: NF4View.of(weight(module)))
 
-    def run(module: nn.Module, given: dict[str, Any], options: Options) -> Tensor | Reason:
+    def run(module: nn.Module, given: Given, options: Options) -> Tensor | Reason:
         tensor = given.get(x)
         if not isinstance(tensor, Tensor):
             return Reason("ARGUMENTS", "called with something else than one tensor")
-        if found := in_the_way(module, tensor):
-            return found
-        found = read(module)
+        found = in_the_way(module, tensor) or read(module)
         if type(found) is Reason:
             return found
         if tensor.shape[-1:] != found.shape[1:]:
             return Reason("SHAPE", "the input's last dim is not the weight's K")
         return fused(module, tensor, found, options.named())
 
-    def prepare(module: nn.Module, given: dict[str, Any], options: Options) -> PreparedLinear | None:
+    def prepare(module: nn.Module, given: Given, options: Options) -> PreparedLinear | None:
         tensor = given[x]
         if type(tensor) is not Tensor or tensor.is_meta or route("nf4_linear", tensor, options.named()) != "op":
             return None
@@ -56,20 +52,12 @@ def nf4_host(
     def read(module: nn.Module) -> NF4View | Reason:
         try:
             return view(module)
-        except Unsupported as e:
-            return Reason(e.code, str(e).removeprefix("NF4View: "))
-        except (AttributeError, TypeError, ValueError) as e:
-            return Reason("NOT_NF4", str(e).removeprefix("NF4View: "))
+        except (Unsupported, AttributeError, TypeError, ValueError) as e:
+            return Reason(getattr(e, "code", "NOT_NF4"), str(e).removeprefix("NF4View: "))
 
     def refuses(module: nn.Module, options: Options) -> Reason | None:
         found = read(module)
-        if type(found) is not Reason:
-            return on_device("nf4_linear", found.device, options)
-        return on_device("nf4_linear", device(module), options) if found.code == "DTENSOR" and whole_in_calls(module) else found
-
-    def device(module: nn.Module) -> torch.device | None:
-        held = weight(module)
-        return held.device if isinstance(held, Tensor) else None
+        return found if type(found) is Reason and not (found.code == "DTENSOR" and whole_in_calls(module)) else None
 
     def layout(module: nn.Module) -> str:
         found = read(module)
@@ -86,11 +74,27 @@ def nf4_host(
         found = read(module)
         if type(found) is Reason:
             return found
-        made = torch.zeros(sizes.batch, sizes.tokens, found.shape[1], dtype=probe_dtype(module), device=found.device, requires_grad=torch.is_grad_enabled())
+        made = probe(module).given[x].new_zeros(sizes.batch, sizes.tokens, found.shape[1], requires_grad=torch.is_grad_enabled())
         out = run(module, {x: made}, options)
         return out if type(out) is Reason else (out, [made])
 
     return Host(
-        takes=(x,), refuses=refuses, obstacle=lambda module, options: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse, device=device,
+        kernels="nf4_linear", takes=(x,), refuses=refuses, obstacle=lambda module: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse,
         layout=layout, prepare=prepare, **how,
     )  # fmt: skip
+
+
+def adapter_obstacle(a: nn.Module, b: nn.Module, dropout: nn.Module) -> Reason | None:
+    """Why the parts of a LoRA adapter have to be called."""
+    if found := plain(a, nn.Linear) or plain(b, nn.Linear):
+        return found
+    if a.bias is not None:
+        return Reason("LORA_BIAS", "the adapter's A has a bias")
+    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):
+        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, hooked, or works in place")
+    return None
+
+
+def drops_now(dropout: nn.Module) -> float:
+    """The probability with which the adapter's input is zeroed now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

@@ -8,7 +8,8 @@ from torch import nn
 from fastfuse.modules import TransformerCrossAttentionLayer, VisionTransformer
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
-from fastfuse.patching.hosts._host import Host, Options, Reason, Rehearsed, Sizes, device_of, parameter, rehearse_attention
+from fastfuse.patching.hosts._attention import Heads, rehearse_attention
+from fastfuse.patching.hosts._host import Host, Options, Reason, Rehearsed, Sizes, parameter
 from fastfuse.patching.hosts.torchtune import image_of, zero_images
 from fastfuse.quant.nf4 import holds_torchao
 
@@ -18,7 +19,7 @@ def _host(op: str, *classes: type[nn.Module], over_nf4: bool = False, **how: Cal
         return isinstance(module, classes) and (not over_nf4 or holds_torchao(parameter(module, "weight")))
 
     return Host(
-        name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, device=device_of, native=True,
+        name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, native=True,
         modules=", ".join(f"`{c.__name__}`" for c in classes), covers="fused as they are", **how,
     )  # fmt: skip
 
@@ -40,7 +41,7 @@ def _front(module: VisionTransformer, sizes: Sizes, options: Options) -> Rehears
 
 def _attention(module: TransformerCrossAttentionLayer, sizes: Sizes, options: Options) -> Rehearsed | Reason:
     attn = module.attn
-    return rehearse_attention(module, next(module.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim, False, sizes, options)
+    return rehearse_attention(module, Heads(next(module.parameters()).dtype, attn.num_heads, attn.num_kv_heads, attn.head_dim), sizes, options)
 
 
 HOSTS = (

@@ -2,16 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.modules._prepared import PreparedLinear, Watch
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, own_forward, parameter
+from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, of_bitsandbytes
 
@@ -58,7 +56,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return nf4_linear(x.to(compute_dtype(self, x)), weight, self.bias, backend=backend).to(x.dtype)
 
 
-def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], NF4Weight | None] | None:
+def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], list[Tensor] | None] | None:
     """Watches what the layer's own product depends on beside its weight; how to read the weight, None where its tensors are not the layer's own."""
     state = getattr(module.weight, "quant_state", None)
     _, code, scales = view.tensors()
@@ -73,17 +71,11 @@ def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callab
     if state.nested:
         watch.same(state.state2.__dict__, "absmax", "code", "blocksize", "dtype")
 
-    def weight() -> NF4Weight | None:
+    def weight() -> list[Tensor] | None:
         held = parameters["weight"]
-        if type(held) is not kind or held.quant_state is not state:
-            return None
-        packed = held.detach().view(-1)
-        return _new(NF4Weight, (packed if packed.dtype is torch.uint8 else packed.view(torch.uint8), code, scales))
+        return None if type(held) is not kind or held.quant_state is not state else [held, code, *scales]
 
     return weight
-
-
-_new = tuple.__new__
 
 
 def prepared(module: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
@@ -111,7 +103,7 @@ def decodes(self: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rows, dequantize_4bit(self.weight.detach(), state).view(rows.shape)
 
 
-def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+def corrected(self: nn.Module, given: Given) -> Tensor:
     """The layer's own forward, with what its decode by rows gets wrong put right."""
     x = given["x"].to(compute_dtype(self, given["x"]))
     rows, flat = decodes(self, x.dtype)
@@ -120,7 +112,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 HOST = nf4_host(
     name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
-    parts=("weight", *_PARTS), weight=lambda module: module.weight, view=view,
+    parts=("weight", *_PARTS), view=view,
     obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, watched=prepared, modules="`nn.Linear4bit`",
     covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512 or flat ones unpacked again, FP4",
 )  # fmt: skip

@@ -5,6 +5,7 @@ it hands the tiles' mask on as an EncoderMask: MllamaModel passes it to MllamaTe
 of the dense one, and MllamaTextCrossAttention attends by it. All three have to be patched; where one is not, a forward makes the dense mask.
 """
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -14,29 +15,29 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastfuse.errors import Unsupported
-from fastfuse.modules.attention_utils import serves_cross_attention
 from fastfuse.ops import EncoderMask, _op, cross_attention, patch_embed
+from fastfuse.patching.hosts._attention import Heads, attention_host
 from fastfuse.patching.hosts._host import (
+    Given,
     Host,
     Options,
     Probe,
     Reason,
     Rehearsed,
     Sizes,
-    attention_refuses,
+    asking_for_grad,
     autocast_dtype,
+    bound_host,
     call_own,
-    device_of,
-    host_of,
+    convolution,
+    is_named,
     library_module,
-    named,
-    on_device,
-    only_asks_for_grad,
     parameter,
-    patches_side_by_side,
+    patches_in,
     plain,
     plain_tensors,
-    rehearse_attention,
+    random_like,
+    whole_patches,
 )
 
 _FROM = "transformers.models.mllama."
@@ -48,7 +49,7 @@ _IGNORED = (
 )  # fmt: skip
 
 
-def _wants(self: nn.Module, given: dict[str, Any], *names: str) -> bool:
+def _wants(self: nn.Module, given: Given, *names: str) -> bool:
     """Whether one of these flags is set, by the call or by the model's config."""
     return any(given[name] if given.get(name) is not None else getattr(self.config, name, False) for name in names)
 
@@ -99,14 +100,14 @@ def _sees_keywords(module: nn.Module) -> bool:
 
 def _is_ours(module: nn.Module) -> bool:
     """Whether a call reaches our forward, through accelerate's hook or not."""
-    return any(host_of(module.__dict__.get(slot)) is not None for slot in ("forward", "_old_forward")) and module.__dict__.get("_fastfuse") is not None
+    return bound_host(module) is not None and module.__dict__.get("_fastfuse") is not None
 
 
-def _whole_model_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _whole_model_obstacle(self: nn.Module) -> Reason | None:
     return _hands_on(self) if _is_ours(self) else None  # its layers are patched after it has been asked
 
 
-def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+def _whole_model(self: nn.Module, given: Given, options: Options) -> Any:
     tiles = given.get("cross_attention_mask")
     if tiles is None:
         return call_own(self, given)
@@ -117,11 +118,9 @@ def _whole_model(self: nn.Module, given: dict[str, Any], options: Options) -> An
     if found := wants or _hands_on(self):
         # transformers' own mask does not tell text that sees nothing from text that sees everything
         return Reason("MASKED_ROWS", f"masked_rows='zero' does not hold: {found.words}") if options.masked_rows == "zero" else found
-    given = dict(given)
-    del given["cross_attention_mask"]
     seen = _rows_of_call(tiles, text.shape[1], given.get("cache")) == 1
     handed = _HandedOn(EncoderMask.from_tiles(seen, self.vision_model.num_patches), self.dtype)
-    out = call_own(self, given | {"fastfuse_mask": handed})
+    out = call_own(self, given | {"cross_attention_mask": None, "fastfuse_mask": handed})
     if not handed.taken:  # a wrong answer, and no way to know it before: a signature does not tell
         raise Unsupported("MllamaModel does not pass its keywords on, a version that fastfuse does not know: unpatch with ops='cross_attention'", "SIGNATURE")
     return out
@@ -138,14 +137,11 @@ def _rows_of_call(tiles: Tensor, s: int, cache: Any) -> Tensor:
 # MllamaTextModel
 
 
-def _text_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
-    if "fastfuse_mask" not in given:
-        return call_own(self, given)
-    given = dict(given)
-    handed = given.pop("fastfuse_mask")
-    handed.taken, mask = True, handed.mask
-    given["cross_attention_mask"] = mask
-    given["full_text_row_masked_out_mask"] = (~mask.rows_empty)[:, None, :, None].to(handed.dtype)
+def _text_model(self: nn.Module, given: Given, options: Options) -> Any:
+    handed = given.pop("fastfuse_mask", None)
+    if handed is not None:
+        handed.taken, mask = True, handed.mask
+        given |= {"cross_attention_mask": mask, "full_text_row_masked_out_mask": (~mask.rows_empty)[:, None, :, None].to(handed.dtype)}
     return call_own(self, given)
 
 
@@ -154,26 +150,22 @@ def _text_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any
 _TAKEN = ("hidden_states", "cross_attention_states", "cache", "attention_mask")
 
 
-def _uniform(options: Options) -> bool:
-    return options.masked_rows != "zero"  # the host's own rule
-
-
-def _cross_attention_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _cross_attention_obstacle(self: nn.Module) -> Reason | None:
     if self.training and self.dropout > 0:
         return Reason("DROPOUT", "dropout of attention weights is active")
     return _attention(self)
 
 
-def _cross_attention_refuses(self: nn.Module, options: Options) -> Reason | None:
-    return attention_refuses(self, self.q_norm.weight.dtype, self.head_dim, self.num_heads // self.num_key_value_heads, options)
+def _heads(self: nn.Module) -> Heads:
+    return Heads(self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, tiled=True)
 
 
-def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
     x, states, mask = given.get("hidden_states"), given.get("cross_attention_states"), given.get("attention_mask")
     cache = given.get("cache")
     if x is None or (states is None and cache is None):
         return Reason("ARGUMENTS", "called without text, or with neither image states nor a cache")
-    if found := _cross_attention_obstacle(self, options):
+    if found := _cross_attention_obstacle(self):
         return found
     if isinstance(mask, Tensor):
         return Reason("DENSE_MASK", "called with a dense mask")
@@ -181,13 +173,10 @@ def _cross_attention(self: nn.Module, given: dict[str, Any], options: Options) -
         return Reason("NO_MASK", "without a mask transformers' sdpa lets text token i see image tokens 0 to i alone, which the op does not")
     if given.get("output_attentions"):
         return Reason("OUTPUTS", "attention weights are asked for")
-    group = self.num_heads // self.num_key_value_heads
-    if options.backend != "torch" and not serves_cross_attention(x, self.head_dim, group):
-        return Reason("UNCOVERED", "no kernel serves such a call: its dtype, head_dim, device or a transform around it")
-    return _attend(self, given, options.masked_rows, options.named())
+    return _heads(self).unserved(x, options) or _attend(self, given, options.masked_rows, options.named())
 
 
-def _attend(self: nn.Module, given: dict[str, Any], masked_rows: str, backend: str | None) -> tuple[Tensor, None]:
+def _attend(self: nn.Module, given: Given, masked_rows: str, backend: str | None) -> tuple[Tensor, None]:
     x, states, cache, parts = given["hidden_states"], given.get("cross_attention_states"), given.get("cache"), self._modules
     b, s, _ = x.shape
     q = parts["q_norm"](parts["q_proj"](x).view(b, s, -1, self.head_dim).transpose(1, 2))
@@ -203,65 +192,51 @@ def _attend(self: nn.Module, given: dict[str, Any], masked_rows: str, backend: s
     return parts["o_proj"](out.transpose(1, 2).reshape(b, s, -1)), None
 
 
-class _PreparedAttention:
+def _prepare_attention(self: nn.Module, given: Given, options: Options) -> Callable[..., tuple[Tensor, None] | None] | None:
     """A call by the keywords of the last one, with a mask of its kind, of an x of its dtype and device, while nothing stands in the way that did not then.
 
     Its projections and norms are called, and whoever hooks into them is seen; the op makes its own checks.
     """
+    x, backend, state, config = given["hidden_states"], options.named(), self.__dict__, self.config.__dict__
+    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
+    if not covered or _op.route("cross_attention", x, backend) != "op":
+        return None
+    renamed, names, kinds, device = state["_fastfuse"].names.hosts, {*given}, _kinds(given), x.device.type
+    holders, keys = [state] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
+    values = [*map(dict.get, holders, keys)]
 
-    def __init__(self, module: nn.Module, given: dict[str, Any], options: Options):
-        config = module.config.__dict__
-        self.module, self.masked_rows, self.backend = module, options.masked_rows, options.named()
-        self.renamed, self.names = module.__dict__["_fastfuse"].names.hosts, {*given}
-        self.flags, self.kinds = given.get("output_attentions"), self._kinds(given)
-        self.holders, self.keys = [module.__dict__] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
-        self.values = [*map(dict.get, self.holders, self.keys)]
-        self.served = False
-
-    @staticmethod
-    def _kinds(given: dict[str, Any]) -> tuple:
-        x, states = given["hidden_states"], given.get("cross_attention_states")
-        several = x.shape[1] > 1 if x.dim() == 3 else None
-        return type(x), x.dtype, x.device, several, type(given.get("attention_mask")), states is None, given.get("cache") is None
-
-    def __call__(self, *args, **given) -> tuple[Tensor, None] | None:
+    def prepared(*args, **given) -> tuple[Tensor, None] | None:
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
             return None
-        for own, host in self.renamed.items():
+        for own, host in renamed.items():
             if own in given:
                 given[host] = given.pop(own)
         if args:
             given["hidden_states"] = args[0]
-        if given.keys() != self.names or self._kinds(given) != self.kinds or given.get("output_attentions") is not self.flags:
+        if given.keys() != names or _kinds(given) != kinds or not all(map(is_, map(dict.get, holders, keys), values)) or torch.is_autocast_enabled(device):
             return None
-        if not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or torch.is_autocast_enabled(self.kinds[2].type):
-            return None
-        self.served = True
-        return _attend(self.module, given, self.masked_rows, self.backend)
+        prepared.served = True
+        return _attend(self, given, options.masked_rows, backend)
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a module prepares its own."""
-
-    def __reduce__(self):
-        return type(None), ()
+    prepared.served = False
+    return prepared
 
 
-def _prepare_attention(self: nn.Module, given: dict[str, Any], options: Options) -> _PreparedAttention | None:
-    x = given["hidden_states"]
-    covered = options.backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
-    covered = covered and _op.route("cross_attention", x, options.named()) == "op"
-    return _PreparedAttention(self, given, options) if covered else None
+def _kinds(given: Given) -> tuple:
+    x, states, mask = given["hidden_states"], given.get("cross_attention_states"), given.get("attention_mask")
+    several = x.shape[1] > 1 if x.dim() == 3 else None
+    return type(x), x.dtype, x.device, several, type(mask), states is None, given.get("cache") is None, given.get("output_attentions")
 
 
-def _beside(self: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def _beside(self: nn.Module, given: Given) -> Given:
     """What the module's own forward hands to its cache with the keys and values: since 5.24 the keywords that it does not name."""
     names = self.__dict__["_fastfuse"].names
     return {} if "cache" in names.own else {"kwargs": {name: value for name, value in given.items() if name not in names.positional}}
 
 
-def _cross_attention_by_dense_mask(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
+def _cross_attention_by_dense_mask(self: nn.Module, given: Given, options: Options) -> Any:
     mask = given.get("attention_mask")
     if not isinstance(mask, EncoderMask):
         return call_own(self, given)
@@ -269,48 +244,34 @@ def _cross_attention_by_dense_mask(self: nn.Module, given: dict[str, Any], optio
     seen = mask.to_dense() | mask.rows_empty[..., None]
     additive = torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)[:, None]
     out, weights = call_own(self, given | {"attention_mask": additive})
-    return out if _uniform(options) else out.masked_fill(mask.rows_empty[..., None], 0), weights
+    return out.masked_fill(mask.rows_empty[..., None], 0) if options.masked_rows == "zero" else out, weights
 
 
 def _cross_attention_probe(self: nn.Module) -> Probe:
-    made, dtype, device = torch.Generator().manual_seed(0), self.q_norm.weight.dtype, self.q_norm.weight.device
-    x, states = (torch.randn(2, n, self.hidden_size, generator=made).to(device, dtype).requires_grad_() for n in (7, 24))
-    visible = torch.rand(2, 7, 2, 4, generator=made) < 0.5
+    weight, dim = self.q_norm.weight, self.hidden_size
+    x, states, tiles = random_like(weight, (2, 7, dim), (2, 24, dim), (2, 7, 2, 4))
+    visible = tiles < 0
     visible[:, 0] = False
-    mask = EncoderMask.from_tiles(visible.to(device), 3)
-    given = {"hidden_states": x, "cross_attention_states": states, "attention_mask": mask}
-    return Probe(given, dtype, self.hidden_size, steps=8)  # four projections, two norms, scores and weights
-
-
-def _rehearse_attention(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-    if found := _cross_attention_obstacle(self, options):
-        return found
-    return rehearse_attention(self, self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, True, sizes, options)
+    given = {"hidden_states": x.requires_grad_(), "cross_attention_states": states.requires_grad_(), "attention_mask": EncoderMask.from_tiles(visible, 3)}
+    return Probe(given, weight.dtype, dim, steps=8)  # four projections, two norms, scores and weights
 
 
 # MllamaVisionModel
 
 
-def _vision_obstacle(self: nn.Module, options: Options) -> Reason | None:
+def _vision_obstacle(self: nn.Module) -> Reason | None:
     conv, positions, pre = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding
-    found = plain(conv, nn.Conv2d, only_asks_for_grad(conv))
-    if found is not None:
-        return found
-    if found := patches_side_by_side(conv):
-        return found
+    found = convolution(conv)
     for child in (positions, pre):
-        if not type(child).forward.__module__.startswith(_FROM):
+        if not (found or type(child).forward.__module__.startswith(_FROM)):
             return Reason("CHILD_TYPE", f"{type(child).__name__} has a forward of its own")
-        if found := plain(child, type(child)):
-            return found
-    for child in (positions.tile_embedding, pre.embedding):
-        if found := plain(child, nn.Embedding):
-            return found
-    return plain_tensors(parameter(self, "class_embedding"))
+        found = found or plain(child, type(child))
+    found = found or plain(positions.tile_embedding, nn.Embedding) or plain(pre.embedding, nn.Embedding)
+    return found or plain_tensors(parameter(self, "class_embedding"))
 
 
-def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> Any:
-    if found := _vision_obstacle(self, options):
+def _vision_model(self: nn.Module, given: Given, options: Options) -> Any:
+    if found := _vision_obstacle(self):
         return found
     as_tuple = given.get("return_dict") is False or getattr(self.config, "return_dict", True) is False
     if _wants(self, given, "output_hidden_states", "output_attentions") or as_tuple:
@@ -318,17 +279,15 @@ def _vision_model(self: nn.Module, given: dict[str, Any], options: Options) -> A
     pixels, ids, tile_mask = (given.get(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
     if any(t is None for t in (pixels, ids, tile_mask)) or pixels.dim() != 6:
         return Reason("ARGUMENTS", "called without pixels, ids and mask of its tiles")
-    ph, pw = self.patch_embedding.kernel_size
-    pixels = pixels[..., : pixels.shape[4] // ph * ph, : pixels.shape[5] // pw * pw]  # the convolution leaves out what is over
-    if pixels.shape[4] // ph * (pixels.shape[5] // pw) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
+    if patches_in(pixels, self.patch_embedding) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
         return Reason("SHAPE", f"the tiles are not {self.max_num_tiles} of {self.num_patches - 1} patches")
     b, images, tiles = pixels.shape[:3]
-    x = _placed_tokens(self, pixels.flatten(0, 1), ids.reshape(-1), options)
-    per_tile, n, dim = x.shape[2], self.num_patches, x.shape[3]
+    x = _placed_tokens(self, whole_patches(pixels, self.patch_embedding).flatten(0, 1), ids.reshape(-1), options)
+    per_tile, n = x.shape[2], self.num_patches
     prepare = library_module(self, _FROM)._prepare_aspect_ratio_attention_mask
     mask = prepare(aspect_ratio_mask=tile_mask.reshape(b * images, -1), num_patches=n, target_length=per_tile, dtype=self.dtype)
-    encoded = self.transformer(x.view(b * images, -1, dim), attention_mask=mask)
-    x = self.layernorm_post(encoded.last_hidden_state).view(b * images, tiles, per_tile, dim)
+    encoded = self.transformer(x.flatten(1, 2), attention_mask=mask)
+    x = self.layernorm_post(encoded.last_hidden_state).unflatten(1, (tiles, per_tile))
     x = self.post_tile_positional_embedding(x, ids.reshape(b * images, -1)).flatten(1, 2)
     x = self.global_transformer(x, attention_mask=mask).last_hidden_state
     taken = torch.stack([encoded.hidden_states[i] for i in self.intermediate_layers_indices], -1).flatten(2)
@@ -360,29 +319,25 @@ def _placed_tokens(self: nn.Module, pixels: Tensor, ids: Tensor, options: Option
     if not by_op:  # another library's norm, a hook: called as it is
         x = norm(x)
         x = F.pad(x, (0, 0, 0, -x.shape[2] % 8))
-    if only_asks_for_grad(conv) and torch.is_grad_enabled() and not x.requires_grad:
-        x.requires_grad_()
-    return x
+    return asking_for_grad(x, conv)
 
 
 def _vision_refuses(self: nn.Module, options: Options) -> Reason | None:
     if not hasattr(library_module(self, _FROM), "_prepare_aspect_ratio_attention_mask"):
         return Reason("STRUCTURE", "transformers has no _prepare_aspect_ratio_attention_mask: a version that fastfuse does not know")
-    return on_device("patch_embed", device_of(self.patch_embedding), options)
+    return None
 
 
 def _rehearse_vision(self: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-    if found := _vision_obstacle(self, options):
-        return found
-    weight, images = self.patch_embedding.weight, -(-sizes.tokens // (self.max_num_tiles * self.num_patches))
-    pixels = torch.zeros(images, self.max_num_tiles, weight.shape[1], self.image_size, self.image_size, dtype=weight.dtype, device=weight.device)
-    return _placed_tokens(self, pixels, torch.ones(images, dtype=torch.int64, device=weight.device), options), []
+    weight, size, images = self.patch_embedding.weight, self.image_size, -(-sizes.tokens // (self.max_num_tiles * self.num_patches))
+    pixels = weight.new_zeros(images, self.max_num_tiles, weight.shape[1], size, size)
+    return _vision_obstacle(self) or (_placed_tokens(self, pixels, pixels.new_ones(images, dtype=torch.int64), options), [])
 
 
 def _vision_probe(self: nn.Module) -> Probe:
-    weight, made = self.patch_embedding.weight, torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, 1, self.max_num_tiles, self.num_channels, self.image_size, self.image_size, generator=made).to(weight.device, weight.dtype)
-    ids, mask = (torch.ones(shape, dtype=torch.int64, device=weight.device) for shape in ((1, 1), (1, 1, self.max_num_tiles)))
+    weight, tiles, size = self.patch_embedding.weight, self.max_num_tiles, self.image_size
+    (pixels,) = random_like(weight, (1, 1, tiles, self.num_channels, size, size))
+    ids, mask = (pixels.new_ones(shape, dtype=torch.int64) for shape in ((1, 1), (1, 1, tiles)))
     given = {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
     # Every layer rounds twice what the one before has left it.
     return Probe(given, weight.dtype, self.hidden_size, steps=2 * (len(self.transformer.layers) + len(self.global_transformer.layers)) + 4)
@@ -392,36 +347,38 @@ def _geometry(self: nn.Module) -> str:
     return f"{self.patch_size} px patches, {self.max_num_tiles} tiles of {self.image_size} px"
 
 
+def _host(cls: str, make: Callable[..., Host] = Host, **how: Any) -> Host:
+    return make(name="transformers Mllama", matches=lambda module: is_named(module, (cls,), _FROM), written_by=_FROM, renamed=_RENAMED, **how)
+
+
 HOSTS = (
-    Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaModel", _FROM), written_by=_FROM, fused=_whole_model, device=device_of, renamed=_RENAMED,
+    _host(
+        "MllamaModel", op="cross_attention", fused=_whole_model, obstacle=_whole_model_obstacle, layout=lambda m: "mask of tiles",
         parts=("vision_model.num_patches", "language_model.layers", "language_model.config", "dtype"),
-        needs=("input_ids", "inputs_embeds", "cache", "cross_attention_mask", "kwargs"), obstacle=_whole_model_obstacle, layout=lambda m: "mask of tiles",
+        needs=("input_ids", "inputs_embeds", "cache", "cross_attention_mask", "kwargs"),
         modules="`MllamaModel`, `MllamaTextModel`, `MllamaTextCrossAttention`",
         covers="masks of tiles, never made dense; dynamic and static caches, compiled decoding; not attention weights as outputs",
     ),
-    Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextModel", _FROM), written_by=_FROM, fused=_text_model, device=device_of, renamed=_RENAMED,
-        parts=("layers", "config._attn_implementation"), layout=lambda m: "mask of tiles",
+    _host(
+        "MllamaTextModel", op="cross_attention", fused=_text_model, parts=("layers", "config._attn_implementation"), layout=lambda m: "mask of tiles",
         needs=("cross_attention_mask", "full_text_row_masked_out_mask", "kwargs"),
     ),
-    Host(
-        name="transformers Mllama", op="cross_attention", matches=named("MllamaTextCrossAttention", _FROM), written_by=_FROM, device=device_of, renamed=_RENAMED,
+    _host(
+        "MllamaTextCrossAttention", attention_host, heads=_heads, obstacle=_cross_attention_obstacle, fused=_cross_attention,
         parts=("q_proj", "k_proj", "v_proj", "o_proj", "q_norm.weight", "k_norm", "num_heads", "num_key_value_heads", "head_dim", "hidden_size", "layer_idx",
                "scaling", "dropout", "config._attn_implementation"),
-        takes=_TAKEN, ignores=(*_IGNORED, "output_attentions"), prepare=_prepare_attention,
-        refuses=_cross_attention_refuses, obstacle=_cross_attention_obstacle, fused=_cross_attention, fallback=_cross_attention_by_dense_mask,
-        probe=_cross_attention_probe, rehearse=_rehearse_attention, layout=lambda m: f"{m.num_heads} heads over {m.num_key_value_heads} of {m.head_dim}",
+        takes=_TAKEN, ignores=(*_IGNORED, "output_attentions"), prepare=_prepare_attention, fallback=_cross_attention_by_dense_mask,
+        probe=_cross_attention_probe,
     ),
-    Host(
-        name="transformers Mllama", op="patch_embed", matches=named("MllamaVisionModel", _FROM), written_by=_FROM,
+    _host(
+        "MllamaVisionModel", op="patch_embed", kernels="patch_embed",
         parts=("patch_embedding.weight", "class_embedding", "gated_positional_embedding.embedding", "gated_positional_embedding.tile_embedding.weight",
                "gated_positional_embedding.gate", "gated_positional_embedding.max_aspect_ratio_id", "pre_tile_positional_embedding.embedding.weight",
                "pre_tile_positional_embedding.is_gated", "post_tile_positional_embedding", "layernorm_pre", "layernorm_post", "transformer", "global_transformer",
                "intermediate_layers_indices", "num_patches", "max_num_tiles", "hidden_size"),
         takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), ignores=("return_dict", "output_hidden_states", "output_attentions"),
         refuses=_vision_refuses, obstacle=_vision_obstacle, fused=_vision_model, probe=_vision_probe, rehearse=_rehearse_vision, layout=_geometry,
-        device=lambda module: device_of(module.patch_embedding), image=lambda module: (module.max_num_tiles, module.num_patches), modules="`MllamaVisionModel`",
+        image=lambda module: (module.max_num_tiles, module.num_patches), modules="`MllamaVisionModel`",
         covers="convolution, class token, both position tables, norm and padding in one; the layers run as they are",
     ),
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """PEFT's LoRA layers over an NF4 base: lora.bnb.Linear4bit, and lora.Linear over torchao's NF4Tensor."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from fastfuse.modules._prepared import PreparedLinear, Watch, dora_factor
 from fastfuse.ops import lora_row_norms
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain, plain_tensors, rebound
-from fastfuse.patching.hosts._nf4 import nf4_host
+from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain_tensors, rebound
+from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
@@ -37,12 +36,6 @@ def _active(self: nn.Module) -> list[str]:
     return [name for name in self.active_adapters if name in self.lora_A]
 
 
-def _dropout(self: nn.Module, name: str) -> float:
-    """The probability with which the adapter's input is zeroed now."""
-    dropout = self.lora_dropout[name]
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if self.disable_adapters:
         return Reason("ADAPTERS_DISABLED", "adapters are disabled")
@@ -61,9 +54,7 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     host = _base(self)
     if host is None:
         return Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
-    if (author := foreign_forward(host.HOST, base)) is not None:
-        return Reason("FOREIGN_FORWARD", f"the base layer's forward comes from {author}")
-    if found := host.obstacle(base, x):
+    if found := foreign_forward(host.HOST, base) or host.obstacle(base, x):
         return found
     if x is None:
         return None
@@ -85,14 +76,9 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
 
 def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
     a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-    for child in (a, b):
-        if found := plain(child, nn.Linear):
-            return found
-    if a.bias is not None:
-        return Reason("LORA_BIAS", "the adapter's A has a bias")
-    if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):
-        return Reason("DROPOUT", f"the adapter's dropout is a {type(dropout).__name__}, hooked, or works in place")
-    drops = _dropout(self, name) > 0
+    if found := adapter_obstacle(a, b, dropout):
+        return found
+    drops = drops_now(dropout) > 0
     if drops and not alone:
         return Reason("DROPOUT", "several adapters with dropout draw a mask each")
     if name not in self.lora_variant:
@@ -132,16 +118,14 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
         dtype = torch.promote_types(dtype, magnitude.dtype)
     if magnitude is not None and computed not in (None, dtype):
         return _widened_dora(x, weight, a, b, scaling, bias, magnitude, backend).to(dtype)
-    y = nf4_lora_linear(
-        x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=_dropout(self, first), training=self.lora_dropout[first].training, backend=backend
-    )
+    y = nf4_lora_linear(x, weight, a, b, scaling, bias=bias, magnitude=magnitude, dropout_p=drops_now(self.lora_dropout[first]), training=True, backend=backend)
     return y.to(x.dtype)  # under autocast the base layer's result is the input's dtype
 
 
 def _prepared(self: nn.Module, x: Tensor, view: NF4View) -> PreparedLinear | None:
     """One adapter without dropout; several, and scalings that are tensors, go the whole way."""
     names, base = _active(self), self.base_layer
-    if len(names) != 1 or self.active_adapters != names or isinstance(self.scaling[name := names[0]], Tensor) or _dropout(self, name) > 0:
+    if len(names) != 1 or self.active_adapters != names or isinstance(self.scaling[name := names[0]], Tensor) or drops_now(self.lora_dropout[name]) > 0:
         return None
     a, b, dropout, variant = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.lora_variant.get(name)
     if b.bias is not None:  # its product with the scaling, and the sum with the base's, are made at every call
@@ -181,7 +165,7 @@ def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: flo
     return y if bias is None else y + bias
 
 
-def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
+def corrected(self: nn.Module, given: Given) -> Tensor:
     """PEFT's own forward over a dense base layer, where bitsandbytes decodes the weight wrongly: DoRA's norms take it from there as well."""
     base = self.base_layer
     if _base(self) is not bitsandbytes or torch.equal(*(decoded := bitsandbytes.decodes(base, bitsandbytes.compute_dtype(base, given["x"])))):
@@ -196,8 +180,7 @@ def corrected(self: nn.Module, given: dict[str, Any]) -> Tensor:
 
 
 HOST = nf4_host(
-    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS,
-    weight=lambda module: module.base_layer.weight, view=_view,
+    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS, view=_view,
     obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected, watched=_prepared,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.modules._prepared import PreparedLinear, Watch, read_torchao
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
@@ -31,7 +30,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
     return nf4_linear(x, weight, self.bias, backend=backend)
 
 
-def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], NF4Weight | None] | None:
+def watched(module: nn.Module, x: Tensor, view: NF4View, watch: Watch) -> Callable[[], list[Tensor] | None] | None:
     """As bitsandbytes.watched. All of an NF4Tensor is read anew at every call."""
     watch.same(module._parameters, "bias")
     return read_torchao(module._parameters, view)
@@ -47,7 +46,7 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 
 HOST = nf4_host(
-    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input", weight=lambda module: module.weight,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input",
+    obstacle=obstacle, fused=fused, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip

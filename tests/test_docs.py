@@ -1,0 +1,159 @@
+"""README and docs/ do what they say: every Python block runs, commands exist, links lead somewhere, and what is generated is up to date."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bench import draw_patch
+from fastfuse.patching.hosts import table
+
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", ROOT / "findings" / "README.md", ROOT / "CHANGELOG.md", *DOCS]
+PYTHON = re.compile(
+    r"^(?:<!-- before: (?P<before>[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$(?:\n<!-- after: (?P<after>[^\n]*) -->)?", re.MULTILINE | re.DOTALL
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in (README, *DOCS) if "```python" in page.read_text()], ids=name_of)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In the order of the page, in one namespace; each between the code of the comments before and after it, which readers do not see."""
+    monkeypatch.chdir(tmp_path)
+    text, names = page.read_text(), {"__name__": "docs"}
+    blocks = list(PYTHON.finditer(text))
+    assert len(blocks) == text.count("```python")
+    assert sum(len([c for c in (block["before"], block["after"]) if c]) for block in blocks) == text.count("<!-- before: ") + text.count("<!-- after: ")
+    for block in blocks:
+        exec(block["before"] or "", names)
+        lines = "\n" * text.count("\n", 0, block.start("code"))  # an error then names the page's line
+        exec(compile(lines + block["code"], str(page), "exec"), names)
+        exec(block["after"] or "", names)
+
+
+def shell_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands_in_prose(page: Path) -> list[str]:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith(("python ", "pytest ", "pip ", "cmake ", "mkdocs ", "bash "))]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name_of)
+def test_commands_exist(page):
+    """Each is parsed and asked for what it offers; none is run."""
+    for script in shell_blocks(page):
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    commands = [line for script in shell_blocks(page) for line in script.splitlines()] + commands_in_prose(page)
+    for line in commands:
+        for command in re.split(r"\s+&&\s+", line.split(" #")[0]):
+            check_command([word for word in shlex.split(command) if not word.startswith("TRITON_")])
+
+
+def check_command(words: list[str]) -> None:
+    options = {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
+    if words[:2] == ["python", "-m"]:
+        assert options <= options_of(words[2], *[word for word in words[3:4] if words[2] == "fastfuse" and not word.startswith("-")]), words
+    elif words[0] == "python":
+        assert options <= options_of(words[1]), words
+    elif words[0] == "pip":
+        (extras,) = re.findall(r"\.\[(.*)\]|fastfuse\[(.*)\]", " ".join(words)) or [("", "")]
+        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)
+        assert set(filter(None, "".join(extras).split(","))) <= set(known), words
+        assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
+    elif words[0] == "pytest":
+        assert options <= pytest_options(), words
+        assert all((ROOT / word).exists() for word in words[1:] if "/" in word), words
+        assert "-m" not in words or f'"{words[words.index("-m") + 1]}:' in (ROOT / "pyproject.toml").read_text()
+    elif words[0] in ("cmake", "ctest"):
+        assert all(word[2:].split("=")[0] in (ROOT / "CMakeLists.txt").read_text() for word in words if word.startswith("-D")), words
+    elif words[0] == "bash":
+        assert "NAME" in words[1] or (ROOT / words[1]).is_file(), words
+    else:
+        assert words[0] in ("ruff", "mkdocs"), f"{words[0]}: a command that this test does not know"
+
+
+@cache
+def options_of(script: str, *subcommand: str) -> set[str]:
+    """What `--help` of a module, or of a file with a slash in its name, says that it takes."""
+    out, argv = io.StringIO(), sys.argv
+    sys.argv = [script, *subcommand, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / script) if "/" in script else file_of(script), run_name="__main__")
+    finally:
+        sys.argv = argv
+    assert not stopped.value.code, f"{script} --help: {stopped.value.code}"
+    return set(re.findall(r"--[a-z][a-z-]*", out.getvalue()))
+
+
+def file_of(module: str) -> str:
+    """That `python -m` runs."""
+    spec = importlib.util.find_spec(module)
+    return importlib.util.find_spec(f"{module}.__main__").origin if spec.submodule_search_locations else spec.origin
+
+
+@cache
+def pytest_options() -> set[str]:
+    """pytest's, its plugins' and bench/conftest.py's."""
+    told = subprocess.run([sys.executable, "-m", "pytest", "--help", "bench"], cwd=ROOT, capture_output=True, text=True).stdout
+    return set(re.findall(r"--[a-z][a-z-]*", told))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as code hosts and mkdocs name them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    """For a newcomer: the rest has its page."""
+    assert len(README.read_bytes()) <= 8192
+
+
+def test_every_host_is_documented():
+    assert table() in (ROOT / "docs" / "patching.md").read_text()
+
+
+def test_the_picture_of_a_patched_mllama_is_what_the_code_gives(capsys):
+    assert draw_patch.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["patching", "benchmarks"])
+def test_calls_of_a_patched_layer_are_those_that_were_counted(page):
+    rows = json.loads((ROOT / "bench" / "results" / "host.json").read_text())["triton 3.7.1"]["rows"]
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    for who, shown in (("patched", "patched"), ("own", "PEFT + bitsandbytes themselves")):
+        assert f"| {shown} | {rows[f'PEFT LoRA over bitsandbytes, {who}, 1 token, no grad'][1]} |" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install 'fastfuse[docs]'")
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Links and anchors between pages, and every name in the API reference, are checked by mkdocs."""
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in (tmp_path / "api" / "index.html").read_text() for name in ("nf4_lora_linear", "EncoderMask", "load_model"))
