@@ -41,7 +41,7 @@ enum { FP32 = FFS_CPU_FP32, BF16 = FFS_CPU_BF16, FP16 = FFS_CPU_FP16 };
 enum { FLAT = FFS_CPU_FLAT, TORCHAO = FFS_CPU_TORCHAO, NESTED = FFS_CPU_NESTED };
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 
-typedef struct { const ffs_cpu_nf4 *c; char *x; float *t; char *own; int64_t own_size, Mp, Rp; int half; } Work; /* of a call, shared by its threads */
+typedef struct { const ffs_cpu_nf4 *c; char *x; float *t; char *own; int64_t own_size, Mp, Rp; int half, share; } Work; /* of a call, shared by its threads */
 
 #define KC 1024                                    /* 4-byte words of a panel's row */
 #define LDW (KC + 112)                             /* from a row to the next: an odd number of cache lines */
@@ -160,6 +160,7 @@ int ffs_cpu_nf4_dequantize(const ffs_cpu_nf4 *c) {
 int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   if (isa_ < 0) ffs_cpu_isa(-1);
   Work w = {.c = c, .half = isa_ == AVX512_BF16 && c->x_dtype == BF16, .Rp = UP(c->R, 16)};
+  w.share = w.half ? 4 : 2;
   /* Where K is no multiple of 8 rows begin in up to 128 places of a group, and x is put in order for each: that pays for one token. */
   int few = c->M <= (c->K % 8 ? 1 : 4) && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
@@ -504,7 +505,7 @@ static void FN(barrier)(int of) {
 
 /* nr rows of W, decoded in registers, times mr tokens. e: where the groups begin that have the rows' first elements, x: in the order of the nibbles */
 INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
-                     const int mr, const int nr, vf *acc) {
+                     int64_t ahead, const int mr, const int nr, vf *acc) {
   int shift = __builtin_ctzll(c->block);
   uint8_t spare[4 * V];
   FN(table) t;
@@ -515,17 +516,21 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 #elif V == 8
   const vu spread = (vu){0, 8, 16, 24, 32, 40, 48, 56} >> shift;
 #endif
-  vf sums[4][2] = {};
-  for (int64_t g = 0; g < groups; g++)
-    UNROLL(2) for (int r = 0; r < nr; r++) {
+  vf sums[4][4] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    vu v[4];
+    vf part[4][4] = {};
+    UNROLL(4) for (int r = 0; r < nr; r++) {
       const uint8_t *p = FN(bytes)(c, e[r] + g * G, G, spare);
-      __builtin_prefetch(p + 2048, 0, 3);
-      vu v = LDU(p);
-      vf part[4] = {};
-      UNROLL(8) for (int s = 0; s < 8; s++) {
-        vf row = FN(lookup)(v >> (4 * s), &t);
-        UNROLL(4) for (int m = 0; m < mr; m++) part[m] = FN(fma)(row, LD((const float *)x + m * ldx + g * G + s * V), part[m]);
+      __builtin_prefetch(p + ahead, 0, 3);
+      v[r] = LDU(p);
+    }
+    UNROLL(8) for (int s = 0; s < 8; s++)
+      UNROLL(4) for (int r = 0; r < nr; r++) {
+        vf w = FN(lookup)(v[r] >> (4 * s), &t);
+        UNROLL(4) for (int m = 0; m < mr; m++) part[m][r] = FN(fma)(w, LD((const float *)x + m * ldx + g * G + s * V), part[m][r]);
       }
+    UNROLL(4) for (int r = 0; r < nr; r++) {
       const float *of_group = scale + ((e[r] + g * G) >> shift);
 #if V == 16
       vf each = (vf)_mm512_permutexvar_ps((__m512i)spread, (__m512)LD(of_group));
@@ -534,38 +539,42 @@ INLINE void FN(rows)(const ffs_cpu_nf4 *c, const float *code, const void *x, int
 #else
       vf each = *of_group - (vf){};
 #endif
-      UNROLL(4) for (int m = 0; m < mr; m++) sums[m][r] = FN(fma)(part[m], each, sums[m][r]);
+      UNROLL(4) for (int m = 0; m < mr; m++) sums[m][r] = FN(fma)(part[m][r], each, sums[m][r]);
     }
-  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = sums[m][r];
+  }
+  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(4) for (int r = 0; r < nr; r++) acc[m * 4 + r] = sums[m][r];
 }
 #ifdef BF16DOT
 /* The same of bf16, by a table for each block; two blocks' are side by side. chains: sums that need not wait for each other, as a product takes 6 cycles */
 INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, int64_t ldx, const float *scale, const int64_t *e, int64_t groups,
-                       const int mr, const int nr, const int chains, vf *acc) {
+                       int64_t ahead, const int mr, const int nr, const int chains, vf *acc) {
   int shift = __builtin_ctzll(c->block), rounds = c->scales == TORCHAO && c->dtype == FP16;
   uint8_t spare[4 * V];
-  vf sums[4][2][4] = {}, values = LD(code);
+  vf sums[4][4][4] = {}, values = LD(code);
   __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  for (int64_t g = 0; g < groups; g++)
-    UNROLL(2) for (int r = 0; r < nr; r++) {
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i v[4], both[4];
+    UNROLL(4) for (int r = 0; r < nr; r++) {
       int64_t at = e[r] + g * G;
       const uint8_t *p = FN(bytes)(c, at, G, spare);
-      __builtin_prefetch(p + 2048, 0, 3);
-      __m512i v = (__m512i)LDU(p);
+      __builtin_prefetch(p + ahead, 0, 3);
+      v[r] = (__m512i)LDU(p);
       vf low = values * scale[at >> shift], high = values * scale[(at + 64) >> shift];
       if (rounds) low = FN(round)(low, FP16), high = FN(round)(high, FP16);
-      __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-      UNROLL(4) for (int s = 0; s < 4; s++) {
-        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 4 * s), _mm512_set1_epi16(15), second, 0xea);
-        __m512bh row = (__m512bh)_mm512_permutexvar_epi16(index, both);
+      both[r] = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    }
+    UNROLL(4) for (int s = 0; s < 4; s++)
+      UNROLL(4) for (int r = 0; r < nr; r++) {
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[r], 4 * s), _mm512_set1_epi16(15), second, 0xea);
+        __m512bh w = (__m512bh)_mm512_permutexvar_epi16(index, both[r]);
         UNROLL(4) for (int m = 0; m < mr; m++) {
           vf *sum = &sums[m][r][s % chains];
-          *sum = (vf)_mm512_dpbf16_ps((__m512)*sum, row, (__m512bh)_mm512_loadu_si512((const uint16_t *)x + m * ldx + g * G + s * 32));
+          *sum = (vf)_mm512_dpbf16_ps((__m512)*sum, w, (__m512bh)_mm512_loadu_si512((const uint16_t *)x + m * ldx + g * G + s * 32));
         }
       }
-    }
+  }
   UNROLL(4) for (int m = 0; m < mr; m++)
-    UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
+    UNROLL(4) for (int r = 0; r < nr; r++) acc[m * 4 + r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
 }
 #endif
 /* x in the order of the nibbles, after `skip` zeros and before as many as its last group has room for */
@@ -619,7 +628,7 @@ static void FN(few)(const Work *w, int id, int of) {
     FN(order)(w, x, ld, row, skip, groups);
     int64_t until = 0;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
-      int nr = MIN(M > 1 ? 2 : 4, (n1 - n + places - 1) / places); /* of one token 4 rows one after the other: one stream */
+      int nr = MIN(4, (n1 - n + places - 1) / places);
       vf acc[16];
       int64_t e[4];
       next = n + nr * places;
@@ -629,16 +638,20 @@ static void FN(few)(const Work *w, int id, int of) {
         batch = scale - (n * K >> shift);
       }
       for (int r = 0; r < nr; r++) e[r] = (n + r * places) * K - skip;
-#define ROWS(mr, nr) FN(rows)(c, code, x, ld, batch, e + q, groups, mr, nr, acc + q)
+      /* Of one token, in bf16 of two, a row at a time: one stream is what memory likes. Of more x leaves the first cache: rows share what is read of it. */
+      for (int q = 0, k; q < nr; q += k) {
+        k = M > (w->half ? 2 : 1) && nr - q >= w->share ? w->share : 1;
+        int64_t ahead = k > 1 ? k * places * K / 2 : 2048;
+#define CASE(mr, k, chains) case mr * 8 + k: ROWS(mr, k, chains); break;
 #ifdef BF16DOT
-#define CASE(mr, nr) case mr * 2 + nr: \
-        if (half) FN(rows16)(c, code, x, ld, batch, e + q, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc + q); else ROWS(mr, nr); \
-        break;
-#else
-#define CASE(mr, nr) case mr * 2 + nr: ROWS(mr, nr); break;
+#define ROWS(mr, k, chains) FN(rows16)(c, code, x, ld, batch, e + q, groups, ahead, mr, k, chains, acc + q)
+        if (half) switch (M * 8 + k) { CASE(1, 1, 4) CASE(2, 1, 4) CASE(3, 1, 2) CASE(4, 1, 2) CASE(3, 4, 1) CASE(4, 4, 1) }
+        else
+#undef ROWS
 #endif
-      for (int q = 0; q < (M > 1 ? 1 : nr); q++)
-        switch (M > 1 ? M * 2 + nr : 3) { CASE(1, 1) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2) }
+#define ROWS(mr, k, chains) FN(rows)(c, code, x, ld, batch, e + q, groups, ahead, mr, k, acc + q)
+        switch (M * 8 + k) { CASE(1, 1, 0) CASE(2, 1, 0) CASE(3, 1, 0) CASE(4, 1, 0) CASE(2, 2, 0) CASE(3, 2, 0) CASE(4, 2, 0) }
+      }
 #undef CASE
 #undef ROWS
       for (int r = 0; R && r < nr; r++) {
