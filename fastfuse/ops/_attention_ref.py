@@ -85,7 +85,7 @@ def empty_like(q: Tensor, dtype: torch.dtype) -> Tensor:
     return made if made.stride(-1) == 1 else torch.empty(q.shape, dtype=dtype, device=q.device)
 
 
-def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+def forward(args: AttentionArgs | AttentionGradArgs) -> tuple[Tensor, Tensor]:
     return formula(args.q, args.k, args.v, dense(args.mask, args.q.shape[2], args.k.shape[2]), args.scale)
 
 
