@@ -79,9 +79,7 @@ def _shown(rows: Tensor, s_e: int) -> Tensor:
 
 
 def _like(q: Tensor, x: Tensor) -> Tensor:
-    """x in the layout that kernels give a result. No view: autograd forbids to change one of several views that a function returns in place."""
-    if not x._is_view() and (x.stride() == q.stride() or (x.is_contiguous() and q.is_contiguous())):
-        return x
+    """x in the layout that kernels give a result."""
     return empty_like(q, x.dtype).copy_(x)
 
 
@@ -116,20 +114,20 @@ def backward(args: AttentionGradArgs) -> tuple[Tensor, ...]:
 def forward_on_cpu(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """PyTorch's CPU kernel over what each run of tokens sees, without a copy of k or v for every query head and without scores."""
     (b, hkv, s_e, _), (G, GP), s, dtype, o = args.k.shape, group_of(args.q, args.k), args.q.shape[2], args.q.dtype, None
-    # Few CPUs multiply fp16: widened first it takes less than half the time, whatever the shape.
-    q, k, v = (_apart(t if dtype != torch.float16 else t.float()) for t in args[:3])
+    work = dtype if dtype != torch.float16 else torch.float32  # few CPUs multiply fp16: widened first it takes less than half the time, whatever the shape
+    q, k, v = map(_apart, args[:3])
     for row, tokens, columns, seen in _pieces(args.mask, b, s, s_e):
         if columns is not None:
             part = _cut(q, row, tokens)
-            packed = _packed(part, G, G * s)
+            packed = _packed(part, G, G * s).to(work)
             out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                packed, _cut(k, row, columns), _cut(v, row, columns), 0.0, False, attn_mask=_bias(seen, packed), scale=args.scale
+                packed, _cut(k, row, columns).to(work), _cut(v, row, columns).to(work), 0.0, False, attn_mask=_bias(seen, packed), scale=args.scale
             )
             out, sums = _unpacked(out, part).to(dtype), sums.mul_(LOG2E).reshape(-1, hkv, G, part.shape[2]).mT
             if G < GP:
                 sums = F.pad(sums, (0, GP - G), value=torch.inf)
             if part is q:
-                o, lse = _like(args.q, out), sums.contiguous()
+                o, lse = _laid_out(args.q, out), sums.contiguous()
                 continue
         else:
             out, sums = 0, torch.inf
@@ -174,7 +172,13 @@ def backward_on_cpu(args: AttentionGradArgs) -> tuple[Tensor, ...]:
         dq[row, :, tokens] = of_q
     if dk is None:
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    return tuple([_like(t, d.to(dtype)) for t, d, needed in zip(args[1:4], (dq, dk, dv), args.needs_grad, strict=True) if needed])
+    return tuple([_laid_out(t, d.to(dtype)) for t, d, needed in zip(args[1:4], (dq, dk, dv), args.needs_grad, strict=True) if needed])
+
+
+def _laid_out(q: Tensor, x: Tensor) -> Tensor:
+    """_like(q, x), x itself where it is that. No view: autograd forbids to change one of several views that a function returns in place."""
+    fits = x.stride() == q.stride() or (x.is_contiguous() and q.is_contiguous())
+    return x if fits and not x._is_view() else _like(q, x)
 
 
 def _apart(t: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from fastfuse.ops._patch_tokens import (
     find_rows,
     formula,
     kernel_numbers,
+    on_cpu,
     padded,
     patchify,
     result_dtype,
@@ -359,7 +360,7 @@ def _place(args: PatchEmbedArgs, layout: TokenLayout) -> Callable:
     return run
 
 
-patch_embed_op = fused_op("patch_embed", PatchEmbedArgs, Tables, reference=_reference, launch=_launch)
+patch_embed_op = fused_op("patch_embed", PatchEmbedArgs, Tables, reference=_reference, launch=_launch, cpu=on_cpu)
 """(args) -> (tokens,), with keep (tokens, what the norm was given, its mean and 1 / deviation): the backward needs them."""
 
 

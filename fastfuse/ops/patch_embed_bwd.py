@@ -11,7 +11,7 @@ from fastfuse import tune
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._op import HAS_TRITON, Plan, differentiated_twice, kernel_dtype
-from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patchify, tile_rows, triton_block
+from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patch_rows, patchify, tile_rows, triton_block
 
 if HAS_TRITON:
     from fastfuse.kernels.patch_embed import norm_bwd_kernel, place_bwd_kernel
@@ -75,7 +75,7 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
         dz = dz.to(args.dy.dtype)
     first, last = layout.first, layout.first + layout.patches
     if need["weight"]:
-        pixels = _patch_rows(normalised(images.flatten(0, 1), forward.scale, forward.shift).to(weight.dtype), weight)
+        pixels = patch_rows(normalised(images.flatten(0, 1), forward.scale, forward.shift).to(weight.dtype), weight)
         # CLS gets pixels of zero: cheaper than a copy of dz without it
         pixels = F.pad(pixels.unflatten(0, (-1, layout.patches)), (0, 0, first, layout.tokens - last)).flatten(0, 1)
         grads["weight"] = (pixels.T @ dz.reshape(-1, dz.shape[-1]).to(weight.dtype)).T
@@ -103,13 +103,6 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
         if need["pre_gate"]:
             grads["pre_gate"] = (of_patches * tables.pre_pos).sum() * (1 - pre_opened**2)
     return _in_order(grads, need, forward)
-
-
-def _patch_rows(tiles: Tensor, weight: Tensor) -> Tensor:
-    """[tiles, C, H, W] -> [tiles * patches, C * ph * pw]"""
-    ph, pw = weight.shape[2:]
-    cut = tiles.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
 
 
 def _image_gradient(patches: Tensor, images: Tensor, weight: Tensor, scale: tuple[float, ...] | None) -> Tensor:
