@@ -83,6 +83,8 @@ INLINE int64_t first_of(int64_t n, int64_t id, int64_t of, int64_t unit) { retur
 
 #if defined(__x86_64__)
 #define V 16
+#if defined(__clang__) || __GNUC__ > 10            /* gcc 10 cannot ask the CPU for it */
+#define HAS_BF16
 #define BF16DOT
 #define FN(name) CAT(name, _bf16dot)
 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
@@ -90,6 +92,7 @@ TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 END_TARGET
 #undef BF16DOT
 #undef FN
+#endif
 #define FN(name) CAT(name, _avx512)
 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "cpu_nf4.c"
@@ -115,13 +118,18 @@ int ffs_cpu_isa(int force) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = AVX2; /* and with them F16C, on every CPU that was made */
-  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+  int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (best && wide && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) best = AVX512;
+#ifdef HAS_BF16
+  if (best == AVX512 && __builtin_cpu_supports("avx512bf16")) best = AVX512_BF16;
+#endif
 #endif
   return isa_ = force < 0 ? best : MIN(force, best);
 }
-#if defined(__x86_64__)
+#ifdef HAS_BF16
 #define OF_ISA(name) (isa_ == AVX512_BF16 ? name##_bf16dot : isa_ == AVX512 ? name##_avx512 : isa_ == AVX2 ? name##_avx2 : name##_portable)
+#elif defined(__x86_64__)
+#define OF_ISA(name) (isa_ == AVX512 ? name##_avx512 : isa_ == AVX2 ? name##_avx2 : name##_portable)
 #else
 #define OF_ISA(name) name##_portable
 #endif
@@ -155,7 +163,8 @@ int ffs_cpu_nf4_linear(const ffs_cpu_nf4 *c) {
   /* Where K is no multiple of 8 rows begin in up to 128 places of a group, and x is put in order for each: that pays for one token. */
   int few = c->M <= (c->K % 8 ? 1 : 4) && (w.half ? c->block >= 64 : c->scales != TORCHAO || c->dtype == FP32);
   w.Mp = few ? c->M : UP(c->M, 4);
-  int64_t Kp = UP(c->K, 128) + 256, own = few ? 4 * (Kp * (c->M + 1) + w.Rp + 4 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0)) : 4 * (6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
+  int64_t Kp = UP(c->K, 128) + 256, scales = 4 * (Kp / 32 + 16) + BATCH + 64 + (c->K % 128 ? c->N * c->K / c->block : 0);
+  int64_t own = 4 * (few ? Kp * (c->M + 1) + w.Rp + scales : 6 * LDW + KC / 16 + 64 + 6 * w.Rp + (NC + 16) * MB + Kp);
   return run(few ? OF_ISA(few) : OF_ISA(many), &w, threads_for(c, c->M), few ? 0 : w.Mp * Kp * 4, w.Mp * w.Rp * 4, own);
 }
 int ffs_cpu_nf4_linear_dx(const ffs_cpu_nf4 *c) {
@@ -295,7 +304,8 @@ static __attribute__((noinline)) void FN(scales)(const ffs_cpu_nf4 *c, int64_t f
   }
   memset(out, 0, 4 * (first + count - end + V));
 }
-INLINE const uint8_t *FN(bytes)(const ffs_cpu_nf4 *c, int64_t e, int64_t n, uint8_t *spare) { /* of n elements from e on: a copy where the weight ends among them */
+/* of n elements from e on: a copy where the weight ends among them */
+INLINE const uint8_t *FN(bytes)(const ffs_cpu_nf4 *c, int64_t e, int64_t n, uint8_t *spare) {
   int64_t total = c->N * c->K;
   if (__builtin_expect(e + n <= total, 1)) return c->packed + e / 2;
   memset(spare, 0, n / 2);
@@ -391,7 +401,8 @@ INLINE void FN(expand16)(const uint8_t *p, const FN(table16) *t, uint16_t *out) 
 #endif
 }
 /* Elements [e, end) of the flat weight, e a multiple of 32; up to 31 more are written. Room for scales: one a block and 16. ahead: bytes to what is next */
-INLINE void FN(decode)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, const int dtype, const int panel, int64_t ahead, void *out, float *scale) {
+INLINE void FN(decode)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, const int dtype, const int panel, int64_t ahead, void *out,
+                       float *scale) {
   int shift = __builtin_ctzll(c->block), size = size_of(dtype);
   int64_t start = e, first = e >> shift, whole = MIN(UP(end, 32), c->N * c->K & ~31);
   FN(scales)(c, first, ((end - 1) >> shift) - first + 1, scale);
@@ -419,7 +430,8 @@ INLINE void FN(decode)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64
 #undef NEXT_TABLE
 #undef EXPAND
 }
-static __attribute__((noinline)) void FN(panel)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, int half, int64_t ahead, void *out, float *scale) {
+static __attribute__((noinline)) void FN(panel)(const ffs_cpu_nf4 *c, const float *code, int64_t e, int64_t end, int half, int64_t ahead, void *out,
+                                                float *scale) {
 #ifdef BF16DOT
   if (half) { FN(decode)(c, code, e, end, BF16, 1, ahead, out, scale); return; }
 #endif
@@ -428,7 +440,8 @@ static __attribute__((noinline)) void FN(panel)(const ffs_cpu_nf4 *c, const floa
 }
 static void FN(dequantize)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
-  int64_t size = size_of(c->x_dtype), from = c->stride * c->K, total = c->M * c->K, e = from + first_of(total, id, of, 32), end = from + first_of(total, id + 1, of, 32);
+  int64_t size = size_of(c->x_dtype), from = c->stride * c->K, total = c->M * c->K;
+  int64_t e = from + first_of(total, id, of, 32), end = from + first_of(total, id + 1, of, 32);
   char *to = (char *)c->y + (e - from) * size;
   float code[16], scale[128 + 32] __attribute__((aligned(64))), some[32];
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
@@ -551,9 +564,32 @@ INLINE void FN(rows16)(const ffs_cpu_nf4 *c, const float *code, const void *x, i
         }
       }
     }
-  UNROLL(4) for (int m = 0; m < mr; m++) UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
+  UNROLL(4) for (int m = 0; m < mr; m++)
+    UNROLL(2) for (int r = 0; r < nr; r++) acc[m * 4 + r] = (sums[m][r][0] + sums[m][r][1]) + (sums[m][r][2] + sums[m][r][3]);
 }
 #endif
+/* x in the order of the nibbles, after `skip` zeros and before as many as its last group has room for */
+static void FN(order)(const Work *w, char *x, int64_t ld, float *row, int64_t skip, int64_t groups) {
+  const ffs_cpu_nf4 *c = w->c;
+  int64_t K = c->K, rest = groups * G - skip - K;
+  for (int64_t m = 0; m < c->M; m++) {
+#ifdef BF16DOT
+    if (w->half) {
+      uint16_t *flat = (uint16_t *)row, *d = (uint16_t *)x + m * ld;
+      memset(flat, 0, 2 * skip);
+      memcpy(flat + skip, (const uint16_t *)c->x + m * c->stride, 2 * K);
+      memset(flat + skip + K, 0, 2 * rest);
+      for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 4; s++) for (int i = 0; i < 32; i++) d[g + s * 32 + i] = flat[g + 4 * i + (s ^ 1)];
+      continue;
+    }
+#endif
+    float *d = (float *)x + m * ld;
+    memset(row, 0, 4 * skip);
+    FN(widen)(c->x, m * c->stride, c->x_dtype, K, row + skip);
+    memset(row + skip + K, 0, 4 * rest);
+    for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 8; s++) for (int i = 0; i < V; i++) d[g + s * V + i] = row[g + 8 * i + (s ^ 1)];
+  }
+}
 /* At most 4 tokens. Groups begin where whole groups of the flat weight do: a row may begin within one, and x is put in order for each place where it does. */
 static void FN(few)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
@@ -580,23 +616,7 @@ static void FN(few)(const Work *w, int id, int of) {
   }
   for (int64_t place = 0; place < places; place++) {
     int64_t skip = place * K % G, groups = (skip + K + G - 1) / G;
-    for (int64_t m = 0; m < M; m++) {
-#ifdef BF16DOT
-      if (half) {
-        uint16_t *flat = (uint16_t *)row, *d = (uint16_t *)x + m * ld;
-        memset(flat, 0, 2 * skip);
-        memcpy(flat + skip, (const uint16_t *)c->x + m * c->stride, 2 * K);
-        memset(flat + skip + K, 0, 2 * (groups * G - skip - K));
-        for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 4; s++) for (int i = 0; i < 32; i++) d[g + s * 32 + i] = flat[g + 4 * i + (s ^ 1)];
-        continue;
-      }
-#endif
-      float *d = (float *)x + m * ld;
-      memset(row, 0, 4 * skip);
-      FN(widen)(c->x, m * c->stride, c->x_dtype, K, row + skip);
-      memset(row + skip + K, 0, 4 * (groups * G - skip - K));
-      for (int64_t g = 0; g < groups * G; g += G) for (int s = 0; s < 8; s++) for (int i = 0; i < V; i++) d[g + s * V + i] = row[g + 8 * i + (s ^ 1)];
-    }
+    FN(order)(w, x, ld, row, skip, groups);
     int64_t until = 0;
     for (int64_t n = n0 + ((place - n0) % places + places) % places, next; n < n1; n = next) {
       int nr = MIN(M > 1 ? 2 : 4, (n1 - n + places - 1) / places); /* of one token 4 rows one after the other: one stream */
@@ -611,7 +631,9 @@ static void FN(few)(const Work *w, int id, int of) {
       for (int r = 0; r < nr; r++) e[r] = (n + r * places) * K - skip;
 #define ROWS(mr, nr) FN(rows)(c, code, x, ld, batch, e + q, groups, mr, nr, acc + q)
 #ifdef BF16DOT
-#define CASE(mr, nr) case mr * 2 + nr: if (half) FN(rows16)(c, code, x, ld, batch, e + q, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc + q); else ROWS(mr, nr); break;
+#define CASE(mr, nr) case mr * 2 + nr: \
+        if (half) FN(rows16)(c, code, x, ld, batch, e + q, groups, mr, nr, mr * nr < 4 ? 4 / (mr * nr) : 1, acc + q); else ROWS(mr, nr); \
+        break;
 #else
 #define CASE(mr, nr) case mr * 2 + nr: ROWS(mr, nr); break;
 #endif
@@ -701,7 +723,8 @@ static void FN(many)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int half = w->half, size = half ? 2 : 4, each = half ? 2 * V : V;
   int64_t N = c->N, K = c->K, R = c->R, kc = 4 * KC / size, n0 = first_of(N, id, of, NR), n1 = first_of(N, id + 1, of, NR);
-  float *panel = (float *)(w->own + id * w->own_size), *scale = panel + 6 * LDW, *b = scale + KC / 16 + 64, *acc = b + 6 * w->Rp, *flat = acc + (NC + 16) * MB, code[16];
+  float *panel = (float *)(w->own + id * w->own_size), *scale = panel + 6 * LDW, *b = scale + KC / 16 + 64, *acc = b + 6 * w->Rp;
+  float *flat = acc + (NC + 16) * MB, code[16];
   const float *row[NR];
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   FN(pack)(w, id, of);
@@ -760,14 +783,39 @@ INLINE void FN(outer)(const float *rows, const float *dy, int64_t ldy, int64_t n
   }
   UNROLL(4) for (int m = 0; m < MR; m++) UNROLL(6) for (int r = 0; r < NR; r++) ST(out + m * LDD + r * V, acc[m][r]);
 }
+/* kn columns from k on of nn rows from n on, as outer takes them, with zeros up to kt. flat: room for two rows */
+static void FN(dx_panel)(const Work *w, const float *code, int64_t n, int64_t nn, int64_t k, int64_t kn, int64_t kt, float *panel, float *flat, float *scale) {
+  int64_t K = w->c->K;
+#ifdef BF16DOT
+  uint16_t *pair[2];
+#endif
+  for (int64_t i = 0; i < nn; i++) {
+    int64_t e = (n + i) * K + k, skip = e % 32;
+    float *to = flat + i % 2 * (KD + 128);
+    FN(panel)(w->c, code, e - skip, e + kn, w->half, 4 * K / 2, to, scale);
+#ifdef BF16DOT
+    if (w->half) {
+      pair[i % 2] = (uint16_t *)to + skip;
+      memset(pair[i % 2] + kn, 0, 2 * (kt - kn));
+      if (i + 1 == nn && i % 2 == 0) memset(pair[1] = (uint16_t *)(flat + KD + 128), 0, 2 * kt);
+      else if (i % 2 == 0) continue;
+      for (int64_t j = 0; j < kt; j += V) {
+        __m512i p = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[0] + j)));
+        __m512i q = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[1] + j)));
+        _mm512_storeu_si512(panel + i / 2 * LDD + j, _mm512_or_si512(p, _mm512_slli_epi32(q, 16)));
+      }
+      continue;
+    }
+#endif
+    memcpy(panel + i * LDD, to + skip, 4 * kn);
+    memset(panel + i * LDD + kn, 0, 4 * (kt - kn));
+  }
+}
 static void FN(dx)(const Work *w, int id, int of) {
   const ffs_cpu_nf4 *c = w->c;
   int half = w->half, size = half ? 2 : 4, tile = NR * V;
   int64_t N = c->N, K = c->K, ldy = UP(N, 16) + 32, k0 = first_of(K, id, of, tile), k1 = first_of(K, id + 1, of, tile);
   float *panel = (float *)(w->own + id * w->own_size), *flat = panel + ND * LDD, *scale = flat + 2 * (KD + 128), *acc = scale + KD / 32 + 64, code[16];
-#ifdef BF16DOT
-  uint16_t *pair[2];
-#endif
   FN(widen)(c->code, 0, c->scales == TORCHAO ? c->dtype : FP32, 16, code);
   for (int64_t m = w->Mp * id / of; m < w->Mp * (id + 1) / of; m++) {
     char *d = w->x + m * ldy * size;
@@ -782,30 +830,12 @@ static void FN(dx)(const Work *w, int id, int of) {
       for (int64_t m = 0; m < me - m0; m++) memset(acc + m * LDD, 0, 4 * kt);
       for (int64_t n = 0, nd = half ? 2 * ND : ND; n < N; n += nd) {
         int64_t nn = MIN(nd, N - n), steps = half ? (nn + 1) / 2 : nn;
-        for (int64_t i = 0; i < nn; i++) {
-          int64_t e = (n + i) * K + k, skip = e % 32;
-          float *to = flat + i % 2 * (KD + 128);
-          FN(panel)(c, code, e - skip, e + kn, half, 4 * K / 2, to, scale);
-#ifdef BF16DOT
-          if (half) {
-            pair[i % 2] = (uint16_t *)to + skip;
-            memset(pair[i % 2] + kn, 0, 2 * (kt - kn));
-            if (i + 1 == nn && i % 2 == 0) memset(pair[1] = (uint16_t *)(flat + KD + 128), 0, 2 * kt);
-            else if (i % 2 == 0) continue;
-            for (int64_t j = 0; j < kt; j += V) {
-              __m512i p = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[0] + j))), q = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)(pair[1] + j)));
-              _mm512_storeu_si512(panel + i / 2 * LDD + j, _mm512_or_si512(p, _mm512_slli_epi32(q, 16)));
-            }
-            continue;
-          }
-#endif
-          memcpy(panel + i * LDD, to + skip, 4 * kn);
-          memset(panel + i * LDD + kn, 0, 4 * (kt - kn));
-        }
+        FN(dx_panel)(w, code, n, nn, k, kn, kt, panel, flat, scale);
         for (int64_t j = 0; j < kt; j += tile)
           for (int64_t m = m0; m < me; m += MR) {
             const float *dy = (const float *)(w->x + (m * ldy + n) * size);
-            if (half) FN(outer)(panel + j, dy, ldy / 2, steps, 1, acc + (m - m0) * LDD + j); else FN(outer)(panel + j, dy, ldy, steps, 0, acc + (m - m0) * LDD + j);
+            float *out = acc + (m - m0) * LDD + j;
+            if (half) FN(outer)(panel + j, dy, ldy / 2, steps, 1, out); else FN(outer)(panel + j, dy, ldy, steps, 0, out);
           }
       }
       for (int64_t m = m0; m < MIN(me, c->M); m++) {
