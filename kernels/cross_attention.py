@@ -25,10 +25,15 @@ def _log2e():
 
 
 @triton.jit
+def _start(x_ptr, stride, b, head, token):
+    return x_ptr + b.to(tl.int64) * stride.batch + head.to(tl.int64) * stride.head + token.to(tl.int64) * stride.token
+
+
+@triton.jit
 def _rows_of(x_ptr, stride, b, head, t0, s, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(pointers, mask) of rows [BLOCK_M, BLOCK_D] of q, o or their gradients, `head` the first of the group."""
     r, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    start = x_ptr + b.to(tl.int64) * stride.batch + head.to(tl.int64) * stride.head + t0.to(tl.int64) * stride.token
+    start = _start(x_ptr, stride, b, head, t0)
     mask = (t0 + r // GP < s) & (r % GP < G)
     return start + (r // GP * stride.token + r % GP * stride.head)[:, None] + d[None, :], mask[:, None] & (d < D)[None, :]
 
@@ -52,7 +57,7 @@ def _columns_of(x, stride, b, head, n0, end, D: tl.constexpr, BLOCK_N: tl.conste
         return x.load([b, head, n0, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        start = x + b.to(tl.int64) * stride.batch + head.to(tl.int64) * stride.head + n0.to(tl.int64) * stride.token
+        start = _start(x, stride, b, head, n0)
         mask = (d < D)[None, :]
         if CUT:
             mask = mask & (n0 + n < end)[:, None]
@@ -98,31 +103,14 @@ def _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.constexpr, KIND
 
 
 @triton.jit
-def _block_counts(counts_ptr, at, PARTS: tl.constexpr):
-    """(full blocks, blocks) of the list at `at`, in parts of which PARTS make a block."""
-    return tl.load(counts_ptr + at * 2) * PARTS, tl.load(counts_ptr + at * 2 + 1) * PARTS
-
-
-@triton.jit
-def _token(list_ptr, j, tokens: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr):
-    """The first token of the j-th part."""
+def _part(list_ptr, j, SIZE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    """The first of SIZE tokens or columns, the j-th of the parts of the listed blocks of BLOCK."""
     j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
     if KIND == 0:
-        return j * tokens
+        return j * SIZE
     else:
-        parts: tl.constexpr = TOKENS_PER_BLOCK // tokens
-        return tl.load(list_ptr + j // parts) * TOKENS_PER_BLOCK + j % parts * tokens
-
-
-@triton.jit
-def _column(list_ptr, j, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
-    """The first column of the j-th part."""
-    j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
-    if KIND == 0:
-        return j * BLOCK_N
-    else:
-        parts: tl.constexpr = _list_columns() // BLOCK_N
-        return tl.multiple_of(tl.load(list_ptr + j // parts) * _list_columns() + j % parts * BLOCK_N, BLOCK_N)
+        parts: tl.constexpr = BLOCK // SIZE
+        return tl.load(list_ptr + j // parts) * BLOCK + j % parts * SIZE
 
 
 @triton.jit
@@ -135,22 +123,9 @@ def _column_lists(mask, b, t0, shape, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
         return 0, end // BLOCK_N, tl.cdiv(end, BLOCK_N), end
     else:
         at = (b % shape.masks) * tl.cdiv(shape.s, TOKENS_PER_BLOCK) + t0 // TOKENS_PER_BLOCK
-        full, every = _block_counts(mask.counts, at, _list_columns() // BLOCK_N)
+        parts: tl.constexpr = _list_columns() // BLOCK_N
+        full, every = tl.load(mask.counts + at * 2) * parts, tl.load(mask.counts + at * 2 + 1) * parts
         return mask.blocks + at.to(tl.int64) * tl.cdiv(shape.s_e, _list_columns()), full, every, shape.s_e
-
-
-@triton.jit
-def _softmax_step(scores, v, m, total, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """One block more: scores [rows, columns], base 2. CAREFUL where a row may have seen nothing yet."""
-    new = tl.maximum(m, tl.max(scores, 1))
-    base = new
-    if CAREFUL:
-        base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.math.exp2(scores - base[:, None])
-    shrink = tl.math.exp2(m - base)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return new, total, acc
 
 
 @triton.jit(do_not_specialize=["s", "s_e", "masks", "splits"])
@@ -185,13 +160,20 @@ def cross_attention_fwd_kernel(
     for CUT in tl.static_range(2):
         begin = tl.maximum(full, first) if CUT else first
         for j in tl.range(begin, last if CUT else tl.minimum(full, last)):
-            n0 = _column(blocks, j, BLOCK_N, KIND)
+            n0 = tl.multiple_of(_part(blocks, j, BLOCK_N, _list_columns(), KIND), BLOCK_N)
             x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
             scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) * scale
             if CUT:
                 scores = tl.where(_visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N, KIND, False), scores, float("-inf"))
             x = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
-            m, total, acc = _softmax_step(scores, x, m, total, acc, CUT, PRECISION)
+            new = tl.maximum(m, tl.max(scores, 1))
+            base = new
+            if CUT:  # a row may have seen nothing yet
+                base = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.math.exp2(scores - base[:, None])
+            shrink = tl.math.exp2(m - base)
+            m, total = new, total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=PRECISION)
     live = total != 0  # of NaN too, which must not pass for nothing
     if KIND == 1:
         live = live & (lo < hi)
@@ -285,7 +267,7 @@ def cross_attention_dq_kernel(
     # grew by 2 to 4% with 3.7.1, and dq's by up to 14% with 3.9 where there is no TMA; sm_100's are 10% shorter. Elsewhere hoisting makes loops shorter.
     for CUT in tl.static_range(2):
         for j in tl.range(full if CUT else 0, last if CUT else full, disable_licm=BLOCK_D > 128 and BLOCK_M >= 64):
-            n0 = _column(blocks, j, BLOCK_N, KIND)
+            n0 = tl.multiple_of(_part(blocks, j, BLOCK_N, _list_columns(), KIND), BLOCK_N)
             x = _columns_of(k, strides.k, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
             y = _columns_of(v, strides.v, b, head, n0, end, D, BLOCK_N, BLOCK_D, CUT, TMA)
             if CUT:
@@ -325,7 +307,7 @@ def cross_attention_dkdv_kernel(
         blocks = mask.blocks + at.to(tl.int64) * tl.cdiv(s, TOKENS_PER_BLOCK)
         last = tl.load(mask.counts + at * 2 + 1) * (TOKENS_PER_BLOCK // tokens)
     for j in tl.range(0, last, disable_licm=BLOCK_D > 128 and BLOCK_N >= 64):
-        t0 = _token(blocks, j, tokens, KIND, TOKENS_PER_BLOCK)
+        t0 = _part(blocks, j, tokens, TOKENS_PER_BLOCK, KIND)
         x = _load_rows(q, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
         y = _load_rows(do, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
         ok = r < (s - t0) * GP
@@ -349,8 +331,8 @@ def cross_attention_dkdv_kernel(
         dk, dv = tl.where(held, dk, 0.0), tl.where(held, dv, 0.0)
     inside = (n0 + n < end)[:, None] & (d < D)[None, :]
     if DK:
-        start = dk_ptr + b.to(tl.int64) * strides.dk.batch + head.to(tl.int64) * strides.dk.head + n0.to(tl.int64) * strides.dk.token
+        start = _start(dk_ptr, strides.dk, b, head, n0)
         tl.store(start + (n * strides.dk.token)[:, None] + d[None, :], (dk * (scale / _log2e())).to(dk_ptr.dtype.element_ty), mask=inside)
     if DV:
-        start = dv_ptr + b.to(tl.int64) * strides.dv.batch + head.to(tl.int64) * strides.dv.head + n0.to(tl.int64) * strides.dv.token
+        start = _start(dv_ptr, strides.dv, b, head, n0)
         tl.store(start + (n * strides.dv.token)[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)

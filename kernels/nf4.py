@@ -183,18 +183,23 @@ def _spread(scale, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def decode(packed, scale, weight, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
-    """Scaled weights for a matrix product: packed uint8 [ROWS, BYTES], scale fp32 [ROWS, GROUPS] -> OUT [ROWS, 2 * BYTES]."""
+def _pairs(packed, scale, weight, OUT: tl.constexpr, EXACT: tl.constexpr):
+    """Each byte's two scaled weights as OUT in an int32. scale: of each byte, in fp32 where EXACT, else twice in OUT."""
     TORCHAO_LAYOUT: tl.constexpr = len(weight.scales) == 3
     W_DTYPE: tl.constexpr = weight.scales.factor.dtype.element_ty if TORCHAO_LAYOUT else tl.float32
+    tl.static_assert(not TORCHAO_LAYOUT or (W_DTYPE == tl.bfloat16 and OUT == tl.bfloat16))
+    asm: tl.constexpr = exact_asm(TORCHAO_LAYOUT, W_DTYPE, OUT) if EXACT else scaled_asm(TORCHAO_LAYOUT, W_DTYPE, OUT)
+    registers: tl.constexpr = "=r,=r,=r,=r,r,f,f,f,f" if EXACT else "=r,=r,=r,=r,r,r,r,r,r"
+    return tl.inline_asm_elementwise(asm, registers, [packed, scale], dtype=tl.int32, is_pure=True, pack=4)
+
+
+@triton.jit
+def decode(packed, scale, weight, OUT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
+    """Scaled weights for a matrix product: packed uint8 [ROWS, BYTES], scale fp32 [ROWS, GROUPS] -> OUT [ROWS, 2 * BYTES]."""
     if DECODE == "prmt":
-        tl.static_assert(not TORCHAO_LAYOUT or (W_DTYPE == tl.bfloat16 and OUT == tl.bfloat16))
         half = scale.to(OUT).to(tl.uint16, bitcast=True).to(tl.uint32)
         twice = (half | (half << 16)).to(tl.int32, bitcast=True)
-        pairs = tl.inline_asm_elementwise(
-            scaled_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,r,r,r,r",
-            [packed, _spread(twice, ROWS, GROUPS, BYTES)], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
+        pairs = _pairs(packed, _spread(twice, ROWS, GROUPS, BYTES), weight, OUT, False)
         even = pairs.to(tl.int16).to(OUT, bitcast=True)
         odd = (pairs >> 16).to(tl.int16).to(OUT, bitcast=True)
         return tl.join(even, odd).reshape(ROWS, 2 * BYTES)
@@ -214,8 +219,6 @@ def nf4_dequantize_kernel(
     a contracted multiply-add in the nested scale differs from bitsandbytes by one ulp.
     """
     BYTES: tl.constexpr = BLOCK_SIZE // 2
-    TORCHAO_LAYOUT: tl.constexpr = len(weight.scales) == 3
-    W_DTYPE: tl.constexpr = weight.scales.factor.dtype.element_ty if TORCHAO_LAYOUT else tl.float32
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     # 64 bits for where the program starts, 32 within it. A block's number fits 32 bits for up to 2^36 weights.
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * BYTES)
@@ -229,20 +232,10 @@ def nf4_dequantize_kernel(
         packed = tl.load(weight.packed + start + byte)
     scale = block_scale(weight.scales, block, SCALE_BLOCK)[:, None]
     if DECODE == "prmt":
-        tl.static_assert(not TORCHAO_LAYOUT or (W_DTYPE == tl.bfloat16 and OUT == tl.bfloat16))
-        pairs = tl.inline_asm_elementwise(
-            exact_asm(TORCHAO_LAYOUT, W_DTYPE, OUT), "=r,=r,=r,=r,r,f,f,f,f",
-            [packed, tl.broadcast_to(scale, (BLOCKS, BYTES))], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
+        pairs = _pairs(packed, tl.broadcast_to(scale, (BLOCKS, BYTES)), weight, OUT, True)
         out_ptrs = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start + byte
-        if CUT:
-            tl.store(out_ptrs, pairs, mask=byte < left // 2)
-        else:
-            tl.store(out_ptrs, pairs)
+        tl.store(out_ptrs, pairs, mask=byte < left // 2 if CUT else None)
     else:
         offs = tl.arange(0, BLOCKS)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
         w = _gather(packed, scale, weight, BLOCKS, BYTES).to(OUT)
-        if CUT:
-            tl.store(out_ptr + 2 * start + offs, w, mask=offs < left)
-        else:
-            tl.store(out_ptr + 2 * start + offs, w)
+        tl.store(out_ptr + 2 * start + offs, w, mask=offs < left if CUT else None)

@@ -74,6 +74,41 @@ def _block(first, k, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
         return ((first + k) // BLOCK_SIZE).to(tl.int32)
 
 
+@triton.constexpr_function
+def _precision(DECODE):
+    """Of products with adapters, which PEFT keeps in fp32: three tf32 products keep them so on the matrix unit."""
+    return "tf32x3" if DECODE == "prmt" else "ieee"
+
+
+@triton.jit
+def _inputs(first_k, K, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, CUT_K: tl.constexpr):
+    """(columns, bytes, scale blocks' first columns) of BLOCK_K inputs. CUT_K: those past K repeat the last ones; the compiler then loads byte by byte."""
+    in_k = first_k + tl.arange(0, BLOCK_K)
+    bytes_k = first_k // 2 + tl.arange(0, BLOCK_K // 2)
+    blocks_k = first_k + tl.arange(0, max(BLOCK_K // BLOCK_SIZE, 1)) * BLOCK_SIZE
+    if CUT_K:
+        return tl.minimum(in_k, K - 1), tl.minimum(bytes_k, K // 2 - 1), tl.minimum(blocks_k, K - 1)
+    else:
+        return in_k, bytes_k, blocks_k
+
+
+@triton.jit
+def _decoded(
+    weight, rows_n, bytes_k, blocks_k, K,
+    DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W [rows_n, inputs] in DTYPE, the inputs as _inputs gives them."""
+    packed = tl.load(weight.packed + rows_n[:, None] * (K // 2) + bytes_k[None, :])
+    scale = block_scale(weight.scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
+    return decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, max(BLOCK_K // BLOCK_SIZE, 1), BLOCK_K // 2)
+
+
+@triton.jit
+def _ranks(rows_ptr, offs_r, R):
+    """Columns offs_r of the rows of a thin matrix, 0 past its rank."""
+    return tl.load(rows_ptr + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+
+
 @triton.jit
 def _store(acc, group, index, out_ptr, offs_m, offs_n, M, N):
     """out = factor * acc + bias, and pre_scale = acc where the backward of a factor will need it."""
@@ -138,18 +173,16 @@ def nf4_linear_fwd_kernel(
 
     if group[0].b is not None:
         b_ptr = _nth([layer.b for layer in group], index)
-        # PEFT keeps adapters in fp32: three tf32 products keep them so on the matrix unit.
-        PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16  # the whole rank at once spills from rank 64 on sm_80
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
-            xa = tl.load(xa_ptr + rows_m[:, None] * stride_xam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
-            b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+            xa = _ranks(xa_ptr + rows_m[:, None] * stride_xam + column, offs_r, R)
+            b = _ranks(b_ptr + rows_n[:, None] * R, offs_r, R)
             b = (b * scaling).to(xa.dtype)  # into B, not into xa: an fp16 x A^T may be near the largest fp16
             if TRANSPOSED:
-                acc = tl.dot(b, xa.T, acc, input_precision=PRECISION)
+                acc = tl.dot(b, xa.T, acc, input_precision=_precision(DECODE))
             else:
-                acc = tl.dot(xa, b.T, acc, input_precision=PRECISION)
+                acc = tl.dot(xa, b.T, acc, input_precision=_precision(DECODE))
     if TRANSPOSED:
         acc = acc.T
     _store(acc, group, index, out_ptr, offs_m, offs_n, M, N)
@@ -221,7 +254,6 @@ def nf4_skinny_kernel(
         offs += number * BLOCK_N
         if group[0].a is not None:
             a_ptr = _nth([layer.a for layer in group], index)
-            PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
             WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
             rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
             STEP: tl.constexpr = min(BLOCK_K, 64)  # 128 of fp32 spill
@@ -229,7 +261,7 @@ def nf4_skinny_kernel(
             a_ptrs = a_ptr + rows_r[:, None] * K + begin + tl.arange(0, STEP)[None, :]
             for k in tl.range(0, end - begin, STEP, num_stages=2):
                 a = tl.load(a_ptrs + k).to(WIDE)
-                acc = tl.dot(tl.load(xa_ptrs + k).to(WIDE), a.T, acc, input_precision=PRECISION)
+                acc = tl.dot(tl.load(xa_ptrs + k).to(WIDE), a.T, acc, input_precision=_precision(DECODE))
     offs_m = tl.arange(0, BLOCK_M)
     part_ptrs = part_ptr + (split * M + offs_m[:, None]).to(tl.int64) * columns + start + offs[None, :]
     tl.store(part_ptrs, acc, mask=(offs_m[:, None] < M) & (offs[None, :] < rows))
@@ -262,7 +294,6 @@ def nf4_skinny_reduce_kernel(
         acc += tl.load(part_ptr + (split * M + offs_m[:, None]) * columns + start + offs_n[None, :], mask=mask, other=0.0)
     if group[0].b is not None:
         b_ptr = _nth([layer.b for layer in group], index)
-        PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
         BLOCK_R: tl.constexpr = 16
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
@@ -273,7 +304,7 @@ def nf4_skinny_reduce_kernel(
             if pid_n == 0:
                 tl.store(xa_ptr + offs_m[:, None] * stride_xam + column + offs_r[None, :], xa.to(xa_ptr.dtype.element_ty), mask=mask_r)
             b = tl.load(b_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0)
-            acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=PRECISION)
+            acc = tl.dot(xa, (b.to(tl.float32) * scaling).T, acc, input_precision=_precision(DECODE))
     _store(acc, group, index, out_ptr, offs_m, offs_n, M, N)
 
 
@@ -292,9 +323,7 @@ def nf4_linear_dx_kernel(
     place in the group. keep is the dropout mask where seeds are given, one for each projection, rescale its 1 / (1 - p). CUT_K: K is no multiple of BLOCK_K.
     """
     tl.static_assert(BLOCK_K % 32 == 0 and BLOCK_SIZE % 32 == 0)
-    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
     BLOCK_R: tl.constexpr = 16
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m = tl.program_id(0) % tiles_m
@@ -303,13 +332,7 @@ def nf4_linear_dx_kernel(
     rows_m = tl.minimum(offs_m, M - 1)
     first_k = pid_k * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)
-    in_k = offs_k
-    bytes_k = first_k // 2 + tl.arange(0, BLOCK_K // 2)
-    blocks_k = first_k + tl.arange(0, GROUPS) * BLOCK_SIZE
-    if CUT_K:  # columns past K repeat the row's last ones and are not stored; the compiler then loads byte by byte
-        in_k = tl.minimum(in_k, K - 1)
-        bytes_k = tl.minimum(bytes_k, K // 2 - 1)
-        blocks_k = tl.minimum(blocks_k, K - 1)
+    in_k, bytes_k, blocks_k = _inputs(first_k, K, BLOCK_SIZE, BLOCK_K, CUT_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     column = 0
     for i in tl.static_range(PROJECTIONS):
@@ -318,9 +341,7 @@ def nf4_linear_dx_kernel(
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
             rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-            packed = tl.load(weight.packed + rows_n[:, None] * (K // 2) + bytes_k[None, :])
-            scale = block_scale(weight.scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
-            w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+            w = _decoded(weight, rows_n, bytes_k, blocks_k, K, DTYPE, BLOCK_SIZE, SCALE_BLOCK, DECODE, BLOCK_N, BLOCK_K)
             dy = tl.load(dy_ptr + rows_m[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0)
             if factor_ptr is not None:
                 dy = (dy.to(tl.float32) * tl.load(factor_ptr + rows_n)[None, :].to(tl.float32)).to(DTYPE)
@@ -329,9 +350,9 @@ def nf4_linear_dx_kernel(
             delta = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)
-                dxa = tl.load(dxa_ptr + rows_m[:, None] * stride_dxam + column + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
+                dxa = _ranks(dxa_ptr + rows_m[:, None] * stride_dxam + column, offs_r, R)
                 a = tl.load(a_ptr + offs_r[:, None].to(tl.int64) * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(dxa.dtype)
-                delta = tl.dot(dxa, a, delta, input_precision=PRECISION)
+                delta = tl.dot(dxa, a, delta, input_precision=_precision(DECODE))
             if seeds_ptr is not None:
                 keep = keep_mask(tl.load(seeds_ptr + i), offs_m, first_k, threshold, BLOCK_M, BLOCK_K)
                 delta = tl.where(keep, delta, 0.0)
@@ -352,30 +373,20 @@ def nf4_row_norms_kernel(
 
     Program p computes BLOCK_N norms. CUT_K: K is no multiple of BLOCK_K.
     """
-    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
-    PRECISION: tl.constexpr = "tf32x3" if DECODE == "prmt" else "ieee"
     BLOCK_R: tl.constexpr = 16
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        in_k = offs_k
-        bytes_k = k // 2 + tl.arange(0, BLOCK_K // 2)
-        blocks_k = k + tl.arange(0, GROUPS) * BLOCK_SIZE
-        if CUT_K:
-            in_k = tl.minimum(in_k, K - 1)
-            bytes_k = tl.minimum(bytes_k, K // 2 - 1)
-            blocks_k = tl.minimum(blocks_k, K - 1)
-        packed = tl.load(weight.packed + rows_n[:, None] * (K // 2) + bytes_k[None, :])
-        scale = block_scale(weight.scales, ((rows_n[:, None] * K + blocks_k[None, :]) // BLOCK_SIZE).to(tl.int32), SCALE_BLOCK)
-        w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2).to(tl.float32)
+        in_k, bytes_k, blocks_k = _inputs(k, K, BLOCK_SIZE, BLOCK_K, CUT_K)
+        w = _decoded(weight, rows_n, bytes_k, blocks_k, K, DTYPE, BLOCK_SIZE, SCALE_BLOCK, DECODE, BLOCK_N, BLOCK_K).to(tl.float32)
         if a_ptr is not None:
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)
-                b = tl.load(b_ptr + rows_n[:, None] * R + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0).to(tl.float32) * scaling
+                b = _ranks(b_ptr + rows_n[:, None] * R, offs_r, R).to(tl.float32) * scaling
                 a = tl.load(a_ptr + offs_r[:, None].to(tl.int64) * K + in_k[None, :], mask=offs_r[:, None] < R, other=0.0).to(tl.float32)
-                w = tl.dot(b, a, w, input_precision=PRECISION)
+                w = tl.dot(b, a, w, input_precision=_precision(DECODE))
         if CUT_K:
             w = tl.where(offs_k[None, :] < K, w, 0.0)
         squares += tl.sum(w * w, 1)

@@ -106,6 +106,11 @@ def patchify_kernel(
 
 
 @triton.jit
+def _load_row(ptr, n, N):
+    return tl.load(ptr + n, mask=n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _place(x, row, n, M, N, tables, shape):
     """x [rows, n] in fp32 plus everything that has its place there."""
     tile, token = row // shape.padded, row % shape.padded
@@ -114,9 +119,9 @@ def _place(x, row, n, M, N, tables, shape):
     is_token = ((row < M) & (token < shape.tokens))[:, None] & inside
     is_patch = ((row < M) & (patch >= 0) & (patch < shape.patches))[:, None] & inside
     if tables.bias is not None:
-        x += tl.where(is_patch, tl.load(tables.bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
+        x += tl.where(is_patch, _load_row(tables.bias, n, N)[None, :], 0.0)
     if tables.cls is not None:
-        x += tl.where(is_token & (token == shape.cls_at)[:, None], tl.load(tables.cls + n, mask=n < N, other=0.0).to(tl.float32)[None, :], 0.0)
+        x += tl.where(is_token & (token == shape.cls_at)[:, None], _load_row(tables.cls, n, N)[None, :], 0.0)
     if tables.local_pos is not None:
         local = tl.load(tables.local_pos + token[:, None] * N + n[None, :], mask=is_token, other=0.0).to(tl.float32)
         x += local if tables.factors is None else local * tl.load(tables.factors)
@@ -134,16 +139,13 @@ def _place(x, row, n, M, N, tables, shape):
 
 
 @triton.jit
-def _place_and_store(x, out_ptr, start, n, M, N, tables, shape, BLOCK_M: tl.constexpr):
-    offs_m = tl.arange(0, BLOCK_M)
-    row = start.to(tl.int32) + offs_m
-    x = _place(x, row, n, M, N, tables, shape)
-    tl.store(out_ptr + start * N + offs_m[:, None] * N + n[None, :], x.to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.split(x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+def _strips(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr):
+    """The columns of x in COUNT strips, side by side."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = tl.split(x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        return _strips(left, BLOCK_M, BLOCK_N // 2, COUNT // 2) + _strips(right, BLOCK_M, BLOCK_N // 2, COUNT // 2)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -174,22 +176,11 @@ def patch_embed_fwd_kernel(
             w = tl.load(w_ptr + offs_n[None, :] * K + k[:, None], mask=(offs_n < N)[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         n = n0 + tl.arange(0, BLOCK_N // SUBTILES)
-        width: tl.constexpr = BLOCK_N // SUBTILES
-        if SUBTILES == 1:
-            _place_and_store(acc, out_ptr, start, n, M, N, tables, shape, BLOCK_M)
-        else:
-            left, right = _halves(acc, BLOCK_M, BLOCK_N)
-            if SUBTILES == 2:
-                _place_and_store(left, out_ptr, start, n, M, N, tables, shape, BLOCK_M)
-                _place_and_store(right, out_ptr, start, n + width, M, N, tables, shape, BLOCK_M)
-            else:
-                tl.static_assert(SUBTILES == 4)
-                first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
-                third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
-                _place_and_store(first, out_ptr, start, n, M, N, tables, shape, BLOCK_M)
-                _place_and_store(second, out_ptr, start, n + width, M, N, tables, shape, BLOCK_M)
-                _place_and_store(third, out_ptr, start, n + 2 * width, M, N, tables, shape, BLOCK_M)
-                _place_and_store(fourth, out_ptr, start, n + 3 * width, M, N, tables, shape, BLOCK_M)
+        strips = _strips(acc, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            at = n + i * (BLOCK_N // SUBTILES)
+            y = _place(strips[i], row, at, M, N, tables, shape)
+            tl.store(out_ptr + start * N + offs_m[:, None] * N + at[None, :], y.to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (at < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -217,9 +208,9 @@ def place_kernel(
             tl.store(stats_ptr + M + row, rstd, mask=row < M)
         x = centred * rstd[:, None]
         if norm_w_ptr is not None:
-            x *= tl.load(norm_w_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            x *= _load_row(norm_w_ptr, n, N)[None, :]
         if norm_b_ptr is not None:
-            x += tl.load(norm_b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            x += _load_row(norm_b_ptr, n, N)[None, :]
         x = tl.where((row % shape.padded < shape.tokens)[:, None], x, 0.0)  # padding is not normalised
     tl.store(y_ptr + offs, x.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -235,7 +226,7 @@ def norm_bwd_kernel(dy_ptr, x_ptr, stats_ptr, w_ptr, dx_ptr, dw_ptr, db_ptr, sha
     mask = n < N
     w = tl.full((BLOCK_N,), 1.0, tl.float32)
     if w_ptr is not None:
-        w = tl.load(w_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        w = _load_row(w_ptr, n, N)
     dw, db = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     offs = (p * rows).to(tl.int64) * N + n
     for row in range(p * rows, tl.minimum((p + 1) * rows, M)):

@@ -118,7 +118,7 @@ def fill(s_e: int, compacted: bool, b: int = 2) -> None:
     cache, new = torch.zeros(b, 2, 2048, 128, dtype=torch.bfloat16), torch.zeros(b, s_e, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     lengths = torch.zeros(b, dtype=torch.int32)
     places = torch.zeros(b, s_e, dtype=torch.int32) if compacted else None
-    _kv_cache_write._init_fn(cache, cache.clone(), lengths, new, new, places, lengths, False, False)
+    _kv_cache_write._init_fn(cache, cache.clone(), new, new, places, lengths, False)
 
 
 def attend(s: int, s_e: int, G: int = 4, d: int = 128, dtype: torch.dtype = torch.bfloat16, mask: str = "bits", b: int = 2, masks: int = 2) -> None:

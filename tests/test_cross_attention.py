@@ -25,7 +25,7 @@ from waiting import Launched
 import fastfuse
 from fastfuse import tune
 from fastfuse.kernels.arguments import Lengths
-from fastfuse.ops import EncoderMask, _mask_ops, cross_attention, cross_attention_bwd_cost, cross_attention_cost
+from fastfuse.ops import EncoderMask, StaticKVCache, _mask_ops, cross_attention, cross_attention_bwd_cost, cross_attention_cost, cross_attention_decode
 from fastfuse.ops._attention_ref import AttentionArgs, AttentionGradArgs
 from fastfuse.ops._op import Cost
 
@@ -187,6 +187,43 @@ def test_cases(case, route, device):
 def test_16_bits(case, dtype, route, device):
     with fastfuse.backend(route):
         check(Given(device, *CASES[case], dtype=dtype))
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_bf16_on_a_cpu_with_products_of_it_or_without(products, device, monkeypatch):
+    monkeypatch.setattr("fastfuse.ops._attention_ref.BF16_PRODUCTS", products)
+    for case in ("random", "no mask"):
+        check(Given(device, *CASES[case], dtype=torch.bfloat16))
+
+
+def asked_of_pytorch(monkeypatch):
+    """[(shape of q, columns)] of the calls of its CPU kernel."""
+    calls, name = [], "_scaled_dot_product_flash_attention_for_cpu"
+    kernel = getattr(torch.ops.aten, name)
+    monkeypatch.setattr(torch.ops.aten, name, lambda q, k, *rest, **options: calls.append((*q.shape, k.shape[2])) or kernel(q, k, *rest, **options))
+    return calls
+
+
+def test_a_cpu_is_asked_once_for_sequences_of_one_length(monkeypatch):
+    calls, cache = asked_of_pytorch(monkeypatch), StaticKVCache(5, 2, 16, 9, torch.float32)
+    seen = torch.arange(9) < torch.tensor([3, 3, 3, 9, 0])[:, None]
+    cache.fill(torch.randn(5, 2, 9, 16), torch.randn(5, 2, 9, 16), seen[:, None])
+    o = cross_attention_decode(torch.randn(5, 8, 1, 16), cache)
+    assert calls == [(3, 2, 4, 16, 3), (1, 2, 4, 16, 9)] and o[:4].all() and not o[4].any()
+
+
+@pytest.mark.parametrize("kind", ["interval", "bits"])
+def test_a_cpu_is_asked_once_for_tokens_that_see_alike(kind, monkeypatch):
+    calls = asked_of_pytorch(monkeypatch)
+    q, k, v = (torch.randn(1, h, n, 16, requires_grad=True) for h, n in ((8, 100), (2, 30), (2, 30)))
+    seen = torch.zeros(1, 100, 30, dtype=torch.bool)
+    seen[:, 3:, 4:20] = True
+    o, do = cross_attention(q, k, v, EncoderMask.from_dense(seen, kind=kind)), torch.randn(1, 8, 100, 16)
+    assert calls == [(1, 8, 100, 16, 16)] and not o[:, :, :3].any()  # the first three go along
+    grads = torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
+    do[:, :, :3] = 1e30  # and nothing of theirs reaches anything
+    assert all(map(torch.equal, grads, torch.autograd.grad(o, (q, k, v), do))) and not grads[0][:, :, :3].any()
+    o.mul_(2)  # it is nobody's view
 
 
 @pytest.mark.parametrize("kind", ["interval", "bits"])

@@ -22,8 +22,8 @@ from waiting import OPS, Launched, NoReading
 import fastfuse
 from fastfuse.data import VisionCrossAttentionMask
 from fastfuse.ops import _mask_ops, encoder_mask
-from fastfuse.ops._mask_ops import MaskBlocksArgs, PackMaskArgs, PackTilesArgs, mask_blocks, pack_mask, pack_tiles
-from fastfuse.ops.encoder_mask import COLUMNS, Blocks, EncoderMask
+from fastfuse.ops._mask_ops import COLUMNS, MaskBlocksArgs, PackMaskArgs, PackTilesArgs, mask_blocks, pack_mask, pack_tiles
+from fastfuse.ops.encoder_mask import Blocks, EncoderMask
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -427,14 +427,20 @@ def test_nothing_is_written_past_max_len_where_the_assertion_is_lost(at, interpr
     k, v = tokens(2, 1, s_e, 4), tokens(2, 1, s_e, 4)
     for places in (None, torch.arange(at, at + s_e, dtype=torch.int32, device=DEVICE).expand(2, -1)):
         guarded = torch.full((2, 3, 1, max_len, 4), 7.0, device=DEVICE)
-        caches, lengths = guarded[:, :2].unbind(), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-        args = (*(c.contiguous() for c in caches), lengths, k, v, places, torch.full_like(lengths, at + s_e), False)
+        caches, held = guarded[:, :2].unbind(), torch.full((2,), at + s_e, dtype=torch.int32, device=DEVICE)
+        args = (*(c.contiguous() for c in caches), k, v, places, held)
         assert all(a.data_ptr() == c.data_ptr() for a, c in zip(args, caches, strict=False))
         OP["_kv_cache_write_ref"](*args) if interpret is None else OP["_kv_cache_write"](*args, interpret)
         want = torch.full_like(guarded, 7.0)
         for own, x in zip(want, (k, v), strict=True):
             own[:2, :, at:max_len] = x[:, :, : max(0, max_len - at)]
-        assert torch.equal(guarded, want) and lengths.tolist() == [max_len] * 2
+        assert torch.equal(guarded, want)
+        cache = new_cache(2, 1, 4, max_len)
+        cache.lengths.fill_(at)
+        route = {True: "triton", False: "auto", None: "torch"}[interpret]
+        with fastfuse.backend(route), mock.patch.dict(OP, {"_check_room": lambda *_: None}):
+            cache.append(k, v, None if places is None else torch.ones(2, 1, s_e, dtype=torch.bool, device=DEVICE))
+        assert cache.lengths.tolist() == [max_len] * 2
 
 
 def refusals():
@@ -589,7 +595,7 @@ def test_opcheck(interpret, with_places):
     cache = new_cache(2, 2, 4, 9, slack=0)
     start = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     places, held = OP["_places"](scattered(2, 1, 6)[:, 0], start) if with_places else (None, start + 6)
-    torch.library.opcheck(OP["_kv_cache_write"], (cache.k, cache.v, cache.lengths, k, v, places, held, not with_places, interpret))
+    torch.library.opcheck(OP["_kv_cache_write"], (cache.k, cache.v, k, v, places, held, interpret))
 
 
 def test_what_changes_after_a_step_is_seen_by_the_next():

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastfuse import tune
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON
+from fastfuse.ops._op import HAS_TRITON, Plan
 
 if HAS_TRITON:
     from fastfuse.kernels.encoder_mask import block_list_kernel, block_states_kernel, pack_mask_kernel, pack_tiles_kernel
@@ -65,20 +65,23 @@ def _pack_mask_ref(args: PackMaskArgs) -> tuple[Tensor, Tensor]:
 _PACK_ROWS, _PACK_WORDS = 8, 16  # of pack_mask_kernel: 32 flags a thread
 
 
-def _pack_mask_launch(args: PackMaskArgs) -> Callable[[PackMaskArgs], tuple[Tensor, Tensor]]:
-    (b, s, s_e), strides, device = args.mask.shape, args.mask.stride(), args.mask.device
-    at, W = args.mask.storage_offset(), words(s_e)
+def _pack_mask_launch(args: PackMaskArgs) -> Plan:
+    (b, s, s_e), strides, at = args.mask.shape, args.mask.stride(), args.mask.storage_offset()
     together = b * s and strides[2] == 1 and all(n % 4 == 0 for n in (s_e, *strides[:2], at))
     flags = args.mask.view(torch.int32 if together else torch.uint8)
-    dtype, strides, columns = flags.dtype, flags.stride(), flags.shape[2]
-    pack = Launch(pack_mask_kernel, FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS, **tune.OPTIONS)
-    grid = -(-s // _PACK_ROWS), b, 1
+    pack, dtype = Launch(pack_mask_kernel, FLAGS=flags.element_size(), BLOCK_S=_PACK_ROWS, BLOCK_W=_PACK_WORDS, **tune.OPTIONS), flags.dtype
+    return _packing(pack, _PACK_ROWS, b, s, words(s_e), lambda args: args.mask.view(dtype), *flags.stride(), s, flags.shape[2])
 
-    def run(args: PackMaskArgs) -> tuple[Tensor, Tensor]:
-        bits = torch.empty((b, s, W), dtype=torch.int32, device=device)
-        rows_empty = torch.empty((b, s), dtype=torch.bool, device=device)
+
+def _packing(pack: Launch, block: int, b: int, s: int, W: int, flags: Callable[[tuple], Tensor], *numbers: int) -> Plan:
+    """The plan of a kernel that packs `block` rows in a program. flags: (args) -> what it reads; numbers: what it takes behind its tensors."""
+    grid = -(-s // block), b, 1
+
+    def run(args):
+        bits = torch.empty((b, s, W), dtype=torch.int32, device=args[0].device)
+        rows_empty = torch.empty((b, s), dtype=torch.bool, device=args[0].device)
         if b * s:
-            pack(grid, args.mask.view(dtype), bits, rows_empty, *strides, s, columns, W // 4)
+            pack(grid, flags(args), bits, rows_empty, *numbers, W // 4)
         return bits, rows_empty
 
     return run
@@ -117,20 +120,10 @@ def _pack_tiles_ref(args: PackTilesArgs) -> tuple[Tensor, Tensor]:
 _TILES_ROWS, _TILES_WORDS = 16, 128  # of pack_tiles_kernel: 16 words a thread
 
 
-def _pack_tiles_launch(args: PackTilesArgs) -> Callable[[PackTilesArgs], tuple[Tensor, Tensor]]:
-    (b, s, n_tiles), n, device = args.visible.shape, args.tokens_per_tile, args.visible.device
-    W = words(n_tiles * n)
+def _pack_tiles_launch(args: PackTilesArgs) -> Plan:
+    (b, s, n_tiles), n = args.visible.shape, args.tokens_per_tile
     pack = Launch(pack_tiles_kernel, TILES_IN_A_WORD=_tiles_in_a_word(n), BLOCK_S=_TILES_ROWS, BLOCK_W=_TILES_WORDS, **tune.OPTIONS)
-    grid = -(-s // _TILES_ROWS), b, 1
-
-    def run(args: PackTilesArgs) -> tuple[Tensor, Tensor]:
-        bits = torch.empty((b, s, W), dtype=torch.int32, device=device)
-        rows_empty = torch.empty((b, s), dtype=torch.bool, device=device)
-        if b * s:
-            pack(grid, args.visible.contiguous().view(torch.uint8), bits, rows_empty, s, n_tiles, n, W // 4)
-        return bits, rows_empty
-
-    return run
+    return _packing(pack, _TILES_ROWS, b, s, words(n_tiles * n), lambda args: args.visible.contiguous().view(torch.uint8), s, n_tiles, n)
 
 
 pack_tiles = fused_op("pack_tiles", PackTilesArgs, reference=_pack_tiles_ref, launch=_pack_tiles_launch)
@@ -195,7 +188,7 @@ _STATE_ROWS, _STATE_BLOCKS = 32, 32  # of block_states_kernel: 32 words a thread
 _LIST_BLOCK = 256  # of block_list_kernel
 
 
-def _mask_blocks_launch(args: MaskBlocksArgs) -> Callable[[MaskBlocksArgs], Blocks]:
+def _mask_blocks_launch(args: MaskBlocksArgs) -> Plan:
     (b, s), tokens, like = args.rows_empty.shape, args.tokens, {"dtype": torch.int32, "device": args.rows.device}
     nq, nk = _block_counts(s, args.s_e, tokens)
     shapes = (b, nq, nk), (b, nq, 2), (b, nk, nq), (b, nk, 2)
@@ -206,7 +199,7 @@ def _mask_blocks_launch(args: MaskBlocksArgs) -> Callable[[MaskBlocksArgs], Bloc
     list_columns, list_tokens = (Launch(block_list_kernel, BLOCK=_LIST_BLOCK, **tune.OPTIONS) for _ in range(2))
     grid = nq, -(-nk // _STATE_BLOCKS), b
 
-    def run(args: MaskBlocksArgs) -> Blocks:
+    def run(args):
         states = torch.empty((b, nq, nk), dtype=torch.int8, device=args.rows.device)
         find_states(grid, args.rows.contiguous(), args.rows_empty.contiguous(), states, s, tokens, nk)
         blocks = Blocks(*[torch.empty(shape, **like) for shape in shapes])

@@ -12,7 +12,7 @@ from fastfuse import tune
 from fastfuse.kernels.arguments import Geometry, Image
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._op import HAS_TRITON, kernel_dtype, transformed
+from fastfuse.ops._op import HAS_TRITON, kernel_dtype
 
 if HAS_TRITON:
     from fastfuse.kernels.patch_embed import patchify_kernel, tile_rows_kernel
@@ -119,12 +119,10 @@ def formula(args: PatchEmbedArgs) -> tuple[Tensor, Tensor, Tensor | None]:
     if tables.cls is not None:
         token = tables.cls.expand(x.shape[0], 1, -1)
         x = torch.cat([x, token] if args.append_cls else [token, x], 1)
-    # In place from here on: x is nobody's input, and a copy of it costs as much as a table's addition. vmap may have to make x larger.
-    add = torch.add if transformed() else Tensor.add_
     if tables.local_pos is not None:
-        x = add(x, tables.local_pos if tables.gate is None else tables.local_pos * (1 - tables.gate.tanh()))
+        x = x + (tables.local_pos if tables.gate is None else tables.local_pos * (1 - tables.gate.tanh()))
     if tables.global_pos is not None:
-        x = add(x, _of_tiles(tables.global_pos, tables.gate, rows))
+        x = x + _of_tiles(tables.global_pos, tables.gate, rows)
     padding, stats, before_norm = -x.shape[1] % args.pad_tokens_to, None, x
     if args.eps is not None:
         x, *stats = torch.native_layer_norm(x, x.shape[-1:], tables.norm_weight, tables.norm_bias, args.eps)
@@ -132,6 +130,53 @@ def formula(args: PatchEmbedArgs) -> tuple[Tensor, Tensor, Tensor | None]:
     x = padded(x.to(dtype), padding).contiguous()
     # Not a view: autograd forbids to change one of several views that a function returns in place.
     return torch.ops.aten._unsafe_view(x, (*images.shape[:2], *x.shape[1:])), before_norm, stats
+
+
+_ROWS_ON_CPU = 1024  # of a product: at 256 it is 5% slower, and beyond nothing is gained
+
+
+def on_cpu(args: PatchEmbedArgs) -> tuple[Tensor, ...]:
+    """The op as patch_embed registers it. A few tiles at a time, whose tokens are still in the cache when tables are added: in memory of its own, a copy of all
+    tokens or of a large table costs as much as a tenth of the product."""
+    layout, tables, tiles, weight = TokenLayout.of(args), args.tables, args.images.flatten(0, 1), args.weight
+    dtype, D, first, last = result_dtype(weight, tables), len(weight), layout.first, layout.first + layout.patches
+    wide = torch.promote_types(dtype, torch.float32)
+    made = torch.empty((*args.images.shape[:2], layout.padded, D), dtype=dtype)
+    made[:, :, layout.tokens :] = 0
+    out, kept, stats = made.flatten(0, 1), None, torch.zeros((2, len(tiles), layout.padded, 1), dtype=wide)
+    if args.keep:
+        kept = torch.zeros_like(out)
+    rows = None if args.aspect_ratio is None else tile_rows(args.aspect_ratio, args.images.shape[1], *tables.grid())
+    opened, pre_opened = (torch.ones((), dtype=wide) if gate is None else gate.to(wide).tanh().view(()) for gate in (tables.gate, tables.pre_gate))
+    bias, cls, local, norm_weight, norm_bias = (t if t is None else t.to(wide) for t in (*tables[:3], *tables[7:]))
+    if tables.gate is not None and local is not None:
+        local = local * (1 - opened)
+    by_row = (tables.pre_pos, pre_opened, slice(first, last)), (tables.global_pos, opened, slice(layout.tokens))
+    step = max(1, _ROWS_ON_CPU // layout.patches)
+    for part in map(slice, range(0, len(tiles), step), range(step, len(tiles) + step, step)):
+        pixels = patch_rows(normalised(tiles[part], args.scale, args.shift).to(weight.dtype), weight)
+        y = out[part, : layout.tokens]
+        x = y if dtype == wide else torch.empty(y.shape, dtype=wide)
+        x[:, first:last] = (pixels @ weight.flatten(1).T).view(len(x), -1, D)
+        if bias is not None:
+            x[:, first:last] += bias
+        if cls is not None:
+            x[:, layout.cls_at] = cls
+        if local is not None:
+            x += local
+        for table, factor, tokens in by_row:
+            if table is not None:
+                # Row 0 stands in for none: the first tile of every image has it anyway.
+                taken, row = table.flatten(0, 1)[rows[part].clamp(0)].to(wide), rows[part, None, None]
+                x[:, tokens].addcmul_(taken, torch.where(row < 0, 0, factor))
+        if args.eps is not None:
+            if args.keep:
+                kept[part, : layout.tokens] = x
+            x, *found = torch.native_layer_norm(x, (D,), norm_weight, norm_bias, args.eps)
+            stats[:, part, : layout.tokens] = torch.stack(found)
+        if x is not y:
+            y.copy_(x)
+    return (made, kept, stats.flatten(1)) if args.keep else (made,)
 
 
 def padded(x: Tensor, n: int) -> Tensor:
@@ -151,15 +196,21 @@ def normalised(images: Tensor, scale: Sequence[float] | None, shift: Sequence[fl
     return x
 
 
+def patch_rows(tiles: Tensor, weight: Tensor) -> Tensor:
+    """[tiles, C, H, W] -> [tiles * patches, C * ph * pw]"""
+    ph, pw = weight.shape[2:]
+    cut = tiles.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
+
+
 def _of_tiles(table: Tensor, gate: Tensor | None, rows: Tensor) -> Tensor:
     """tanh(gate) * table [entries, side, n, D]  ->  [tiles, n, D], zero for a row of -1."""
     shape = table.shape[2:]
     table = table.flatten(2).flatten(0, 1)
     table = F.pad(table if gate is None else table * gate.tanh(), (0, 0, 0, 1))  # small beside what a batch takes of it
     rows = torch.where(rows < 0, table.shape[0] - 1, rows)
-    # embedding where there is a gradient: its backward has a deterministic kernel, linear in the number of tiles. On a CPU it gathers 4 times slower.
-    taken = F.embedding(rows, table) if table.requires_grad else table[rows]
-    return taken.unflatten(1, shape)
+    # Its backward has a deterministic kernel, linear in the number of tiles.
+    return F.embedding(rows, table).unflatten(1, shape)
 
 
 def result_dtype(weight: Tensor, tables: Tables) -> torch.dtype:

@@ -320,7 +320,8 @@ def _launch(args: AttentionArgs) -> Plan:
     strides, describe = ForwardStrides(*c.strides, o_strides), c.describe_columns(tile)
 
     def run(args):
-        q, k, v = args[:3] if c.as_it_is else c.readable(args[:3])
+        tensors = args.q, args.k, args.v
+        q, k, v = tensors if c.as_it_is else c.readable(tensors)
         o, lse, mask = empty_o(), torch.empty((b, hkv, s, GP), **fp32), args.mask
         if c.kind:
             mask = _columns_of(mask)
@@ -425,8 +426,8 @@ def _grad_backward(args: AttentionGradArgs, outs: tuple, grads: tuple, needs: At
 
     def first(args):
         upstream = [args.do] if args.dlse is None else [args.do, args.dlse]
-        outs = formula(args.q, args.k, args.v, dense(args.mask, args.q.shape[2], args.k.shape[2]), args.scale)
-        return outs[: len(upstream)], upstream, [t for t, needed in zip(args[1:4], args.needs_grad, strict=True) if needed]
+        inputs = zip((args.q, args.k, args.v), args.needs_grad, strict=True)
+        return forward(args)[: len(upstream)], upstream, [t for t, needed in inputs if needed]
 
     return differentiated_twice(args, first, grads)
 

@@ -1,7 +1,7 @@
 """Which encoder tokens each text token may see: built once for a forward, shared by its cross-attention layers and by their backward."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 from fastfuse.ops import _op
 from fastfuse.ops._device_checks import assert_on_device, values_are_at_hand
 from fastfuse.ops._fused_op import FusedOp
-from fastfuse.ops._mask_ops import (
-    COLUMNS as COLUMNS,
-)
 from fastfuse.ops._mask_ops import (
     WORD,
     Blocks,
@@ -174,14 +171,24 @@ class EncoderMask:
 
     def blocks(self, tokens: int) -> Blocks:
         """The block lists for token blocks of `tokens` rows, made at the first call. NQ = ceil(s / tokens), NK = ceil(s_e / 128)."""
-        blocks = self._blocks.get(tokens)
-        if blocks is None:
+
+        def make() -> Blocks:
             _check_count("EncoderMask.blocks", "tokens", tokens, 1)
-            with _as_to_last():
-                blocks = Blocks(*_run(mask_blocks, MaskBlocksArgs, self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits"))
+            return Blocks(*_run(mask_blocks, MaskBlocksArgs, self.rows, self.rows_empty, self.s_e, tokens, self.kind == "bits"))
+
+        return self._once(self._blocks, tokens, make)
+
+    def _once(self, kept: dict, key: int | None, make: Callable) -> Any:
+        """What make() gives, made at the first call where it is fit for later ones."""
+        made = kept.get(key)
+        if made is None:
+            # Fit for a later backward, which tensors made in inference mode are not.
+            inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
+                made = make()
             if _will_last(self.device):
-                self._blocks[tokens] = blocks
-        return blocks
+                kept[key] = made
+        return made
 
     def for_op(self, tokens: int | None, uniform: bool) -> AttentionMask:
         """As cross-attention's ops take it, with the lists for token blocks of `tokens` rows where that is a number; uniform: filled()."""
@@ -200,7 +207,7 @@ class EncoderMask:
         """
         op = "EncoderMask.filled"
         if length is None:
-            return self._filled_once(None, self.s_e)
+            return self._once(self._filled, None, lambda: self._fill(self.s_e))
         if isinstance(length, Tensor):
             _check_integers(op, "length", length, length.dim(), "() or [b]")
             if length.shape not in ((), (self.shape[0],)):
@@ -213,17 +220,8 @@ class EncoderMask:
             if length > self.s_e:
                 raise ValueError(f"{op}: length is {length}, the mask has {self.s_e} columns")
             if not torch.compiler.is_compiling():  # a symbolic number as a key would become a constant of the graph
-                return self._filled_once(length, length)
+                return self._once(self._filled, length, lambda: self._fill(length))
         return self._fill(length)
-
-    def _filled_once(self, key: int | None, length: int) -> "EncoderMask":
-        filled = self._filled.get(key)
-        if filled is None:
-            with _as_to_last():
-                filled = self._fill(length)
-            if _will_last(self.device):
-                self._filled[key] = filled
-        return filled
 
     def _fill(self, length: int | Tensor) -> "EncoderMask":
         if not isinstance(length, Tensor):  # made on the device, not copied there
@@ -282,20 +280,12 @@ class EncoderMask:
         rows = self.rows.to(device, non_blocking=non_blocking)
         return self if rows is self.rows else EncoderMask(self.kind, rows, self.rows_empty.to(device, non_blocking=non_blocking), self.s_e)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kind": self.kind, "rows": self.rows, "rows_empty": self.rows_empty, "s_e": self.s_e}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple:
+        """Without what is kept of it."""
+        return EncoderMask, (self.kind, self.rows, self.rows_empty, self.s_e)
 
     def __repr__(self) -> str:
         return f"EncoderMask({self.kind}, shape={self.shape}, device={str(self.device)!r})"
-
-
-def _as_to_last() -> contextlib.AbstractContextManager:
-    """What is kept must be fit for a later backward, which tensors made in inference mode are not."""
-    needed = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    return torch.inference_mode(False) if needed else contextlib.nullcontext()
 
 
 def _will_last(device: torch.device) -> bool:

@@ -1,6 +1,5 @@
 """The lengths that DoRA divides by."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._nf4_cpu import decoded_rows
-from fastfuse.ops._op import HAS_TRITON, Cost, kernel_dtype, nbytes, no_autocast, number, route, triton_dtype
+from fastfuse.ops._op import HAS_TRITON, Cost, Plan, kernel_dtype, nbytes, no_autocast, number, route, triton_dtype
 from fastfuse.ops.nf4_dequantize import DTYPES, decode_branch, nf4_dequantize_ref
 from fastfuse.quant.nf4 import Layout, NF4View, is_dense, view_of
 
@@ -41,9 +40,8 @@ def lora_row_norms(
     if dense:
         return lora_row_norms_ref(weight.to(dtype), lora_a, lora_b, scaling)
     chosen = route("lora_row_norms", view.packed, backend)
-    if chosen == "reference":
-        return lora_row_norms_ref(nf4_dequantize_ref(view, dtype), lora_a, lora_b, scaling)
-    return row_norms(RowNormsArgs(view.tensors(), Layout.of(view), view.shape, dtype, lora_a, lora_b, scaling, chosen == "interpreter"))[0]
+    args = RowNormsArgs(view.tensors(), Layout.of(view), view.shape, dtype, lora_a, lora_b, scaling, chosen == "interpreter")
+    return (_reference if chosen == "reference" else row_norms)(args)[0]
 
 
 def _check(weight, lora_a, lora_b, scaling, dtype: torch.dtype) -> None:
@@ -113,7 +111,7 @@ def _on_cpu(args: RowNormsArgs) -> tuple[Tensor]:
     return (torch.cat([lora_row_norms_ref(w, a, b if b is None else b[row : row + len(w)], args.scaling) for row, w in chunks]),)
 
 
-def _launch(args: RowNormsArgs) -> Callable[[RowNormsArgs], tuple[Tensor]]:
+def _launch(args: RowNormsArgs) -> Plan:
     (N, K), R, size = args.shape, 0 if args.a is None else args.a.shape[0], args.layout.block_size
     decode = decode_branch(args.weight, args.layout, args.dtype)
     tile = tune.pick("lora_row_norms", tune.arch_of(args.weight.packed.device), decode=decode, N=N, K=K, R=R)
@@ -125,7 +123,7 @@ def _launch(args: RowNormsArgs) -> Callable[[RowNormsArgs], tuple[Tensor]]:
         CUT_K=K % tile["BLOCK_K"] != 0, **tile.launch(),
     )  # fmt: skip
 
-    def run(args: RowNormsArgs) -> tuple[Tensor]:
+    def run(args):
         a, b, scaling = args.a, args.b, args.scaling
         if isinstance(scaling, Tensor):
             b, scaling = None if b is None else b.float() * scaling, 1.0

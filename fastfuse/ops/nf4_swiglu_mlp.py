@@ -1,6 +1,6 @@
 """The gated MLP of a Llama layer over NF4 weights, down(silu(gate(x)) * up(x)), keeping nothing of its width for the backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from fastfuse.errors import Unsupported
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._linear_group import LinearArgs, Projection, linear_args, subset
-from fastfuse.ops._op import HAS_TRITON, Cost, constant, kernel_dtype
+from fastfuse.ops._op import HAS_TRITON, Cost, Plan, constant, kernel_dtype
 from fastfuse.ops.nf4_linear import linear, nf4_linear_bwd_cost, nf4_linear_cost, nf4_linear_ref, prepare, projection_of
 from fastfuse.ops.nf4_linear_dx import gradients
 from fastfuse.quant.nf4 import NF4View
@@ -100,19 +100,6 @@ def _swiglu_ref(e: Tensor, g: Tensor) -> Tensor:
     return (F.silu(e.to(wide)) * g.to(wide)).to(e.dtype)
 
 
-def _swiglu_launch(args: SwiGLUArgs) -> Callable[[SwiGLUArgs], tuple[Tensor]]:
-    dtype, n, kernel = args.e.dtype, args.e.numel(), Launch(swiglu_fwd_kernel, BLOCK=_BLOCK, **tune.OPTIONS)
-
-    def run(args: SwiGLUArgs) -> tuple[Tensor]:
-        e, g = (t.to(kernel_dtype(dtype)).contiguous() for t in (args.e, args.g))
-        h = torch.empty_like(e)
-        if n:
-            kernel((-(-n // _BLOCK), 1, 1), e, g, h, n)
-        return (h.to(dtype),)
-
-    return run
-
-
 def _swiglu_bwd_ref(args: SwiGLUArgs) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(args.e.dtype, torch.float32)
     e, g, dh = (t.to(wide) for t in args[:3])
@@ -120,21 +107,24 @@ def _swiglu_bwd_ref(args: SwiGLUArgs) -> tuple[Tensor, Tensor]:
     return (dh * g * (s + e * s * (1 - s))).to(args.e.dtype), (dh * e * s).to(args.e.dtype)
 
 
-def _swiglu_bwd_launch(args: SwiGLUArgs) -> Callable[[SwiGLUArgs], tuple[Tensor, Tensor]]:
-    dtype, n, kernel = args.e.dtype, args.e.numel(), Launch(swiglu_bwd_kernel, BLOCK=_BLOCK, **tune.OPTIONS)
+def _swiglu_launch(args: SwiGLUArgs) -> Plan:
+    """Of both directions: without dh h, with it de and dg."""
+    dtype, n = args.e.dtype, args.e.numel()
+    kernel, results = (swiglu_fwd_kernel, 1) if args.dh is None else (swiglu_bwd_kernel, 2)
+    launch = Launch(kernel, BLOCK=_BLOCK, **tune.OPTIONS)
 
-    def run(args: SwiGLUArgs) -> tuple[Tensor, Tensor]:
-        e, g, dh = (t.to(kernel_dtype(dtype)).contiguous() for t in args[:3])
-        de, dg = torch.empty_like(e), torch.empty_like(e)
+    def run(args):
+        given = [t.to(kernel_dtype(dtype)).contiguous() for t in (args.dh, args.e, args.g) if t is not None]
+        made = [torch.empty_like(given[0]) for _ in range(results)]
         if n:
-            kernel((-(-n // _BLOCK), 1, 1), dh, e, g, de, dg, n)
-        return de.to(dtype), dg.to(dtype)
+            launch((-(-n // _BLOCK), 1, 1), *given, *made, n)
+        return tuple([t.to(dtype) for t in made])
 
     return run
 
 
 _swiglu = fused_op("swiglu", SwiGLUArgs, reference=lambda args: (_swiglu_ref(args.e, args.g),), launch=_swiglu_launch)
-_swiglu_bwd = fused_op("swiglu_bwd", SwiGLUArgs, reference=_swiglu_bwd_ref, launch=_swiglu_bwd_launch)
+_swiglu_bwd = fused_op("swiglu_bwd", SwiGLUArgs, reference=_swiglu_bwd_ref, launch=_swiglu_launch)
 
 
 def _swiglu_backward(args: SwiGLUArgs, outs: tuple, grads: Sequence[Tensor], needs: SwiGLUArgs) -> SwiGLUArgs:

@@ -21,6 +21,7 @@ from fastfuse.ops._patch_tokens import (
     find_rows,
     formula,
     kernel_numbers,
+    on_cpu,
     padded,
     patchify,
     result_dtype,
@@ -104,9 +105,10 @@ def _prepared(
         key = signature(tensors, (op, backend, eps, append_cls, pad_tokens_to, *there, *(scale or ()), "shift", *(shift or ())))
     run = served.get(key)
     if run is not None:
-        key = None
+        needs_grad, key = key[0], None
     else:
         _check(op, images, weight, aspect_ratio, tables, scale, shift, pad_tokens_to)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if (dtype := autocast_dtype(images.device)) is not None:
             weight = weight.to(dtype)
         chosen = route(op, images, backend)
@@ -118,7 +120,7 @@ def _prepared(
         aspect_ratio = None
     else:
         aspect_ratio = _ratios(images, aspect_ratio, tables)
-    keep = eps is not None and torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
+    keep = eps is not None and needs_grad
     tiles = images if images.ndim == 5 else images.reshape(math.prod(images.shape[:-4]), *images.shape[-4:])
     return _new(PatchEmbedArgs, (tiles, weight, aspect_ratio, tables, eps, append_cls, scale, shift, pad_tokens_to, keep, interpret)), run, key
 
@@ -265,28 +267,31 @@ def _reference(args: PatchEmbedArgs) -> tuple[Tensor, ...]:
 
 def _launch(args: PatchEmbedArgs) -> Plan:
     layout, dtype, keep, norm = TokenLayout.of(args), result_dtype(args.weight, args.tables), args.keep, args.eps is not None
-    work, M, D = kernel_dtype(dtype), layout.rows, args.weight.shape[0]
+    work, M, (D, *inner) = kernel_dtype(dtype), layout.rows, args.weight.shape
+    if not M:
+        return _reference
     shape = *args.images.shape[:2], layout.padded, D
     kept_shape = math.prod(shape[:2]), layout.padded, D
-    tile = multiply = place = None
-    if M:
-        kinds = {name: "fp32" if t == torch.float32 else "16-bit" for name, t in (("dtype", args.weight.dtype), ("out", dtype))}
-        K, PW = math.prod(args.weight.shape[1:]), args.weight.shape[3]
-        tile = tune.pick("patch_embed", tune.arch_of(args.images.device), **kinds, norm=int(norm), M=M, N=D, K=K, PW=PW)
-        multiply = _unfused(args, layout) if tile is None else _fused(tile, args, layout)
-        place = _place(args, layout) if tile is None or norm else None
-    placed, place_now = _placed(args), Placed() if tile is not None else None
+    kinds = {name: "fp32" if t == torch.float32 else "16-bit" for name, t in (("dtype", args.weight.dtype), ("out", dtype))}
+    tile = tune.pick("patch_embed", tune.arch_of(args.images.device), **kinds, norm=int(norm), M=M, N=D, K=math.prod(inner), PW=inner[2])
+    multiply = _unfused(args, layout) if tile is None else _fused(tile, args, layout)
+    place = _place(args, layout) if tile is None or norm else None
+    rows_of, place_now = find_rows(args), Placed() if tile is not None else None
+    packed = all(t is None or t.is_contiguous() for t in (args.weight, *args.tables))
 
     def run(args):
+        if not packed:
+            tables = [t if t is None else t.contiguous() for t in args.tables]
+            args = args._replace(weight=args.weight.contiguous(), tables=Tables(*tables))
         device = args.images.device
         out, kept, stats = torch.empty(shape, dtype=work, device=device), None, None
         if keep:
             kept, stats = torch.empty(kept_shape, dtype=work, device=device), torch.empty((2, M), dtype=torch.float32, device=device)
-        if M:
-            tokens = placed(args)
-            x = multiply(args, tokens, out)
-            if place is not None:
-                place(args.tables, x, out, kept, stats, tokens if place_now is None else place_now)
+        t = args.tables
+        placed = _new(Placed, (t.cls, t.bias, t.local_pos, t.global_pos, t.pre_pos, *rows_of(args)))
+        x = multiply(args, placed, out)
+        if place is not None:
+            place(t, x, out, kept, stats, placed if place_now is None else place_now)
         if work != dtype:
             out, kept = out.to(dtype), kept if kept is None else kept.to(dtype)
         return (out, kept, stats) if keep else (out,)
@@ -294,32 +299,26 @@ def _launch(args: PatchEmbedArgs) -> Plan:
     return run
 
 
-def _placed(args: PatchEmbedArgs) -> Callable[[PatchEmbedArgs], Placed]:
-    """The plan of everything that the kernels add to the patches."""
-    t = args.tables
-    rows_of, packed = find_rows(args), all(t is None or t.is_contiguous() for t in (t.cls, t.bias, t.local_pos, t.global_pos, t.pre_pos))
-
-    def run(args):
-        t = args.tables
-        tables = t.cls, t.bias, t.local_pos, t.global_pos, t.pre_pos
-        rows, factors = rows_of(args)
-        return _new(Placed, (*(tables if packed else [t if t is None else t.contiguous() for t in tables]), rows, factors))
-
-    return run
+def _weight_rows(w: Tensor, dtype: torch.dtype, line: int, columns: int) -> Tensor:
+    """[D, columns]: every line of a patch made `line` long by zeros, then every row."""
+    if w.dtype != dtype:
+        w = w.to(dtype)
+    if w.shape[3] != line:
+        w = torch.constant_pad_nd(w, (0, line - w.shape[3]))
+    w = w.flatten(1)
+    if w.shape[1] != columns:
+        w = torch.constant_pad_nd(w, (0, columns - w.shape[1]))
+    return w
 
 
 def _unfused(args: PatchEmbedArgs, layout: TokenLayout) -> Callable[[PatchEmbedArgs, Placed, Tensor], Tensor]:
     """The plan of patches times weight, [rows, D], by the library: into out where it has the dtype."""
-    (pixels_of, columns), M, (D, *inner) = patchify(args, layout), layout.rows, args.weight.shape
-    gap, work = columns - math.prod(inner), kernel_dtype(args.weight.dtype)
-    cast, in_place = work != args.weight.dtype, work == kernel_dtype(result_dtype(args.weight, args.tables))
+    (pixels_of, columns), M, (D, *_, pw) = patchify(args, layout), layout.rows, args.weight.shape
+    work = kernel_dtype(args.weight.dtype)
+    in_place = work == kernel_dtype(result_dtype(args.weight, args.tables))
 
     def run(args, placed, out):
-        w, pixels = args.weight.flatten(1), pixels_of(args.images)
-        if cast:
-            w = w.to(work)
-        if gap:
-            w = torch.constant_pad_nd(w, (0, gap))
+        w, pixels = _weight_rows(args.weight, work, pw, columns), pixels_of(args.images)
         return torch.mm(pixels, w.T, out=out.view(M, D)) if in_place else torch.mm(pixels, w.T)
 
     return run
@@ -327,33 +326,22 @@ def _unfused(args: PatchEmbedArgs, layout: TokenLayout) -> Callable[[PatchEmbedA
 
 def _fused(tile: tune.Tile, args: PatchEmbedArgs, layout: TokenLayout) -> Callable[[PatchEmbedArgs, Placed, Tensor], Tensor]:
     """The plan of one GEMM with everything placed in its epilogue, over patchified rows or, with DIRECT, over the images themselves."""
-    weight, M, geometry = args.weight, layout.rows, layout.geometry()
-    D, C, ph, pw = weight.shape
-    direct, step, work = tile["DIRECT"], tile["BLOCK_K"], kernel_dtype(weight.dtype)
-    # Whole sectors of W for each line of a patch, so that pixels of one line stay together: 14 become 16.
-    line = -(-pw // 8) * 8 if direct else pw
-    K = -(-C * ph * line // step) * step
-    line_gap, row_gap, cast, packed = line - pw, K - C * ph * line, work != weight.dtype, weight.is_contiguous()
-    if direct:
-        (pixels_of, image), numbers = find_pixels(args.images, layout), kernel_numbers(args)
+    M, geometry, (D, C, ph, pw), step = layout.rows, layout.geometry(), args.weight.shape, tile["BLOCK_K"]
+    work = kernel_dtype(args.weight.dtype)
+    if tile["DIRECT"]:
+        # Whole sectors of W for each line of a patch, so that pixels of one line stay together: 14 become 16.
+        line, (pixels_of, image), numbers = -(-pw // 8) * 8, find_pixels(args.images, layout), kernel_numbers(args)
     else:
-        (pixels_of, _), image, numbers = patchify(args, layout, step), None, (None, None)
+        line, (pixels_of, _), image, numbers = pw, patchify(args, layout, step), None, (None, None)
+    K = -(-C * ph * line // step) * step
     blocks = -(-M // tile["BLOCK_M"]) * -(-D // tile["BLOCK_N"])
     # Of a persistent kernel as many as there are multiprocessors, each of which a tile fills.
     grid = min(blocks, tune.processors_of(args.images.device)) if tile["FLATTEN"] else blocks, 1, 1
     multiply = Launch(patch_embed_fwd_kernel, CHANNELS=C, PATCH_H=ph, PATCH_W=pw, LINE=line, PRECISION=precision(), **tile.launch())
 
     def run(args, placed, out):
-        w, images = args.weight, args.images
-        if cast:
-            w = w.to(work)
-        if line_gap:
-            w = torch.constant_pad_nd(w, (0, line_gap))
-        w = w.flatten(1)
-        if row_gap:
-            w = torch.constant_pad_nd(w, (0, row_gap))
-        x = images if pixels_of is None else pixels_of(images)
-        multiply(grid, x, w if packed else w.contiguous(), out, placed, image, geometry, *numbers, M, D, K)
+        x = args.images if pixels_of is None else pixels_of(args.images)
+        multiply(grid, x, _weight_rows(args.weight, work, line, K), out, placed, image, geometry, *numbers, M, D, K)
         return out
 
     return run
@@ -365,18 +353,14 @@ def _place(args: PatchEmbedArgs, layout: TokenLayout) -> Callable:
     rows, columns = triton_block(D)
     grid = -(-M // rows), 1, 1
     place = Launch(place_kernel, NORM=args.eps is not None, BLOCK_M=rows, BLOCK_N=columns, **tune.OPTIONS)
-    packed = all(t is None or t.is_contiguous() for t in (args.tables.norm_weight, args.tables.norm_bias))
 
     def run(tables, x, out, kept, stats, placed):
-        w, b = tables.norm_weight, tables.norm_bias
-        if not packed:
-            w, b = (t if t is None else t.contiguous() for t in (w, b))
-        place(grid, x, out, kept, stats, placed, w, b, geometry, M, D, eps)
+        place(grid, x, out, kept, stats, placed, tables.norm_weight, tables.norm_bias, geometry, M, D, eps)
 
     return run
 
 
-patch_embed_op = fused_op("patch_embed", PatchEmbedArgs, Tables, reference=_reference, launch=_launch)
+patch_embed_op = fused_op("patch_embed", PatchEmbedArgs, Tables, reference=_reference, launch=_launch, cpu=on_cpu)
 """(args) -> (tokens,), with keep (tokens, what the norm was given, its mean and 1 / deviation): the backward needs them."""
 
 

@@ -11,7 +11,7 @@ from fastfuse import tune
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
 from fastfuse.ops._op import HAS_TRITON, Plan, differentiated_twice, kernel_dtype
-from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patchify, tile_rows, triton_block
+from fastfuse.ops._patch_tokens import PatchEmbedArgs, Tables, TokenLayout, find_rows, formula, normalised, patch_rows, patchify, tile_rows, triton_block
 
 if HAS_TRITON:
     from fastfuse.kernels.patch_embed import norm_bwd_kernel, place_bwd_kernel
@@ -75,7 +75,7 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
         dz = dz.to(args.dy.dtype)
     first, last = layout.first, layout.first + layout.patches
     if need["weight"]:
-        pixels = _patch_rows(normalised(images.flatten(0, 1), forward.scale, forward.shift).to(weight.dtype), weight)
+        pixels = patch_rows(normalised(images.flatten(0, 1), forward.scale, forward.shift).to(weight.dtype), weight)
         # CLS gets pixels of zero: cheaper than a copy of dz without it
         pixels = F.pad(pixels.unflatten(0, (-1, layout.patches)), (0, 0, first, layout.tokens - last)).flatten(0, 1)
         grads["weight"] = (pixels.T @ dz.reshape(-1, dz.shape[-1]).to(weight.dtype)).T
@@ -105,13 +105,6 @@ def _reference(args: PatchEmbedBwdArgs) -> tuple[Tensor, ...]:
     return _in_order(grads, need, forward)
 
 
-def _patch_rows(tiles: Tensor, weight: Tensor) -> Tensor:
-    """[tiles, C, H, W] -> [tiles * patches, C * ph * pw]"""
-    ph, pw = weight.shape[2:]
-    cut = tiles.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
-
-
 def _image_gradient(patches: Tensor, images: Tensor, weight: Tensor, scale: tuple[float, ...] | None) -> Tensor:
     """patches: the gradient of every patch, [tiles, patches, D]  ->  of the pixels, as images."""
     C, ph, pw = weight.shape[1:]
@@ -131,7 +124,9 @@ def _launch(args: PatchEmbedBwdArgs) -> Plan:
     multiplied, gap, K = need["weight"] or need["images"], layout.padded - tokens, forward.weight[0].numel()
     norm = None if args.kept is None else _norm_bwd(args, layout)
     pixels_of = patchify(forward, layout)[0] if need["weight"] else None
-    place = _place_bwd(forward, need, layout, work) if any(need[name] for name in Tables._fields[:7]) else None
+    added, by_row = (any(need[name] for name in names) for names in (Tables._fields[:7], _BY_ROW))
+    rows_of = find_rows(forward) if by_row or (added and forward.tables.gate is not None) else None
+    sums_of = _sums_by_row(forward, need, layout) if by_row else None
 
     def run(args):
         forward = args.forward
@@ -148,8 +143,13 @@ def _launch(args: PatchEmbedBwdArgs) -> Plan:
         if need["images"]:
             patches = narrow.view(-1, layout.padded, D)[:, first : first + layout.patches]
             grads["images"] = _image_gradient(patches, forward.images, forward.weight.to(narrow.dtype), forward.scale)
-        if place is not None:
-            place(forward, dz, grads)
+        if added:
+            rows, factors = (None, None) if rows_of is None else rows_of(forward)
+            if sums_of is None:
+                total = dz.view(-1, layout.padded, D)[:, :tokens].sum(0, dtype=torch.float32)
+            else:
+                total = sums_of(forward.tables, dz, rows, factors, grads)
+            _add_sums(grads, total, None if factors is None else factors[0], layout, need)
         return _in_order(grads, need, forward)
 
     return run
@@ -173,23 +173,6 @@ def _norm_bwd(args: PatchEmbedBwdArgs, layout: TokenLayout) -> Callable[[PatchEm
     return run
 
 
-def _place_bwd(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLayout, work: torch.dtype) -> Callable[[PatchEmbedArgs, Tensor, dict], None]:
-    """The plan of the gradients of what is added to the patches: sums of dz over tiles, by the row that each tile takes."""
-    by_row = any(need[name] for name in _BY_ROW)
-    rows_of = find_rows(forward) if by_row or forward.tables.gate is not None else None
-    sums_of = _sums_by_row(forward, need, layout) if by_row else None
-
-    def run(forward, dz, grads):
-        rows, factors = (None, None) if rows_of is None else rows_of(forward)
-        if sums_of is None:
-            total = dz.view(-1, layout.padded, dz.shape[1])[:, : layout.tokens].sum(0, dtype=torch.float32)
-        else:
-            total = sums_of(forward.tables, dz, rows, factors, grads)
-        _add_sums(grads, total, None if factors is None else factors[0], layout, need)
-
-    return run
-
-
 def _sums_by_row(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLayout) -> Callable[[Tables, Tensor, Tensor, Tensor, dict], Tensor]:
     """The plan of place_bwd_kernel, whose sums give the gradients of the tables with a row for each tile and of their gates; it returns the sum over all tiles."""
     (entries, side), D, tokens, geometry = forward.tables.grid(), forward.weight.shape[0], layout.tokens, layout.geometry()
@@ -200,13 +183,15 @@ def _sums_by_row(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLa
 
     def run(tables, dz, rows, factors, grads):
         like = {"dtype": torch.float32, "device": dz.device}
-        order, starts = _by_row(rows, n_rows)
+        # The tiles in the order of their rows, those without one first, and where each row's tiles start.
+        ranked, order = torch.sort(rows, stable=True)
+        starts = torch.searchsorted(ranked, torch.arange(n_rows + 1, dtype=torch.int32, device=dz.device), out_int32=True)
         table, local = (t if t is None else t.contiguous() for t in (tables.global_pos, tables.local_pos))
         total = torch.empty((tokens, D), **like)
         dtable = table.new_empty((n_rows, tokens, D), dtype=kernel_dtype(table.dtype)) if need["global_pos"] else None
         pre = torch.empty((grid[0], n_rows, D), **like) if has_pre else None
         dots = torch.empty((*grid[:2], 2), **like) if need["gate"] else None
-        differentiate(grid, dz, order, starts, table, local, factors, total, dtable, pre, dots, geometry, D, n_rows)
+        differentiate(grid, dz, order.to(torch.int32), starts, table, local, factors, total, dtable, pre, dots, geometry, D, n_rows)
         grads["global_pos"] = dtable
         if dots is not None:
             along = dots.sum((0, 1))
@@ -219,13 +204,6 @@ def _sums_by_row(forward: PatchEmbedArgs, need: dict[str, bool], layout: TokenLa
         return total
 
     return run
-
-
-def _by_row(rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The tiles in the order of their rows, and where each row's tiles start: int32 [tiles], [n_rows + 1]. Tiles without a row come first."""
-    ranked, order = torch.sort(rows, stable=True)
-    starts = torch.searchsorted(ranked, torch.arange(n_rows + 1, dtype=torch.int32, device=rows.device), out_int32=True)
-    return order.to(torch.int32), starts
 
 
 def norm_warps(columns: int) -> int:

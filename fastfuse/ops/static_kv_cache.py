@@ -90,11 +90,15 @@ class StaticKVCache:
                 mask = mask if mask.shape[0] == b else EncoderMask.cat([mask] * b)
         if append or places is not None:
             _check_room(op, held, max_len)
-        chosen, clear = route(op, self.k, None), mask is not None
+        chosen = route(op, self.k, None)
         if chosen == "reference":
-            _kv_cache_write_ref(self.k, self.v, self.lengths, k, v, places, held, clear)
+            _kv_cache_write_ref(self.k, self.v, k, v, places, held)
         else:
-            _kv_cache_write(self.k, self.v, self.lengths, k, v, places, held, clear, chosen == "interpreter")
+            _kv_cache_write(self.k, self.v, k, v, places, held, chosen == "interpreter")
+        if mask is not None:  # hidden tokens must be finite
+            for cache in (self.k, self.v):
+                cache[:, :, s_e:].zero_()
+        self.lengths.copy_(held.clamp(max=max_len))
         self.mask, self.is_filled = mask, True
 
     def _check_tokens(self, op: str, k: Tensor, v: Tensor) -> None:
@@ -128,30 +132,22 @@ def _check_room(op: str, held: Tensor, max_len: int) -> None:
         raise ValueError(f"{op}: sequence {i} would hold {int(held[i])} tokens, max_len is {max_len}")
 
 
-def _kv_cache_write_ref(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor, clear: bool) -> None:
+def _kv_cache_write_ref(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor) -> None:
     (_, heads, max_len, d), s_e = k_cache.shape, k.shape[2]
+    if not s_e:
+        return
     n = torch.arange(s_e, device=k.device)
     if places is None:
         places = held[:, None] - s_e + n
-    if s_e:
-        # A token that is left out goes to a place too many; then each place takes its token.
-        index = torch.where((places >= 0) & (places < max_len), places, max_len).long()
-        token = index.new_full((len(index), max_len + 1), -1).scatter_(1, index, n.expand_as(index))[:, :max_len, None]
-        for cache, x in ((k_cache, k), (v_cache, v)):
-            taken = x.gather(2, token.clamp(min=0)[:, None].expand(-1, heads, -1, d))
-            cache.copy_(torch.where(token[:, None] >= 0, taken, cache))
-    _finish(k_cache, v_cache, lengths, s_e, held, clear)
+    # A token that is left out goes to a place too many; then each place takes its token.
+    index = torch.where((places >= 0) & (places < max_len), places, max_len).long()
+    token = index.new_full((len(index), max_len + 1), -1).scatter_(1, index, n.expand_as(index))[:, :max_len, None]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        taken = x.gather(2, token.clamp(min=0)[:, None].expand(-1, heads, -1, d))
+        cache.copy_(torch.where(token[:, None] >= 0, taken, cache))
 
 
-def _finish(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, s_e: int, held: Tensor, clear: bool) -> None:
-    """clear: nothing but zeros past the s_e columns, as under a mask hidden tokens must be finite."""
-    if clear:
-        for cache in (k_cache, v_cache):
-            cache[:, :, s_e:].zero_()
-    lengths.copy_(held.clamp(max=k_cache.shape[2]))
-
-
-def _on_cpu(k_cache, v_cache, lengths, k, v, places, held, clear) -> None:
+def _on_cpu(k_cache, v_cache, k, v, places, held, _) -> None:
     """Sequence by sequence, as values are at hand: nothing but the tokens themselves is touched."""
     max_len, s_e = k_cache.shape[2], k.shape[2]
     for i, past in enumerate(held.tolist()):
@@ -163,7 +159,6 @@ def _on_cpu(k_cache, v_cache, lengths, k, v, places, held, clear) -> None:
             n = ((places[i] >= 0) & (places[i] < max_len)).nonzero().flatten()
             for cache, x in ((k_cache, k), (v_cache, v)):
                 cache[i].index_copy_(1, places[i, n].long(), x[i].index_select(1, n))
-    _finish(k_cache, v_cache, lengths, s_e, held, clear)
 
 
 _ELEMENTS = 8192  # of k that a program copies, and as many of v
@@ -178,37 +173,22 @@ def _copy(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor
     strides = CacheStrides(*(Strides(*t.stride()[:3]) for t in (k, v)))
     write, grid = Launch(kv_cache_write_kernel, D=d, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=8, **tune.OPTIONS), (-(-s_e // BLOCK_N), b * heads, 1)
 
-    def run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor) -> None:
+    def run(k_cache, v_cache, k, v, places, held):
         write(grid, k, v, k_cache, v_cache, places, held, strides, s_e, max_len, heads)
 
     return run
 
 
 @replaceable
-def _launch(
-    k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor, clear: bool, interpret: bool
-) -> None:  # fmt: skip
-    """lengths becomes held, as far as there is room."""
+def _launch(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, places: Tensor | None, held: Tensor, interpret: bool) -> None:
     if k.numel() and k_cache.shape[2]:
         k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
         _copy(k_cache, v_cache, k, v, None if places is None else places.contiguous(), held)
-    _finish(k_cache, v_cache, lengths, k.shape[2], held, clear)
 
 
-_kv_cache_write = torch.library.custom_op("fastfuse::kv_cache_write", _launch, mutates_args=("k_cache", "v_cache", "lengths"), device_types="cuda")
-
-
-@_kv_cache_write.register_kernel("cpu")
-def _(k_cache, v_cache, lengths, k, v, places, held, clear, interpret):
-    if interpret:
-        _launch(k_cache, v_cache, lengths, k, v, places, held, clear, interpret)
-    else:
-        _on_cpu(k_cache, v_cache, lengths, k, v, places, held, clear)
-
-
-@_kv_cache_write.register_fake
-def _(k_cache, v_cache, lengths, k, v, places, held, clear, interpret):
-    return None
+_kv_cache_write = torch.library.custom_op("fastfuse::kv_cache_write", _launch, mutates_args=("k_cache", "v_cache"), device_types="cuda")
+_kv_cache_write.register_kernel("cpu")(lambda *args: (_launch if args[-1] else _on_cpu)(*args))
+_kv_cache_write.register_fake(lambda *args: None)
 
 
 def cross_attention_decode(
