@@ -272,6 +272,16 @@ def test_splits_are_for_small_grids(device):
     assert splits(1, 6404, device) == min(2 * processors, 25) and splits(1, 100, device) == 1
 
 
+def test_keys_that_are_the_values_too_leave_nothing_behind(device):
+    """What a backward keeps for calls of one kind must not say that keys and values are one tensor."""
+    q, k, v = (torch.randn(1, 2, 3, 8, device=device, requires_grad=True) for _ in range(3))
+    for given in ((q, k, k), (q, k, v)):
+        distinct = [*dict.fromkeys(given)]
+        got = torch.autograd.grad(cross_attention(*given).square().sum(), distinct)
+        want = torch.autograd.grad(F.scaled_dot_product_attention(*given).square().sum(), distinct)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # the wrong tensor's is off by its own size
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("layout", ["plain", "last dim apart", "gaps"])
 def test_any_strides(layout, route, device):

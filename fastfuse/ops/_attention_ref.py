@@ -114,16 +114,15 @@ def backward(args: AttentionGradArgs) -> tuple[Tensor, ...]:
 def forward_on_cpu(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """PyTorch's CPU kernel over what each run of tokens sees, without a copy of k or v for every query head and without scores."""
     (b, hkv, s_e, _), (G, GP), s, dtype, o = args.k.shape, group_of(args.q, args.k), args.q.shape[2], args.q.dtype, None
-    work = dtype if dtype != torch.float16 else torch.float32  # few CPUs multiply fp16: widened first it takes less than half the time, whatever the shape
     q, k, v = map(_apart, args[:3])
     for row, tokens, columns, seen in _pieces(args.mask, b, s, s_e):
         if columns is not None:
             part = _cut(q, row, tokens)
-            packed = _packed(part, G, G * s).to(work)
+            packed = _packed(part, G, G * s)
             out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                packed, _cut(k, row, columns).to(work), _cut(v, row, columns).to(work), 0.0, False, attn_mask=_bias(seen, packed), scale=args.scale
+                packed, _cut(k, row, columns), _cut(v, row, columns), 0.0, False, attn_mask=_bias(seen, packed), scale=args.scale
             )
-            out, sums = _unpacked(out, part).to(dtype), sums.mul_(LOG2E).reshape(-1, hkv, G, part.shape[2]).mT
+            out, sums = _unpacked(out, part), sums.mul_(LOG2E).reshape(-1, hkv, G, part.shape[2]).mT
             if G < GP:
                 sums = F.pad(sums, (0, GP - G), value=torch.inf)
             if part is q:

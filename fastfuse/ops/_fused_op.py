@@ -273,7 +273,11 @@ def _keep(ctx, op: FusedOp, args: tuple, constants: tuple, outs: tuple, tensors:
     except KeyError:
         if len(op.kept) >= _PLANS:
             op.kept.clear()
-        kept = op.kept[key] = _Kept(op, args, outs, tensors, needed)
+        kept = _Kept(op, args, outs, tensors, needed)
+        if len({*map(id, (*tensors, *outs))}) == len(tensors) + len(
+            outs
+        ):  # where one tensor is two arguments, what is kept would take the first for both in other calls too
+            op.kept[key] = kept
     except TypeError:  # symbols, which torch.compile has for whole numbers, have no hash
         kept = _Kept(op, args, outs, tensors, needed)
     all_of_them = (*tensors, *outs)
