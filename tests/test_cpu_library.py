@@ -23,7 +23,14 @@ ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, K, block: whole groups, blocks over several rows, rows that begin within a block, an odd byte, a last block cut short, 16 elements past the blocks' ends
 SHAPES = [(30, 256, 32), (37, 1024, 256), (17, 96, 64), (9, 33, 64), (4, 4096, 4096), (5, 4304, 64), (3, 1100, 64), (7, 2, 32), (25, 2600, 128)]
-made = pytest.mark.skipif(_cpu_library.library() is None, reason="no C library: FASTFUSE_CPU is torch, or there is no compiler")
+EXPECTED = os.name == "posix" and os.environ.get("FASTFUSE_CPU") != "torch" and any(map(shutil.which, ("gcc", "clang", "cc")))
+made = pytest.mark.skipif(not EXPECTED, reason="FASTFUSE_CPU is torch, or there is no compiler")
+
+
+@made
+def test_it_is_made_where_there_is_a_compiler():
+    """Else a source that does not compile would skip what follows."""
+    assert _cpu_library.library() is not None and available()
 
 
 def available() -> list[str]:
