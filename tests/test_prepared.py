@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from weights import requantized
 
+from fastfuse.modules import _prepared
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastfuse. .* runs its own forward", "ignore:Unmerge lora module", "ignore:Merge lora module")
@@ -249,3 +250,13 @@ def test_a_16_bit_offset_is_copied_at_every_call(dtype):
     got = results(layer, x)
     forget(layer)
     assert same(got, results(layer, x)) and not same(got, before)
+
+
+def test_without_pytorchs_guards(monkeypatch):
+    """They are private. Every call then compares by hand what they compare."""
+    monkeypatch.setattr(_prepared, "TensorGuards", None)
+    layer, x = LAYERS["PEFT over bitsandbytes"](), weights(2, 3, 128)
+    want = results(layer, x, grad=False)
+    assert same(results(prepared(layer, x), x, grad=False), want) and served(layer, x)
+    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
+    assert not served(layer, x)
