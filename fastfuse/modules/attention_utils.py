@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.ops import EncoderMask, cross_attention
-from fastfuse.ops._op import HAS_TRITON, forward_mode, route, transformed
+from fastfuse.ops._op import HAS_TRITON, autocast_dtype, forward_mode, route, transformed
 from fastfuse.ops.cross_attention import listed_tokens, uncovered
 
 
@@ -55,10 +55,10 @@ def serves_cross_attention(x: Tensor, head_dim: int, group: int) -> bool:
     device, dtype = x.device, x.dtype
     if forward_mode() or transformed() or hasattr(x, "device_mesh") or (device.type == "cuda" and not _has_kernels(device)):
         return False
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if (computed := autocast_dtype(device)) is not None:
         if dtype == torch.float64:  # which autocast leaves as it is, and the op does not
             return False
-        dtype = torch.get_autocast_dtype(device.type)
+        dtype = computed
     if route("cross_attention", x, None) == "reference":  # which makes all scores: PyTorch's own attention is better there
         return False
     return not _by_kernels(x) or uncovered(dtype, head_dim, group) is None

@@ -32,7 +32,7 @@ from fastfuse.ops._linear_group import (
     to_kernel,
     weight_of,
 )
-from fastfuse.ops._op import HAS_TRITON, Cost, is_symbol, kernel_dtype, nbytes, number, route, rows
+from fastfuse.ops._op import HAS_TRITON, Cost, autocast_dtype, is_symbol, kernel_dtype, nbytes, number, route, rows
 from fastfuse.ops.lora_row_norms import lora_row_norms, lora_row_norms_ref
 from fastfuse.ops.low_rank import drop, lora_up
 from fastfuse.ops.nf4_dequantize import DTYPES, nf4_dequantize_ref
@@ -185,8 +185,7 @@ def prepare(op: str, x, projections: list[Projection], dropout_p: float, backend
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p!r}, expected a number from 0 to 1")
     given = projections = [p._replace(scaling=number(p.scaling, x)) for p in projections]
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x.device)) is not None:
         x, projections = x.to(dtype), [_cast(p, dtype) for p in projections]
     for p in projections:
         if isinstance(p.weight, Tensor) and p.weight.dtype != x.dtype:

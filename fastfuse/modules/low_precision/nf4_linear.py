@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastfuse.modules._prepared import Prepares
 from fastfuse.ops import nf4_linear
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.quant.nf4 import is_torchao
 
 
@@ -77,5 +78,4 @@ def bias_fits(x: Tensor, bias: Tensor | None) -> bool:
     """Whether adding the bias leaves the dtype that x W^T has, so that it may be added inside the kernel."""
     if bias is None:
         return True
-    device = x.device.type
-    return bias.dtype == (torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype)
+    return bias.dtype == (autocast_dtype(x.device) or x.dtype)

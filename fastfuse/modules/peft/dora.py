@@ -11,6 +11,7 @@ from fastfuse.modules.low_precision.nf4_linear import base_linear, bias_fits
 from fastfuse.modules.peft.lora import LowRankLinear, is_plain
 from fastfuse.ops import _op, lora_row_norms, nf4_dequantize, nf4_lora_linear
 from fastfuse.ops._linear_group import factor_of
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 # Elements of W + s B A in memory at a time where a factor must be called: 8 MiB in bf16, where all of it is 117 MB for 14336 x 4096.
@@ -102,8 +103,7 @@ class DoRALinear(LowRankLinear):
     def _fused_norms(self, x: Tensor) -> Tensor:
         """||W + s B A|| per output feature, in fp32."""
         a, b, view = self.lora_a.weight, self.lora_b.weight, NF4View.of(self.weight)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         used = (view.packed, *view.scales, a, b)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or (kept := _kept.get()) is None or not _comparable(used):
             return lora_row_norms(view, a, b, self.scaling, dtype)

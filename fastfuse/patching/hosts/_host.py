@@ -466,12 +466,6 @@ def _without_shards(module: nn.Module) -> Iterator[None]:
             parameters[name] = p
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast multiplies in on x's device; None outside it."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
 def runs_on(module: nn.Module, options: Options) -> str:
     """What serves a module where it is, in words; "" where it has no tensors of its own."""
     device = device_of(module)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfuse.modules._prepared import PreparedLinear, Watch
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, own_forward, parameter
+from fastfuse.patching.hosts._host import Given, Reason, own_forward, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, of_bitsandbytes
 
@@ -39,7 +40,7 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
         return None
     if x.dtype not in DTYPES or compute_dtype(self, x) not in DTYPES:
         return Reason("DTYPE", f"the input is {x.dtype}, the layer computes in {self.compute_dtype}")
-    if autocast_dtype(x) not in (None, compute_dtype(self, x)):
+    if autocast_dtype(x.device) not in (None, compute_dtype(self, x)):
         return Reason("AUTOCAST", "autocast's dtype is not the layer's compute_dtype")
     return None
 

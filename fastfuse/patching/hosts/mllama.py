@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastfuse.errors import Unsupported
 from fastfuse.ops import EncoderMask, _op, cross_attention, patch_embed
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.patching.hosts._attention import Heads, attention_host
 from fastfuse.patching.hosts._host import (
     Given,
@@ -26,7 +27,6 @@ from fastfuse.patching.hosts._host import (
     Rehearsed,
     Sizes,
     asking_for_grad,
-    autocast_dtype,
     bound_host,
     call_own,
     convolution,
@@ -198,7 +198,7 @@ def _prepare_attention(self: nn.Module, given: Given, options: Options) -> Calla
     Its projections and norms are called, and whoever hooks into them is seen; the op makes its own checks.
     """
     x, backend, state, config = given["hidden_states"], options.named(), self.__dict__, self.config.__dict__
-    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
+    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x.device) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
     if not covered or _op.route("cross_attention", x, backend) != "op":
         return None
     renamed, names, kinds, device = state["_fastfuse"].names.hosts, {*given}, _kinds(given), x.device.type
@@ -299,7 +299,7 @@ def _placed_tokens(self: nn.Module, pixels: Tensor, ids: Tensor, options: Option
     """[images, tiles, tokens padded to a multiple of 8, dim], normalised."""
     conv, positions, pre, norm = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding, self.layernorm_pre
     # Under autocast PyTorch's norm gives fp32 on a GPU, whatever goes in.
-    by_op = plain(norm, nn.LayerNorm) is None and norm.elementwise_affine and autocast_dtype(pixels) is None
+    by_op = plain(norm, nn.LayerNorm) is None and norm.elementwise_affine and autocast_dtype(pixels.device) is None
     rows = positions.max_aspect_ratio_id + 1
     x = patch_embed(
         pixels.to(conv.weight.device, conv.weight.dtype),

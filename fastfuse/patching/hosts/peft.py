@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from fastfuse.modules._prepared import PreparedLinear, Watch, dora_factor
 from fastfuse.ops import lora_row_norms
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Given, Reason, autocast_dtype, foreign_forward, hooked, own_forward, plain_tensors, rebound
+from fastfuse.patching.hosts._host import Given, Reason, foreign_forward, hooked, own_forward, plain_tensors, rebound
 from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
@@ -61,7 +62,7 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if x.dim() == 1 and names[0] in self.lora_variant:
         return Reason("SHAPE", "PEFT's DoRA gives a vector another dimension")
     adapters = {self.lora_A[name].weight.dtype for name in names}
-    if (autocast := autocast_dtype(x)) is not None:
+    if (autocast := autocast_dtype(x.device)) is not None:
         # bitsandbytes' layer gives back the dtype it was given, and the adapter's product is added to that, DoRA's scaled with it: of an fp32 x the
         # result is fp32 that holds what was computed in autocast's dtype.
         widened = host is bitsandbytes and x.dtype == torch.float32
@@ -113,7 +114,7 @@ def fused(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
         if (own := self.lora_B[name].bias) is not None:
             own = own * self.scaling[name]
             bias = own if bias is None else bias + own
-    computed, dtype = autocast_dtype(x), x.dtype
+    computed, dtype = autocast_dtype(x.device), x.dtype
     if magnitude is not None and computed is not None and torch.is_autocast_enabled():  # a GPU's: PEFT then leaves DoRA's sum in the widest dtype
         dtype = torch.promote_types(dtype, magnitude.dtype)
     if magnitude is not None and computed not in (None, dtype):

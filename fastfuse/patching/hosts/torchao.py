@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.modules._prepared import PreparedLinear, Watch, read_torchao
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Reason, autocast_dtype, parameter
+from fastfuse.patching.hosts._host import Reason, parameter
 from fastfuse.patching.hosts._nf4 import nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
@@ -19,7 +20,7 @@ def matches(module: nn.Module) -> bool:
 def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if x is None:
         return None
-    if autocast_dtype(x) not in (None, x.dtype):
+    if autocast_dtype(x.device) not in (None, x.dtype):
         return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
     if self.bias is not None and self.bias.dtype != x.dtype:  # added as it is: the result takes the wider dtype
         return Reason("DTYPE", f"the input is {x.dtype}, the bias {self.bias.dtype}")

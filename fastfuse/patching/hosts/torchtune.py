@@ -13,6 +13,7 @@ from fastfuse.modules.low_precision.nf4_linear import bias_fits
 from fastfuse.modules.transformer import add_attended, masks_scores
 from fastfuse.modules.vision_transformer import place_tokens, run_layers
 from fastfuse.ops import EncoderMask, cross_attention, lora_row_norms, nf4_linear, nf4_lora_linear
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops._patch_tokens import tile_rows
 from fastfuse.ops.nf4_linear import DTYPES
 from fastfuse.patching.hosts._attention import Heads, attention_host
@@ -25,7 +26,6 @@ from fastfuse.patching.hosts._host import (
     Rehearsed,
     Sizes,
     asking_for_grad,
-    autocast_dtype,
     convolution,
     hooked,
     is_named,
@@ -108,7 +108,7 @@ def _lora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     factors = {a.weight.dtype, b.weight.dtype}
     if not factors <= set(DTYPES):
         return Reason("DTYPE", f"the adapter is {factors.difference(DTYPES).pop()}")
-    if x is None or autocast_dtype(x) is not None or factors == {x.dtype}:
+    if x is None or autocast_dtype(x.device) is not None or factors == {x.dtype}:
         return None
     return Reason("DTYPE", f"the input is {x.dtype}, the adapter {' and '.join(map(str, factors))}")
 
@@ -126,7 +126,7 @@ def _dora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     found = _lora_obstacle(self, x) or plain_tensors(self.magnitude)
     if found or x is None:
         return found
-    if autocast_dtype(x) not in (None, x.dtype):
+    if autocast_dtype(x.device) not in (None, x.dtype):
         return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
     if self.magnitude.dtype != x.dtype:  # the result takes the wider dtype
         return Reason("DTYPE", f"the input is {x.dtype}, the magnitude {self.magnitude.dtype}")
@@ -193,7 +193,7 @@ def _call_obstacle(self: nn.Module, images: Any, aspect_ratio: Any) -> Reason | 
         return Reason(
             "SHAPE", f"tiles of {images.shape[3]} channels, {images.shape[4]} x {images.shape[5]} pixels, do not have {self.patches_per_tile} patches"
         )
-    if (autocast := autocast_dtype(images)) is not None:
+    if (autocast := autocast_dtype(images.device)) is not None:
         if images.dtype not in DTYPES or weight.dtype not in (torch.float32, autocast):
             return Reason("AUTOCAST", f"images are {images.dtype}, weights {weight.dtype} under autocast to another dtype")
     elif images.dtype != weight.dtype:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.patch_embed import DTYPES, patch_embed
 from fastfuse.patching.hosts._host import (
     Given,
@@ -17,7 +18,6 @@ from fastfuse.patching.hosts._host import (
     Rehearsed,
     Sizes,
     asking_for_grad,
-    autocast_dtype,
     convolution,
     hooked,
     nothing,
@@ -76,7 +76,7 @@ def _unfit(pixels: Any, casts: bool, parts: _Parts) -> Reason | None:
         return Reason("SHAPE", "the pixels are not (images, channels, height, width) with room for a patch")
     if any(t is not None and t.device != pixels.device for t in (conv.weight, cls, positions)):
         return Reason("DEVICE", "pixels and weights are on several devices")
-    autocast, weight = autocast_dtype(pixels), conv.weight.dtype
+    autocast, weight = autocast_dtype(pixels.device), conv.weight.dtype
     dtype = weight if autocast is None else autocast
     if weight not in DTYPES or dtype not in DTYPES:
         return Reason("DTYPE", f"the convolution's weight is {weight}, it computes in {dtype}")
@@ -182,7 +182,7 @@ def _timm(self: nn.Module, parts: _Parts, pixels: Tensor, options: Options) -> T
 
 def _affine(norm: nn.Module, pixels: Tensor, conv: nn.Conv2d) -> tuple[Tensor | None, Tensor | None, float] | None:
     """What the op needs of the norm to swallow it; None where it is called after the op."""
-    if plain(norm, nn.LayerNorm) is not None or norm.normalized_shape != (conv.out_channels,) or autocast_dtype(pixels) is not None:
+    if plain(norm, nn.LayerNorm) is not None or norm.normalized_shape != (conv.out_channels,) or autocast_dtype(pixels.device) is not None:
         return None
     alike = all(t is None or (t.dtype == conv.weight.dtype and t.device == pixels.device) for t in (norm.weight, norm.bias))
     return (norm.weight, norm.bias, norm.eps) if alike else None
