@@ -1,4 +1,4 @@
-"""The NF4 ops in C: c/cpu_nf4.c, compiled at first use into Triton's cache folder, as Triton keeps its launchers."""
+"""The NF4 ops in C: c/cpu/cpu_nf4.c, compiled at first use into Triton's cache folder, as Triton keeps its launchers."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastfuse.ops._op import rows
 
-SOURCE = Path(__file__).with_name("cpu_nf4.c")
+SOURCE = Path(__file__).parent / "cpu" / "cpu_nf4.c"
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-w")
 INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512_bf16")  # as ffs_cpu_isa numbers them
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -60,7 +60,8 @@ def _compiled() -> Path:
     """The library, named by its own hash: a broken file is made anew, and of processes that start together the last one's replaces an equal one."""
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), "cc")]
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), SOURCE.with_name("fastfuse_cpu.h").read_bytes(), FLAGS, compiler, version)).encode()).hexdigest()
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    key = hashlib.sha256(repr((sources, FLAGS, compiler, version)).encode()).hexdigest()
     home = Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home) / f"fastfuse-{key[:32]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

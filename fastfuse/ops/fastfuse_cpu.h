@@ -1,1 +1,0 @@
-../../c/fastfuse_cpu.h
