@@ -1,6 +1,9 @@
 """Kernel tests run on a GPU where there is one, else on the CPU through Triton's interpreter; gpu tests only on a GPU."""
 
+import json
 import os
+from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -52,9 +55,27 @@ def taken(monkeypatch):
     return asked
 
 
+SECONDS = Path(__file__).with_name("seconds.json")  # of each file: pytest --record-seconds writes it
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-seconds", action="store_true", help="write what each file took into tests/seconds.json, by which they are ordered")
+
+
 def pytest_collection_modifyitems(items):
+    """The longest file first, as cores take files one after the other."""
+    seconds = json.loads(SECONDS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.name, 0))
     if not GPU:
         skip = pytest.mark.skip(reason="no GPU: not measured, not run")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.config.option.record_seconds:
+        seconds = Counter()
+        for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+            seconds[Path(report.location[0]).name] += report.duration
+        SECONDS.write_text(json.dumps({name: round(taken) for name, taken in sorted(seconds.items())}, indent=1) + "\n")
