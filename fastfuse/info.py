@@ -25,7 +25,7 @@ def info() -> str:
         devices = [(torch.device("cpu"), "CPU, no GPU found")]
     for device, name in devices:
         lines.append(f"{device}: {name}: backend {backend_for(device)}{' (kernels by request, TRITON_INTERPRET is set)' if INTERPRET else ''}")
-        lines += [f"  {op:13} {_coverage(op, device)}" for op in tuned_ops()]
+        lines += [f"  {op:20} {_coverage(op, device)}" for op in tuned_ops()]
     lines.append(f"NF4 on the CPU: {f'the C library, {library().instructions}' if library() else 'PyTorch, no C library'}")
     return "\n".join(lines)
 
@@ -39,7 +39,7 @@ def _coverage(op: str, device: torch.device) -> str:
     rows = tune.table(op)
     have = ", ".join(f"{arch} {sum(r['arch'] == arch for r in rows)}" for arch in sorted({r["arch"] for r in rows} - {"interpreter"}))
     if device.type != "cuda":
-        return f"PyTorch reference here; launch rows for {have}"
+        return f"launch rows for {have}"
     if not HAS_TRITON:
         return "not covered: the triton package is not installed"
     arch = tune.arch_of(device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse.modules.attention_utils import serves_cross_attention
 from fastfuse.ops import EncoderMask, cross_attention
+from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.cross_attention import uncovered
 from fastfuse.patching.hosts._host import Host, Options, Reason, Rehearsed, Sizes, device_of
 
@@ -50,8 +51,8 @@ def attention_host(heads: Callable[[nn.Module], Heads], obstacle: Callable[[nn.M
 def rehearse_attention(module: nn.Module, heads: Heads, sizes: Sizes, options: Options) -> Rehearsed | Reason:
     """On the meta device: kernels depend on neither values nor, with head_dim a multiple of 16, on strides."""
     (b, s, tiles, n), device = sizes, device_of(module)
-    if device is not None and torch.is_autocast_enabled(device.type):
-        heads = heads._replace(dtype=torch.get_autocast_dtype(device.type))
+    if device is not None and (dtype := autocast_dtype(device)):
+        heads = heads._replace(dtype=dtype)
     if found := heads.uncovered():
         return found
     meta = {"dtype": heads.dtype, "device": "meta", "requires_grad": torch.is_grad_enabled()}
