@@ -40,7 +40,7 @@ def pytest_in(copy: Path, arguments: str) -> tuple[int, float, str]:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
         signal.alarm(TIMEOUT)
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)])
+        status = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(arguments)])
         sys.stdout.flush()
         os._exit(int(status))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
