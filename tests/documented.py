@@ -41,37 +41,24 @@ def torchao_linear(K: int, N: int) -> nn.Linear:
     return linear
 
 
-def _nf4(N: int, K: int) -> Tensor:
-    return quantize(torch.randn(N, K), "nested")
-
-
 def linear_inputs(M: int = 3, K: int = 128, N: int = 64, H: int = 192, R: int = 4) -> dict:
     """For the ops over NF4 weights."""
     given = {"torch": torch, "x": torch.randn(M, K, requires_grad=True), "scaling": 2.0, "s": 2.0, "bias": torch.randn(N), "m": torch.rand(N)}
-    for weight, a, b, n, k in (("weight", "lora_a", "lora_b", N, K), ("wq", "aq", "bq", N, K), ("wk", "ak", "bk", N, K), ("wv", "av", "bv", N, K)):
-        given |= {weight: _nf4(n, k), a: torch.randn(R, k), b: torch.randn(n, R)}
-    for name, n, k in (("gate", H, K), ("up", H, K), ("down", N, H)):
-        given |= {name: _nf4(n, k), f"a{name[0]}": torch.randn(R, k), f"b{name[0]}": torch.randn(n, R)}
+    shapes = {("weight", "lora_a", "lora_b"): (N, K), ("gate", "ag", "bg"): (H, K), ("up", "au", "bu"): (H, K), ("down", "ad", "bd"): (N, H)}
+    shapes |= {(f"w{name}", f"a{name}", f"b{name}"): (N, K) for name in "qkv"}
+    for (weight, a, b), (n, k) in shapes.items():
+        given |= {weight: quantize(torch.randn(n, k), "nested"), a: torch.randn(R, k), b: torch.randn(n, R)}
     return given | {"dense_weight": torch.randn(N, K)}
 
 
 def image_inputs(b: int = 2, tiles: int = 4, size: int = 28, patch: int = 14, D: int = 32) -> dict[str, Tensor]:
     """For patch embedding, as torchtune holds its tables, and for a ViT of one tile."""
     n = (size // patch) ** 2 + 1
-    tables = {
-        "local_pos": (n, D),
-        "global_pos": (tiles, tiles, n, D),
-        "pre_pos": (tiles, tiles, 1, D),
-        "gate": (1,),
-        "pre_gate": (1,),
-        "cls": (D,),
-        "w": (D,),
-        "b": (D,),
-    }
-    vit = {"vit_weight": (D, 3, patch, patch), "vit_cls": (D,), "positions": (n, D), "bias": (D,)}
-    given = {name: torch.randn(shape) for name, shape in (tables | vit).items()}
-    photos = torch.randint(256, (b, 1, 3, size, size), dtype=torch.uint8)
-    given |= {"images": torch.randn(b, tiles, 3, size, size), "conv_weight": torch.randn(D, 3, patch, patch), "photos": photos}
+    shapes = {"local_pos": (n, D), "global_pos": (tiles, tiles, n, D), "pre_pos": (tiles, tiles, 1, D), "positions": (n, D)}
+    shapes |= dict.fromkeys(("gate", "pre_gate"), (1,)) | dict.fromkeys(("cls", "w", "b", "vit_cls", "bias"), (D,))
+    shapes |= dict.fromkeys(("conv_weight", "vit_weight"), (D, 3, patch, patch)) | {"images": (b, tiles, 3, size, size)}
+    given = {name: torch.randn(shape) for name, shape in shapes.items()}
+    given["photos"] = torch.randint(256, (b, 1, 3, size, size), dtype=torch.uint8)
     return given | {"aspect_ratio": torch.tensor([[2, 2], [1, 3]]), "scale": [1 / 255] * 3, "shift": [-0.5] * 3}
 
 
@@ -79,11 +66,11 @@ def attention_inputs(b: int = 2, hq: int = 4, hkv: int = 2, s: int = 5, d: int =
     """For cross-attention over an image of four tiles, of which three are real."""
     visible = torch.ones(b, s, 1, 4, dtype=torch.bool)
     visible[..., 3], visible[:, 0] = False, False
-    heads = {
-        name: torch.randn(b, h, n, d, dtype=torch.bfloat16) for name, h, n in (("q", hq, s), ("k", hkv, 4 * tokens_per_tile), ("v", hkv, 4 * tokens_per_tile))
-    }
-    sizes = {"b": b, "hkv": hkv, "d": d, "max_len": 4 * tokens_per_tile, "tokens_per_tile": tokens_per_tile}
-    return heads | sizes | {"torch": torch, "visible": visible, "device": "cpu", "q_next": torch.randn(b, hq, 1, d, dtype=torch.bfloat16)}
+    s_e = 4 * tokens_per_tile
+    shapes = {"q": (b, hq, s, d), "q_next": (b, hq, 1, d), "k": (b, hkv, s_e, d), "v": (b, hkv, s_e, d)}
+    given = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    sizes = {"b": b, "hkv": hkv, "d": d, "max_len": s_e, "tokens_per_tile": tokens_per_tile}
+    return given | sizes | {"torch": torch, "visible": visible, "device": "cpu"}
 
 
 def fastfuse_checkpoint(model: nn.Module, name: str) -> None:

@@ -49,15 +49,13 @@ def shell_blocks(page: Path) -> list[str]:
 
 
 def commands_in_prose(page: Path) -> list[str]:
-    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith(("python ", "pytest ", "pip ", "cmake ", "mkdocs ", "bash "))]
+    return [code for code in re.findall(r"`([^`\n]+)`", prose(page)) if code.startswith(("python ", "pytest ", "pip ", "cmake ", "mkdocs ", "bash "))]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name_of)
 def test_commands_exist(page):
     """Each is parsed and asked for what it offers; none is run."""
-    for script in shell_blocks(page):
-        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert subprocess.run(["bash", "-n"], input="".join(shell_blocks(page)), text=True).returncode == 0
     commands = [line for script in shell_blocks(page) for line in script.splitlines()] + commands_in_prose(page)
     for line in commands:
         for command in re.split(r"\s+&&\s+", line.split(" #")[0]):
@@ -114,9 +112,13 @@ def pytest_options() -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", told))
 
 
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as code hosts and mkdocs name them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -130,25 +132,15 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(target), link
 
 
-def test_the_readme_is_short():
-    """For a newcomer: the rest has its page."""
-    assert len(README.read_bytes()) <= 8192
-
-
-def test_every_host_is_documented():
-    assert table() in (ROOT / "docs" / "patching.md").read_text()
-
-
-def test_the_picture_of_a_patched_mllama_is_what_the_code_gives(capsys):
+def test_what_is_generated_is_up_to_date(capsys):
+    """The hosts, the picture of a patched Mllama, and the calls of a patched layer as they were counted. The README is for a newcomer, and short."""
+    patching, benchmarks = ((ROOT / "docs" / page).read_text() for page in ("patching.md", "benchmarks.md"))
+    assert table() in patching and len(README.read_bytes()) <= 8192
     assert draw_patch.main(["--check"]) == 0, capsys.readouterr().err
-
-
-@pytest.mark.parametrize("page", ["patching", "benchmarks"])
-def test_calls_of_a_patched_layer_are_those_that_were_counted(page):
     rows = json.loads((ROOT / "bench" / "results" / "host.json").read_text())["triton 3.7.1"]["rows"]
-    text = (ROOT / "docs" / f"{page}.md").read_text()
     for who, shown in (("patched", "patched"), ("own", "PEFT + bitsandbytes themselves")):
-        assert f"| {shown} | {rows[f'PEFT LoRA over bitsandbytes, {who}, 1 token, no grad'][1]} |" in text
+        row = f"| {shown} | {rows[f'PEFT LoRA over bitsandbytes, {who}, 1 token, no grad'][1]} |"
+        assert row in patching and row in benchmarks
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install 'fastfuse[docs]'")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastfuse.data import CLIPImageTransform, Llama3Tokenizer, Message, padded_collate_tiled_images_and_mask
 from fastfuse.data.llama3_tokenizer import LLAMA3_SPECIAL_TOKENS, REQUIRED, load_tiktoken
+from fastfuse.data.transforms import VisionCrossAttentionMask
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision._transform import IMAGE_MEAN, IMAGE_STD, Llama3VisionTransform, llama3_2_vision_transform
 
@@ -25,18 +26,13 @@ IMAGE, BOS, EOS, EOT, EOM, START, END, PYTHON = 128256, 128000, 128001, 128009, 
 
 
 @pytest.fixture(scope="session")
-def model_file():
-    """The real vocabulary: 128000 tokens, in the llama-models wheel."""
+def llama():
+    """Over the real vocabulary: 128000 tokens, in the llama-models wheel."""
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
     spec = importlib.util.find_spec("llama_models")
     if spec is None:
         pytest.skip("llama-models, which carries Llama 3's tokenizer.model, is not installed")
-    return Path(spec.origin).parent / "llama3" / "tokenizer.model"
-
-
-@pytest.fixture(scope="session")
-def llama(model_file):
-    return llama3_2_vision_transform(model_file)
+    return llama3_2_vision_transform(Path(spec.origin).parent / "llama3" / "tokenizer.model")
 
 
 class Bytes:
@@ -51,8 +47,15 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def small(**options):
-    return Llama3VisionTransform(Bytes(), tile_size=28, patch_size=14, **options)
+def small(tokenizer=None, **options):
+    return Llama3VisionTransform(tokenizer or Bytes(), tile_size=28, patch_size=14, **options)
+
+
+def said(error, make, *args, **options):
+    """The words of the error that a call ends in."""
+    with pytest.raises(error) as raised:
+        make(*args, **options)
+    return str(raised.value)
 
 
 TOOL_TALK = [
@@ -69,6 +72,7 @@ TOOL_TALK_IDS = [
     *(START, 23799, 4690, END, 271, 16, EOM),
     *(START, 78191, END, 271, 10655, EOT, EOS),
 ]
+TOOL_TALK_MASK = [True] * 7 + [False] * 29 + [True]
 
 
 def ask(*content, answer="A cat."):
@@ -77,18 +81,17 @@ def ask(*content, answer="A cat."):
 
 
 def test_ids_of_torchtune(llama):
-    ids, mask = llama.tokenize_messages(TOOL_TALK)
-    assert ids == TOOL_TALK_IDS
-    assert mask == [True] * 7 + [False] * 29 + [True]
-    assert llama.tokenize_messages(TOOL_TALK, add_end_tokens=False) == (TOOL_TALK_IDS[:-2], mask[:-2])
+    assert llama.tokenize_messages(TOOL_TALK) == (TOOL_TALK_IDS, TOOL_TALK_MASK)
+    assert llama.tokenize_messages(TOOL_TALK, add_end_tokens=False) == (TOOL_TALK_IDS[:-2], TOOL_TALK_MASK[:-2])
     ids, mask = llama.tokenize_messages(ask(PHOTO, "What is  this?\n", answer="A dog."))
     system, user = [START, 9125, END, 271, 3513, 10015, 13, EOT], [START, 882, END, 271, IMAGE, 3923, 374, 220, 420, 30, EOT]
     assert ids == [BOS, *system, *user, START, 78191, END, 271, 32, 5679, 13, EOT, EOS]
     assert mask == [True] + [False] * len(system) + [True] * len(user) + [False] * 8 + [True]
     assert llama.encode("Héllo <|image|> 你好 🎉") == [BOS, 39, 19010, 385, 83739, 1843, 91, 29, 118195, 53901, 11410, 236, 231, EOS]
     assert llama.encode("  hello <|eot_id|> world \n", add_eos=False) == [BOS, 220, 24748, 83739, 68, 354, 851, 91, 29, 1917, 720]
-    assert llama.tokenize_message({"role": "user", "content": " hi  "}, add_start_tokens=False) == [6151, EOT]
-    assert llama.tokenize_message({"role": "user", "content": " hi  "}, add_end_tokens=False) == [START, 882, END, 271, 6151]
+    hi = {"role": "user", "content": " hi  "}
+    assert llama.tokenize_message(hi, add_start_tokens=False) == [6151, EOT]
+    assert llama.tokenize_message(hi, add_end_tokens=False) == [START, 882, END, 271, 6151]
 
 
 def test_what_the_ids_say(llama):
@@ -98,9 +101,10 @@ def test_what_the_ids_say(llama):
         "<|start_header_id|>user<|end_header_id|>\n\n<|image|>What is this?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|><|end_of_text|>"
     )
-    assert llama.decode(ids) == "Be brief.What is this?A cat."
-    tool = llama.tokenize_message({"role": "tool", "content": "1"})
-    assert tool == llama.tokenize_message({"role": "ipython", "content": "1"})  # the name the model was trained with
+    assert llama.decode([*ids, 15339]) == "Be brief.What is this?A cat." and llama.decode([*ids, 15339], truncate_at_eos=False).endswith("A cat.hello")
+    assert llama.decode([EOS]) == llama.decode([]) == ""
+    tool = {"role": "tool", "content": "1"}
+    assert llama.tokenize_message(tool) == llama.tokenize_message(tool | {"role": "ipython"})  # the name the model was trained with
 
 
 def test_names_and_numbers(llama):
@@ -109,59 +113,45 @@ def test_names_and_numbers(llama):
     assert (llama.max_num_tiles, llama.image_seq_len, llama.max_seq_len) == (4, 6404, 8192)
     assert llama.special_tokens == LLAMA3_SPECIAL_TOKENS and sorted(LLAMA3_SPECIAL_TOKENS.values()) == list(range(128000, 128257))
     named = {"<|reserved_special_token_0|>": 128002, "<|reserved_special_token_2|>": 128013, "<|reserved_special_token_244|>": 128255, "<|image|>": IMAGE}
-    assert {name: LLAMA3_SPECIAL_TOKENS[name] for name in named} == named
+    assert named.items() <= LLAMA3_SPECIAL_TOKENS.items()
 
 
-@pytest.mark.parametrize("text", ["Hello, world", "  two  spaces ", "<|image|><|eot_id|>", "日本語 🎉 ß e\u0301", "1234567\r\n\tx", "", "don't"])
+@pytest.mark.parametrize("text", ["  two  spaces ", "<|image|><|eot_id|>", "日本語 🎉 ß e\u0301", "1234567\r\n\tx", "", "don't"])
 def test_text_comes_back(llama, text):
     """What looks like a special token is text, and stays."""
     ids = llama.encode(text)
     assert ids[0] == BOS and ids[-1] == EOS and max(ids[1:-1], default=0) < 128000
-    assert llama.decode(ids) == text
-    assert llama.decode(torch.tensor(ids)) == text
-
-
-def test_decode_leaves_out_headers_and_what_follows_the_end(llama):
-    talk = [BOS, START, 9125, END, 271, 9906, EOT, IMAGE, 15339, EOS, 15339]
-    assert llama.decode(talk) == "Hellohello"
-    assert llama.decode(talk, truncate_at_eos=False) == "Hellohellohello"
-    header = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-    assert llama.decode(talk, skip_special_tokens=False) == header + "Hello<|eot_id|><|image|>hello"
-    assert llama.decode([EOS]) == llama.decode([]) == ""
+    assert llama.decode(ids) == llama.decode(torch.tensor(ids)) == text
 
 
 def test_image_tokens_are_never_trained_on():
     """The model has no output for the image token, so it cannot be a label."""
     ids, mask = small().tokenize_messages([{"role": "user", "content": [{"type": "image", "content": PHOTO}, {"type": "text", "content": "a"}]}])
-    image = Bytes.special_tokens["<|image|>"]
-    assert [masked for i, masked in zip(ids, mask, strict=True) if i == image] == [True]
-    assert mask.count(True) == 3  # with begin_of_text and end_of_text
+    assert [i for i, masked in zip(ids, mask, strict=True) if masked] == [
+        Bytes.special_tokens[f"<|{name}|>"] for name in ("begin_of_text", "image", "end_of_text")
+    ]
 
 
-@pytest.mark.parametrize("length", [1, 3, 12, 16, 36, 37, 100])
-def test_cut_conversations(model_file, llama, length):
-    tokenizer = Llama3Tokenizer(llama.tokenizer.text_tokenizer, max_seq_len=length)
-    ids, mask = tokenizer.tokenize_messages(TOOL_TALK)
-    whole = [True] * 7 + [False] * 29 + [True]
-    kept = min(length, 37)
-    assert ids == [*TOOL_TALK_IDS[: kept - 1], EOS] and mask == [*whole[: kept - 1], True]
-    ids, mask = tokenizer.tokenize_messages(TOOL_TALK, add_end_tokens=False)
-    assert ids == TOOL_TALK_IDS[: min(length, 35)] and mask == whole[: min(length, 35)]
+def test_cut_conversations(llama):
+    for length in (1, 3, 12, 16, 36, 37, 100):
+        tokenizer = Llama3Tokenizer(llama.tokenizer.text_tokenizer, max_seq_len=length)
+        kept = min(length, 37) - 1
+        assert tokenizer.tokenize_messages(TOOL_TALK) == ([*TOOL_TALK_IDS[:kept], EOS], [*TOOL_TALK_MASK[:kept], True])
+        kept = min(length, 35)
+        assert tokenizer.tokenize_messages(TOOL_TALK, add_end_tokens=False) == (TOOL_TALK_IDS[:kept], TOOL_TALK_MASK[:kept])
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_cutting_an_image_token_away_is_refused(inference):
     """Position 33 holds the second image token: a text of 33 loses it, and one of 34 loses it to end_of_text."""
-    talk = [{"role": "user", "content": [{"type": "image", "content": PHOTO}, {"type": "text", "content": "a" * 24}, {"type": "image", "content": PHOTO}]}]
-    whole = small()({"messages": talk}, inference=inference)["tokens"]
+    talk = {"messages": ask(PHOTO, "a" * 24, PHOTO)[1:2]}
+    whole = small()(talk, inference=inference)["tokens"]
     assert [i for i, token in enumerate(whole) if token == small().tokenizer.image_id] == [9, 34]
     for length in (9, 20, 34) if inference else (10, 20, 35):
-        with pytest.raises(RuntimeError) as error:
-            small(max_seq_len=length)({"messages": talk}, inference=inference)
-        kept = int(length > 10)
-        message = f"The number of image tokens ({kept}) does not match the number of images (2)."
-        assert str(error.value) == f"{message} max_seq_len {length} cuts the conversation before its last image token."
-    kept = small(max_seq_len=36)({"messages": talk}, inference=inference)
+        message = f"The number of image tokens ({int(length > 10)}) does not match the number of images (2)."
+        cut = f"{message} max_seq_len {length} cuts the conversation before its last image token."
+        assert said(RuntimeError, small(max_seq_len=length), talk, inference=inference) == cut
+    kept = small(max_seq_len=36)(talk, inference=inference)
     assert len(kept["encoder_mask"]) == 2 and len(kept["tokens"]) == (35 if inference else 36)
 
 
@@ -172,18 +162,14 @@ def test_a_conversation_with_photos(llama, inference):
     result = llama(sample, inference=inference)
     assert list(sample) == ["messages", "id"] and "messages" not in result and result["id"] == 5
     assert (result["tokens"], result["mask"]) == llama.tokenize_messages(sample["messages"], add_end_tokens=not inference)
-    s = len(result["tokens"])
-    assert s == (26 if inference else 28)
+    assert len(result["tokens"]) == (26 if inference else 28)
     clip = CLIPImageTransform(image_mean=IMAGE_MEAN, image_std=IMAGE_STD, tile_size=560, max_num_tiles=4)
-    ratios = [[1, 1], [1, 2], [1, 1]]
-    assert [ratio.tolist() for ratio in result["encoder_input"]["aspect_ratio"]] == ratios
-    for got, image in zip(result["encoder_input"]["images"], [PHOTO, coffee, PHOTO], strict=True):
-        assert got.dtype == torch.bfloat16 and torch.equal(got, clip({"image": image})["image"])
-    first = result["tokens"].index(IMAGE)
-    for mask, (begin, end), (rows, columns) in zip(result["encoder_mask"], [(first, first + 3), (first + 1, first + 3), (first + 3, s)], ratios, strict=True):
-        want = torch.zeros(s, rows * columns * 1601, dtype=torch.bool)
-        want[begin:end] = True
-        assert torch.equal(mask, want)
+    images, ratios = result["encoder_input"]["images"], result["encoder_input"]["aspect_ratio"]
+    for got, ratio, image in zip(images, ratios, [PHOTO, coffee, PHOTO], strict=True):
+        want = clip({"image": image})
+        assert got.dtype == torch.bfloat16 and torch.equal(got, want["image"]) and torch.equal(ratio, want["aspect_ratio"])
+    masks = VisionCrossAttentionMask(560, 14, IMAGE)({"tokens": result["tokens"], "encoder_input": {"images": images}})["encoder_mask"]
+    assert [mask.shape[1] for mask in masks] == [1601, 3202, 1601] and all(map(torch.equal, result["encoder_mask"], masks))
 
 
 def test_a_conversation_without_images():
@@ -199,37 +185,25 @@ def test_to_a_batch():
     for sample in samples:
         sample["labels"] = [-100 if masked else token for token, masked in zip(sample["tokens"], sample["mask"], strict=True)]
     batch = padded_collate_tiled_images_and_mask(samples, padding_idx=transform.pad_id)
-    n, t = 5, 4
-    assert batch["encoder_input"]["images"].shape == (2, 2, t, 3, 28, 28) and batch["encoder_mask"].shape[2] == 2 * t * n
-    starts = [(row == transform.tokenizer.image_id).nonzero().flatten().tolist() for row in batch["tokens"]]
-    ends = [len(sample["tokens"]) for sample in samples]
-    mask = batch["encoder_mask"].view(2, -1, 2, t, n)
-    for row, positions in enumerate(starts):
-        for i, start in enumerate(positions):
-            tiles = samples[row]["encoder_input"]["images"][i].shape[0]
-            assert mask[row, start : ends[row], i, :tiles].all() and mask[row, :, i].sum() == (ends[row] - start) * tiles * n
-    assert mask[0, :, 1].sum() == 0
+    assert batch["encoder_input"]["images"].shape == (2, 2, 4, 3, 28, 28)
+    assert batch["encoder_mask"].sum() == sum(mask.sum() for sample in samples for mask in sample["encoder_mask"]) > 0
     assert transform.decode([i for i in batch["labels"][0].tolist() if i >= 0]).startswith("Be brief.A cat.")
     assert not (batch["labels"] == transform.tokenizer.image_id).any()
 
 
-@pytest.mark.parametrize("form", ["dicts", "objects", "messages", "transformers"])
-def test_forms_of_messages(form):
+def test_forms_of_messages():
     talk = ask(PHOTO, "What?")
+    hugging_face = ask()
+    hugging_face[1]["content"] = [{"type": "image", "image": PHOTO}, {"type": "text", "text": "What?"}]
+    objects = [SimpleNamespace(**{"ipython": False, "eot": True, "masked": False} | message) for message in talk]
     want = small()({"messages": talk})
-    forms = {
-        "dicts": talk,
-        "objects": [SimpleNamespace(ipython=False, eot=True, masked=m.get("masked", False), role=m["role"], content=m["content"]) for m in talk],
-        "messages": [Message.from_dict(m) for m in talk],
-        "transformers": ask(),
-    }
-    forms["transformers"][1]["content"] = [{"type": "image", "image": PHOTO}, {"type": "text", "text": "What?"}]
-    got = small()({"messages": forms[form]})
-    assert got["tokens"] == want["tokens"] and got["mask"] == want["mask"]
-    assert torch.equal(got["encoder_input"]["images"][0], want["encoder_input"]["images"][0])
+    for messages in (objects, [Message.from_dict(message) for message in talk], hugging_face):
+        got = small()({"messages": messages})
+        assert got["tokens"] == want["tokens"] and got["mask"] == want["mask"]
+        assert torch.equal(got["encoder_input"]["images"][0], want["encoder_input"]["images"][0])
 
 
-def test_prompt_template(model_file, llama):
+def test_prompt_template(llama):
     talk = [{"role": "user", "content": " hi  "}, {"role": "assistant", "content": " yo "}]
     template = {"user": ("  Q: ", " \n A:"), "assistant": ("", "!")}
     tokenizer = Llama3Tokenizer(llama.tokenizer.text_tokenizer, prompt_template=template)
@@ -249,49 +223,25 @@ def test_message():
     assert not Message("user", "x").contains_media
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: Message("robot", "x"), "Message: role is 'robot', not one of system, user, assistant, ipython, tool"),
-        (lambda: Message("user", 3), "Message: content is 3, neither a text nor a list of dicts"),
-        (lambda: Message("user", ["x"]), "Message: content is ['x'], neither a text nor a list of dicts"),
-        (lambda: Message("user", [{"type": "audio"}]), "Message: an item of content has type 'audio', neither 'text' nor 'image'"),
-        (lambda: Message("user", [{"type": "text", "content": 3}]), "Message: an item of content of type 'text' holds int, not str"),
-        (lambda: Message("user", "x", ipython=True), "Message: only an assistant calls tools, ipython is set for role 'user'"),
-        (
-            lambda: Message("assistant", [{"type": "image", "content": PHOTO}], ipython=True),
-            "Message: ipython is set, and a call of a tool holds no images",
-        ),
-        (lambda: Message.of({"role": "user"}), "Message: role and content are needed, {'role': 'user'} lacks one"),
-        (lambda: Message.of("hello"), "Message: role and content are needed, 'hello' lacks one"),
-    ],
-)
-def test_refused_messages(make, message):
-    with pytest.raises(InvalidArgument) as error:
-        make()
-    assert str(error.value) == message
-
-
-def byte_level(**parts):
+def byte_level():
     """A tokenizers.Tokenizer that adds begin_of_text to every text and reads <|image|> in one, as Llama's does."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(list(REQUIRED))
-    begin = made.token_to_id("<|begin_of_text|>")
-    made.post_processor = TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)])
+    begin = "<|begin_of_text|>"
+    made.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, made.token_to_id(begin))])
     return made
 
 
 @pytest.mark.parametrize("library", ["transformers", "tokenizers"])
 def test_tokenizers_of_other_libraries(library, tmp_path):
     """The special tokens they would add to a text are not added, and their ids come from tokenizer.json."""
-    made = byte_level()
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made) if library == "transformers" else made
-    transform = Llama3VisionTransform(tokenizer, tile_size=28, patch_size=14, special_tokens_path=tmp_path / "tokenizer.json")
-    assert transform.special_tokens == {name: 256 + i for i, name in enumerate(REQUIRED)} and transform.vocab_size == 265
+    made, path = byte_level(), tmp_path / "tokenizer.json"
+    made.save(str(path))
+    transform = small(PreTrainedTokenizerFast(tokenizer_object=made) if library == "transformers" else made, special_tokens_path=path)
+    assert transform.special_tokens == Bytes.special_tokens and transform.vocab_size == 265
     result = transform({"messages": ask(PHOTO, "What is this ?")})
     assert [transform.special_tokens[name] for name in ("<|begin_of_text|>", "<|image|>")] == [256, 264]
     assert result["tokens"].count(256) == 1 and result["tokens"].count(264) == 1
@@ -301,9 +251,8 @@ def test_tokenizers_of_other_libraries(library, tmp_path):
         ids = transform.encode("<|image|>")
         assert 264 not in ids and transform.decode(ids) == "<|image|>"
     else:
-        with pytest.raises(InvalidArgument) as error:
-            transform.encode("an <|image|>")
-        assert str(error.value) == "Llama3Tokenizer: the tokenizer made the special token <|image|> of the text 'an <|image|>'"
+        words = "Llama3Tokenizer: the tokenizer made the special token <|image|> of the text 'an <|image|>'"
+        assert said(InvalidArgument, transform.encode, "an <|image|>") == words
 
 
 def test_tiktoken_and_nested_tokenizers(llama):
@@ -317,31 +266,25 @@ def test_data_loaders_can_pickle_it(llama):
     assert copy.tokenize_messages(TOOL_TALK)[0] == TOOL_TALK_IDS and copy.decode(TOOL_TALK_IDS) == llama.decode(TOOL_TALK_IDS)
 
 
-def test_without_tiktoken(monkeypatch, tmp_path):
+def test_without_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError) as error:
-        llama3_2_vision_transform("somewhere/tokenizer.model")
-    assert str(error.value) == "reading somewhere/tokenizer.model needs tiktoken: pip install tiktoken, or pass a tokenizer instead of a path"
+    words = "reading somewhere/tokenizer.model needs tiktoken: pip install tiktoken, or pass a tokenizer instead of a path"
+    assert said(ImportError, llama3_2_vision_transform, "somewhere/tokenizer.model") == words
 
 
 def test_files_that_are_none(tmp_path):
     pytest.importorskip("tiktoken")
     wrong, empty = tmp_path / "tokenizer.json", tmp_path / "empty.model"
     wrong.write_text(json.dumps({"model": 1}))
-    empty.write_text("")
+    empty.touch()
     with pytest.raises(FileNotFoundError):
         llama3_2_vision_transform(tmp_path / "missing.model")
     for path, why in [(wrong, "line 1 is b'{\"model\": 1}', not a base64 token and its rank"), (empty, "it is empty")]:
-        with pytest.raises(InvalidArgument) as error:
-            llama3_2_vision_transform(str(path))
-        assert str(error.value) == f"{path} is no Llama 3 tokenizer.model: {why}"
-    with pytest.raises(InvalidArgument) as error:
-        llama3_2_vision_transform(Bytes(), special_tokens_path=wrong)
-    assert str(error.value) == f"special_tokens_path {wrong} is no tokenizer.json with a list of added_tokens"
+        assert said(InvalidArgument, llama3_2_vision_transform, str(path)) == f"{path} is no Llama 3 tokenizer.model: {why}"
+    special = {"special_tokens_path": wrong}
+    assert said(InvalidArgument, small, **special) == f"special_tokens_path {wrong} is no tokenizer.json with a list of added_tokens"
     wrong.write_text(json.dumps({"added_tokens": [{"content": name, "id": i} for i, name in enumerate(REQUIRED[2:])]}))
-    with pytest.raises(InvalidArgument) as error:
-        llama3_2_vision_transform(Bytes(), special_tokens_path=wrong)
-    assert str(error.value) == "Llama3Tokenizer: special_tokens lacks <|begin_of_text|>, <|end_of_text|>"
+    assert said(InvalidArgument, small, **special) == "Llama3Tokenizer: special_tokens lacks <|begin_of_text|>, <|end_of_text|>"
 
 
 @pytest.mark.parametrize("where", ["tokenizer.model", "original/tokenizer.model", None])
@@ -352,28 +295,30 @@ def test_folders_where_a_file_is_meant(tmp_path, where):
         (tmp_path / where).touch()
         expected = f"the file {tmp_path / where}"
     for make in (Llama3Tokenizer, llama3_2_vision_transform, load_tiktoken):
-        with pytest.raises(InvalidArgument) as error:
-            make(str(tmp_path))
-        assert str(error.value) == f"tokenizer path {tmp_path} is a folder, expected {expected}"
-    with pytest.raises(InvalidArgument) as error:
-        llama3_2_vision_transform(Bytes(), special_tokens_path=tmp_path)
-    assert str(error.value) == f"special_tokens_path {tmp_path} is a folder, expected a tokenizer.json file"
+        assert said(InvalidArgument, make, str(tmp_path)) == f"tokenizer path {tmp_path} is a folder, expected {expected}"
+    words = f"special_tokens_path {tmp_path} is a folder, expected a tokenizer.json file"
+    assert said(InvalidArgument, small, special_tokens_path=tmp_path) == words
 
 
-@pytest.mark.parametrize(
-    "make, kind, message",
-    [
-        (lambda: Llama3Tokenizer(3), TypeError, "Llama3Tokenizer: tokenizer is int, neither a path nor an object with encode and decode"),
-        (lambda: small(max_seq_len=0), InvalidArgument, "Llama3Tokenizer: max_seq_len is 0, not at least 1"),
-        (lambda: small(prompt_template="x.Y"), TypeError, "Llama3Tokenizer: prompt_template is 'x.Y', neither a dict by role nor a function of messages"),
-        (
-            lambda: small(image_mean=IMAGE_MEAN),
-            InvalidArgument,
-            f"CLIPImageTransform: needs both image_mean and image_std or none, has image_mean={IMAGE_MEAN}, image_std=None",
-        ),
-    ],
-)
-def test_refused_options(make, kind, message):
-    with pytest.raises(kind) as error:
-        make()
-    assert str(error.value) == message
+WRONG_MESSAGES = [
+    (("robot", "x"), {}, "role is 'robot', not one of system, user, assistant, ipython, tool"),
+    (("user", 3), {}, "content is 3, neither a text nor a list of dicts"),
+    (("user", ["x"]), {}, "content is ['x'], neither a text nor a list of dicts"),
+    (("user", [{"type": "audio"}]), {}, "an item of content has type 'audio', neither 'text' nor 'image'"),
+    (("user", [{"type": "text", "content": 3}]), {}, "an item of content of type 'text' holds int, not str"),
+    (("user", "x"), {"ipython": True}, "only an assistant calls tools, ipython is set for role 'user'"),
+    (("assistant", [{"type": "image", "content": PHOTO}]), {"ipython": True}, "ipython is set, and a call of a tool holds no images"),
+]
+
+
+def test_refusals():
+    for args, options, words in WRONG_MESSAGES:
+        assert said(InvalidArgument, Message, *args, **options) == f"Message: {words}"
+    for given in ({"role": "user"}, "hello"):
+        assert said(InvalidArgument, Message.of, given) == f"Message: role and content are needed, {given!r} lacks one"
+    assert said(TypeError, Llama3Tokenizer, 3) == "Llama3Tokenizer: tokenizer is int, neither a path nor an object with encode and decode"
+    assert said(InvalidArgument, small, max_seq_len=0) == "Llama3Tokenizer: max_seq_len is 0, not at least 1"
+    words = "Llama3Tokenizer: prompt_template is 'x.Y', neither a dict by role nor a function of messages"
+    assert said(TypeError, small, prompt_template="x.Y") == words
+    words = f"CLIPImageTransform: needs both image_mean and image_std or none, has image_mean={IMAGE_MEAN}, image_std=None"
+    assert said(InvalidArgument, small, image_mean=IMAGE_MEAN) == words

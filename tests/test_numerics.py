@@ -1,5 +1,7 @@
 """The tolerance itself: correct sums pass in any order, and results that are a little wrong do not."""
 
+import itertools
+
 import pytest
 import torch
 from numerics import in_several_orders, worse_than_eager
@@ -40,39 +42,25 @@ def one_wrong_scale(weight):
     return nf4_dequantize(NF4View(view.packed, view.code, (absmax,), view.block_size, view.shape, view.dtype))
 
 
-@pytest.fixture(params=[(shape, dtype) for shape in SHAPES for dtype in DTYPES], ids=str)
-def drawn(request):
-    (M, N, K), dtype = request.param
+@pytest.mark.parametrize("shape, dtype", itertools.product(SHAPES, DTYPES), ids=str)
+def test_what_passes_and_what_is_caught(shape, dtype):
+    M, N, K = shape
     weight = quantize(random_weight(N, K, torch.float32), "flat")
-    return torch.randn(M, K).to(dtype), weight
+    w, wrong = (t.to(dtype) for t in (nf4_dequantize(weight), one_wrong_scale(weight)))
+    draws = torch.randn(4, M, K).to(dtype)
 
+    def judge(x):
+        eager, exact = in_several_orders(F.linear, x, w), x.double() @ w.double().T
+        return lambda result: worse_than_eager(result, eager, exact)
 
-def judged(x, weight, result):
-    w = nf4_dequantize(weight)
-    return worse_than_eager(result, in_several_orders(lambda: F.linear(x, w.to(x.dtype))), x.double() @ w.to(x.dtype).double().T)
-
-
-def test_a_correct_product_passes(drawn):
-    x, weight = drawn
-    assert judged(x, weight, product(x, nf4_dequantize(weight).to(x.dtype))) is None
-
-
-def test_one_wrong_scale_is_caught(drawn):
-    x, weight = drawn
-    assert judged(x, weight, product(x, one_wrong_scale(weight).to(x.dtype))) is not None
-
-
-@pytest.mark.parametrize("tile", [16, 32])
-def test_a_lost_tile_of_K_is_caught(drawn, tile):
-    x, weight = drawn
-    assert judged(x, weight, product(x[:, tile:], nf4_dequantize(weight).to(x.dtype)[:, tile:])) is not None
-
-
-def test_a_sum_in_16_bits_is_caught(drawn):
-    """By one input of four at least: with M = 1 few numbers are large, and the worst of a few may be right by luck."""
-    x, weight = drawn
-    w = nf4_dequantize(weight).to(x.dtype)
-    assert any(judged(x, weight, summed_in_16_bits(x, w)) for x in (x, *torch.randn(3, *x.shape).to(x.dtype)))
+    x, *more = draws
+    judged = judge(x)
+    assert judged(product(x, w)) is None
+    assert judged(product(x, wrong)) is not None
+    for tile in (16, 32):
+        assert judged(product(x[:, tile:], w[:, tile:])) is not None, f"{tile} columns lost"
+    # One input of four at least: with M = 1 few numbers are large, and the worst of a few may be right by luck.
+    assert judged(summed_in_16_bits(x, w)) or any(judge(x)(summed_in_16_bits(x, w)) for x in more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
