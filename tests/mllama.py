@@ -12,6 +12,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
 from weights import quantize
 
+from fastfuse.models.llama3_2_vision import llama3_vision_hf_to_tune
+
 VOCAB, IMAGE, TILE = 96, 96, 56
 
 
@@ -105,6 +107,27 @@ def results(model: nn.Module, given: dict):
     ups = [torch.randn(logits.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
     grads = [torch.autograd.grad(logits, list(leaves.values()), up, retain_graph=True, allow_unused=True) for up in ups]
     return logits.detach(), {name: (None,) if a is None else (a, b) for name, a, b in zip(leaves, *grads, strict=True)}
+
+
+SAMPLES = [["coffee"], ["astronaut", "chelsea"], []]
+
+
+def assert_same_logits(ours: nn.Module, theirs: nn.Module, samples: list[list[str]] = SAMPLES, given: dict | None = None) -> None:
+    """Of fastfuse's model and of transformers' on the same photos; fp32 through two implementations: 1e-5 of the logits' scale."""
+    given = given or batch(samples)
+    with torch.no_grad():
+        got, want = ours(**as_fastfuse(given, theirs.config)), theirs(**given).logits
+    assert got.shape == want.shape and got.dtype == want.dtype and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def converted(theirs: MllamaForConditionalGeneration, **options) -> dict[str, torch.Tensor]:
+    """Its state dict with torchtune's names, with a row per aspect ratio unless options say otherwise."""
+    text, vision = theirs.config.text_config, theirs.config.vision_config
+    return llama3_vision_hf_to_tune(
+        theirs.state_dict(), text.num_attention_heads, text.num_key_value_heads, text.hidden_size, vocab_size=text.vocab_size,
+        cross_attention_layers=text.cross_attention_layers, encoder_dim=vision.hidden_size, num_tiles=vision.max_num_tiles,
+        supported_aspect_ratios=vision.supported_aspect_ratios, num_hidden_layers=text.num_hidden_layers, **{"tile_tables": "ratios"} | options,
+    )  # fmt: skip
 
 
 def as_fastfuse(given: dict[str, torch.Tensor], made: MllamaConfig) -> dict:

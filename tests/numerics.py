@@ -8,7 +8,7 @@ test_numerics.py shows what the rule still catches.
 
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -58,6 +58,14 @@ def assert_no_worse(fused: Tensor, eager: Tensor | Sequence[Tensor], exact: Tens
     """eager: one result, or those of in_several_orders."""
     reason = worse_than_eager(fused, eager, exact)
     assert reason is None, f"{what}: {reason}"
+
+
+def assert_same(got: nn.Module | Mapping[str, Tensor], want: nn.Module | Mapping[str, Tensor]) -> None:
+    """Two models or state dicts hold the same tensors to the bit."""
+    got, want = (dict(m.state_dict()) if isinstance(m, nn.Module) else m for m in (got, want))
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        assert got[name].dtype == t.dtype and torch.equal(got[name], t), name
 
 
 def assert_rounding_apart(got: Tensor, want: Tensor, K: int, products: int = 1) -> None:

@@ -10,20 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastfuse.models.llama3_2_vision._names import form_of
+
 FORMATS = ("hf", "meta", "tune")
-_PREFIXES = {  # a Meta file's vision_model. is told from transformers' by what follows
-    "meta": ("text_model.", "vision_model.vision_encoder.", "vision_model.vision_projection."),
-    "tune": ("decoder.", "encoder."),
-    "hf": (
-        "language_model.",
-        "vision_model.",
-        "multi_modal_projector.",
-        "model.language_model.",
-        "model.vision_model.",
-        "model.multi_modal_projector.",
-        "lm_head.",
-    ),
-}
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -243,8 +232,7 @@ def read_json(path: Path) -> dict:
 def _format_of(path: Path, names: Iterable[str]) -> str:
     found = {}
     for name in names:
-        form = next((f for f in ("meta", "tune", "hf") if name.startswith(_PREFIXES[f])), None)
-        found.setdefault(form, []).append(name)
+        found.setdefault(form_of(name), []).append(name)
     known = [form for form in FORMATS if form in found]
     if len(known) > 1:
         mixed = ", ".join(f"{form} ({found[form][0]})" for form in known)

@@ -1,8 +1,8 @@
 """fastfuse's own DeepFusionModel in QLoRA, random weights: eager PyTorch, then the fused ops, on one photo."""
 
 import contextlib
-import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -12,9 +12,10 @@ from torch import nn
 
 import fastfuse
 from fastfuse.data import CLIPImageTransform, VisionCrossAttentionMask, padded_collate_tiled_images_and_mask
-from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, calls_per_token, print_backend, print_comparison, print_memory, print_slice
+from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_model, print_slice, timed_answer
 from fastfuse.generation import generate
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build_lora
+from fastfuse.models.llama3_2_vision._transform import IMAGE_MEAN, IMAGE_STD
 from fastfuse.modules import local_kv_cache
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.model_fusion import DeepFusionModel
@@ -22,7 +23,6 @@ from fastfuse.modules.peft import LoRALinear
 from fastfuse.quant.nf4 import NF4View, is_torchao
 
 RANK = 16
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of Llama 3.2 Vision's images
 
 
 def run(console: Console, progress: Progress, image: Image.Image, name: str, tokens: int, interpret: bool, size: Size, device: torch.device) -> None:
@@ -33,9 +33,7 @@ def run(console: Console, progress: Progress, image: Image.Image, name: str, tok
     batch, ratio = prepare(image, size, device)
     h, w = ratio
     console.print(f"photo        {name}, {image.width} x {image.height}, {h * w} tiles of {size.tile} px, {h} high and {w} wide")
-    console.print(
-        f"model        DeepFusionModel, random weights: {size.text_layers} text layers of width {size.text_hidden}, {size.vision_layers} + 1 vision layers of width {size.vision_hidden}, LoRA rank {RANK}, {size.dtype}"
-    )
+    print_model(console, "DeepFusionModel", size, RANK)
     measured = torch.cuda.memory_allocated() - held_before if device.type == "cuda" else stored_bytes(model)
     print_memory(console, *predict_memory(model), measured)
     with fastfuse.backend("torch"):
@@ -95,7 +93,7 @@ def build(size: Size, device: torch.device, progress: Progress) -> DeepFusionMod
 
 def prepare(image: Image.Image, size: Size, device: torch.device) -> tuple[dict, list[int]]:
     """(the model's inputs, the tiles (h, w)): fastfuse.data from the photo on, and a prompt of fixed token ids."""
-    transform = CLIPImageTransform(image_mean=MEAN, image_std=STD, tile_size=size.tile, max_num_tiles=4, dtype=torch.float32)
+    transform = CLIPImageTransform(image_mean=IMAGE_MEAN, image_std=IMAGE_STD, tile_size=size.tile, max_num_tiles=4, dtype=torch.float32)
     see = VisionCrossAttentionMask(tile_size=size.tile, patch_size=14, image_token_id=size.vocab)
     tiles = transform({"image": image})
     sample = {
@@ -111,44 +109,19 @@ def _to(value, device: torch.device):
     return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
 
-@torch.no_grad()
 def answer(model: nn.Module, batch: dict, tokens: int, progress: Progress, title: str) -> Answer:
     """Logits of the prompt, then greedy generation with key-value caches."""
-    task = progress.add_task(title, total=REPEATS + 2)
+    b, s, s_e = batch["encoder_mask"].shape
     images = {k: batch[k] for k in ("encoder_input", "encoder_mask")}
-    synchronize = torch.cuda.synchronize if batch["tokens"].is_cuda else lambda: None
-    model(**batch)  # compiles the kernels on a GPU, settles allocations on a CPU
-    progress.advance(task)
-    times = []
-    for _ in range(REPEATS):
-        synchronize()
-        start = time.perf_counter()
-        logits = model(**batch)
-        synchronize()
-        times.append(time.perf_counter() - start)
-        progress.advance(task)
-    prefill = statistics.median(times)
-    made, margin, decode, calls = [], float("inf"), 0.0, 0
-    if tokens:
-        b, s, s_e = batch["encoder_mask"].shape
-        caches = {"encoder_max_seq_len": s_e, "decoder_max_seq_len": s + max(tokens, 3), "dtype": logits_dtype(model)}
-        with local_kv_cache(model, batch_size=b, device=batch["tokens"].device, **caches):
-            start = time.perf_counter()
-            out, chosen = generate(model, batch["tokens"], max_generated_tokens=tokens, temperature=0, **images)
-            synchronize()
-            spent = time.perf_counter() - start
-            calls = calls_per_token(lambda n: generate(model, batch["tokens"], max_generated_tokens=n, temperature=0, **images))
-        decode = (spent - prefill) / max(tokens - 1, 1)
-        made = out[0, s:].tolist()
-        best = chosen.float().topk(2).values
-        margin = (best[..., 0] - best[..., 1]).min().item()
-    progress.remove_task(task)
-    return Answer(logits.float(), made, margin, prefill, decode, calls)
+    sizes = {"batch_size": b, "encoder_max_seq_len": s_e, "decoder_max_seq_len": s + max(tokens, 3)}
+    dtype = model.decoder.norm.scale.dtype  # keys and values are computed in it
 
+    def generated(n: int, tick: Callable | None):
+        out, chosen = generate(model, batch["tokens"], max_generated_tokens=n, temperature=0, **images)
+        return out[0, s:].tolist(), chosen
 
-def logits_dtype(model: DeepFusionModel) -> torch.dtype:
-    """The dtype keys and values are computed in."""
-    return model.decoder.norm.scale.dtype
+    caches = local_kv_cache(model, **sizes, device=batch["tokens"].device, dtype=dtype)
+    return timed_answer(lambda: model(**batch), generated, tokens, caches, progress, title, REPEATS + 2)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """transformers' Mllama with PEFT over bitsandbytes NF4, random weights: its own forward, then patched, then given back."""
 
-import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import bitsandbytes as bnb
 import torch
@@ -18,7 +19,7 @@ from transformers.models.mllama.processing_mllama import convert_sparse_cross_at
 import fastfuse
 from fastfuse._quiet import quiet_startup
 from fastfuse.demo.image import DemoError
-from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, calls_per_token, print_backend, print_comparison, print_memory, print_slice
+from fastfuse.demo.show import QUESTION, REPEATS, Answer, Size, print_backend, print_comparison, print_memory, print_model, print_slice, timed_answer
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"]
 RANK = 16
@@ -34,9 +35,7 @@ def run(console: Console, progress: Progress, image: Image.Image, name: str, tok
     console.print(
         f"photo        {name}, {image.width} x {image.height}, {batch['tiles']} tiles of {size.tile} px, aspect ratio id {batch['aspect_ratio_ids'].item()}"
     )
-    console.print(
-        f"model        Mllama, random weights: {size.text_layers} text layers of width {size.text_hidden}, {size.vision_layers} + 1 vision layers of width {size.vision_hidden}, LoRA rank {RANK}, {size.dtype}"
-    )
+    print_model(console, "Mllama", size, RANK)
     measured = torch.cuda.memory_allocated() - held_before if device.type == "cuda" else stored_bytes(model)
     print_memory(console, *predict_memory(model), measured)
     batch.pop("tiles")
@@ -129,37 +128,15 @@ class _Ticks:
         self.put, self.end = lambda value: tick(), lambda: None
 
 
-@torch.no_grad()
 def answer(model: nn.Module, batch: dict, tokens: int, progress: Progress, title: str) -> Answer:
     """Logits of the prompt, then greedy generation."""
-    task = progress.add_task(title, total=tokens + 1 + REPEATS)
-    synchronize = torch.cuda.synchronize if batch["input_ids"].is_cuda else lambda: None
-    model(**batch)  # compiles the kernels on a GPU, settles allocations on a CPU
-    progress.advance(task)
-    times = []
-    for _ in range(REPEATS):
-        synchronize()
-        start = time.perf_counter()
-        logits = model(**batch).logits
-        synchronize()
-        times.append(time.perf_counter() - start)
-        progress.advance(task)
-    prefill = statistics.median(times)
-    made, margin, decode, calls = [], float("inf"), 0.0, 0
-    if tokens:
-        start = time.perf_counter()
-        out = model.generate(
-            **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=_Ticks(lambda: progress.advance(task)),
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-        synchronize()
-        decode = (time.perf_counter() - start - prefill) / max(tokens - 1, 1)
-        made = out.sequences[0, batch["input_ids"].shape[1] :].tolist()
-        best = torch.stack(out.logits, 1).float().topk(2).values
-        margin = (best[..., 0] - best[..., 1]).min().item()
-        calls = calls_per_token(lambda n: model.generate(**batch, max_new_tokens=n, min_new_tokens=n, do_sample=False))
-    progress.remove_task(task)
-    return Answer(logits.float(), made, margin, prefill, decode, calls)
+
+    def generate(n: int, tick: Callable | None):
+        watched = {} if tick is None else {"streamer": _Ticks(tick), "return_dict_in_generate": True, "output_logits": True}
+        out = model.generate(**batch, max_new_tokens=n, min_new_tokens=n, do_sample=False, **watched)
+        return tick and (out.sequences[0, batch["input_ids"].shape[1] :].tolist(), torch.stack(out.logits, 1))
+
+    return timed_answer(lambda: model(**batch).logits, generate, tokens, nullcontext(), progress, title, tokens + 1 + REPEATS)
 
 
 def _interpreted(model: nn.Module, batch: dict, progress: Progress) -> tuple[Answer, int]:

@@ -1,12 +1,16 @@
 """What every demo shows: the model's size, two answers side by side, and which backend gave them."""
 
 import gc
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from fastfuse.ops._cpu_library import library
@@ -70,6 +74,48 @@ def calls_per_token(generate: Callable[[int], object]) -> int:
             if collects:
                 gc.enable()
     return calls[3] - calls[2]
+
+
+@torch.no_grad()
+def timed_answer(
+    prompt: Callable[[], Tensor], generate: Callable[..., tuple[list[int], Tensor]], tokens: int, caches: AbstractContextManager, progress: Progress,
+    title: str, steps: int,
+) -> Answer:  # fmt: skip
+    """Logits of the prompt, then greedy generation.
+
+    prompt: gives the logits. generate(n, tick): n tokens and their logits [b, n, v]; tick, which may be None, moves the progress bar.
+    caches: entered for generation. steps: of the progress bar.
+    """
+    task = progress.add_task(title, total=steps)
+    logits = prompt()  # compiles the kernels on a GPU, settles allocations on a CPU
+    synchronize = torch.cuda.synchronize if logits.is_cuda else lambda: None
+    progress.advance(task)
+    times = []
+    for _ in range(REPEATS):
+        synchronize()
+        start = time.perf_counter()
+        logits = prompt()
+        synchronize()
+        times.append(time.perf_counter() - start)
+        progress.advance(task)
+    prefill = statistics.median(times)
+    made, margin, decode, calls = [], float("inf"), 0.0, 0
+    if tokens:
+        with caches:
+            start = time.perf_counter()
+            made, chosen = generate(tokens, lambda: progress.advance(task))
+            synchronize()
+            decode = (time.perf_counter() - start - prefill) / max(tokens - 1, 1)
+            calls = calls_per_token(lambda n: generate(n, None))
+        best = chosen.float().topk(2).values
+        margin = (best[..., 0] - best[..., 1]).min().item()
+    progress.remove_task(task)
+    return Answer(logits.float(), made, margin, prefill, decode, calls)
+
+
+def print_model(console: Console, what: str, size: Size, rank: int) -> None:
+    text, vision = f"{size.text_layers} text layers of width {size.text_hidden}", f"{size.vision_layers} + 1 vision layers of width {size.vision_hidden}"
+    console.print(f"model        {what}, random weights: {text}, {vision}, LoRA rank {rank}, {size.dtype}")
 
 
 def print_comparison(console: Console, before: Answer, after: Answer, back: Answer, undo: str) -> None:

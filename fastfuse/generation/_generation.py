@@ -106,59 +106,64 @@ def generate(
     row ends in pad_id.
     """
     prompt, is_token = _left_padded(prompt, pad_id)
-    b, s = prompt.shape
+    _check_sizes(model, prompt.shape, max_generated_tokens, encoder_input, encoder_mask)
+    (b, s), cached = prompt.shape, model.caches_are_enabled()
     total = s + max_generated_tokens
-    if max_generated_tokens < 1:
-        raise ValueError(f"max_generated_tokens is {max_generated_tokens}, expected >= 1")
-    if total > getattr(model, "max_seq_len", total):
-        raise ValueError(f"prompt and max_generated_tokens are {total} tokens, max_seq_len of the model is {model.max_seq_len}")
+    if cached:
+        model.reset_caches()
+    width = model.decoder_max_cache_seq_len if cached else total
+    model, whole, alone = _told_of_images(model, encoder_input, encoder_mask, cached)
+    is_token = F.pad(is_token, (0, max_generated_tokens), value=True)
+    masks, positions = get_causal_mask_from_padding_mask(is_token, width), get_position_ids_from_padding_mask(is_token)
+    stops = None if stop_tokens is None or not len(stop_tokens) else torch.tensor([int(t) for t in stop_tokens], device=prompt.device)
+    stopped = torch.zeros(b, 1, dtype=torch.bool, device=prompt.device)
+    tokens = prompt.masked_fill(~is_token[:, :s], 0)  # what the model sees: pad_id may lie outside the vocabulary
+    padding, all_logits = [], []
+    with _logits_of(getattr(model, "decoder", model)):
+        for end in range(s, total):
+            if cached and end > s:
+                step, encoder = compiled_generate_next_token or generate_next_token, alone
+                # A slice would have another stride at every step, and torch.compile make another graph of it.
+                x = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
+                pos, mask = positions[:, end - 1], masks[:, end - 1 : end]
+            else:
+                step, encoder = generate_next_token, whole and whole | {"encoder_mask": _extended(whole["encoder_mask"], end)}
+                x, pos, mask = tokens, positions[:, :end], masks[:, :end, : width if cached else end]
+            q = None if rng is None else _exponential(torch.rand(b, _logits_width(model), generator=rng, device=prompt.device))
+            made, logits = step(model, pos, x, q, mask=mask, temperature=temperature, top_k=top_k, **encoder)
+            tokens = torch.cat([tokens, made.to(tokens.dtype)], 1)
+            padding.append(stopped)
+            all_logits.append(logits.masked_fill(stopped[:, :, None], 0))
+            if stops is not None and (stopped := stopped | torch.isin(made, stops)).all():
+                break
+    return torch.cat([prompt, tokens[:, s:].masked_fill(torch.cat(padding, 1), pad_id)], 1), torch.cat(all_logits, 1)
+
+
+def _check_sizes(model: nn.Module, prompt_shape: torch.Size, new: int, encoder_input: Any, encoder_mask: Tensor | EncoderMask | None) -> None:
+    b, s = prompt_shape
+    if new < 1:
+        raise ValueError(f"max_generated_tokens is {new}, expected >= 1")
+    if s + new > getattr(model, "max_seq_len", s + new):
+        raise ValueError(f"prompt and max_generated_tokens are {s + new} tokens, max_seq_len of the model is {model.max_seq_len}")
     if (encoder_input is None) != (encoder_mask is None):
         given = "encoder_mask" if encoder_input is None else "encoder_input"
         raise ValueError(f"encoder_input and encoder_mask go together, only {given} is given")
     if encoder_mask is not None and encoder_mask.shape[:2] != (b, s):
         raise ValueError(f"encoder_mask has shape {tuple(encoder_mask.shape)}, the prompt has {b} rows of {s} tokens")
-    cached = model.caches_are_enabled()
-    if cached:
-        _check_caches(model, b, total, encoder_mask)
-        model.reset_caches()
-    if encoder_input is not None:
-        if not isinstance(encoder_input, Tensor):
-            encoder_input = model.encoder(**encoder_input)
-        model = getattr(model, "decoder", model)
-        encoder_mask = _fitted(encoder_mask, encoder_input, model.encoder_max_cache_seq_len if cached else encoder_input.shape[1])
-        step_mask = _last_row(model, encoder_mask, encoder_input) if cached else None
-    width = model.decoder_max_cache_seq_len if cached else total
-    is_token = F.pad(is_token, (0, max_generated_tokens), value=True)
-    masks = get_causal_mask_from_padding_mask(is_token, width)
-    positions = get_position_ids_from_padding_mask(is_token)
-    stops = None if stop_tokens is None or not len(stop_tokens) else torch.tensor([int(t) for t in stop_tokens], device=prompt.device)
-    stopped = torch.zeros(b, 1, dtype=torch.bool, device=prompt.device)
-    # What the model sees: pad_id may lie outside the vocabulary.
-    tokens, padding, all_logits = prompt.masked_fill(~is_token[:, :s], 0), [], []
-    with _logits_of(getattr(model, "decoder", model)):
-        for end in range(s, total):
-            step = generate_next_token
-            if cached and end > s:
-                step = compiled_generate_next_token or step
-                # A slice would have another stride at every step, and torch.compile make another graph of it.
-                x = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
-                pos, mask = positions[:, end - 1], masks[:, end - 1 : end]
-                encoder = {} if encoder_mask is None else {"encoder_mask": step_mask}
-            else:
-                x, pos, mask = tokens, positions[:, :end], masks[:, :end, : width if cached else end]
-                encoder = {} if encoder_mask is None else {"encoder_input": encoder_input, "encoder_mask": _extended(encoder_mask, end)}
-            q = None
-            if rng is not None:
-                q = _exponential(torch.rand(b, _logits_width(model), generator=rng, device=prompt.device))
-            made, logits = step(model, pos, x, q, mask=mask, temperature=temperature, top_k=top_k, **encoder)
-            tokens = torch.cat([tokens, made.to(tokens.dtype)], 1)
-            padding.append(stopped)
-            all_logits.append(logits.masked_fill(stopped[:, :, None], 0))
-            if stops is not None:
-                stopped = stopped | torch.isin(made, stops)
-                if stopped.all():
-                    break
-    return torch.cat([prompt, tokens[:, s:].masked_fill(torch.cat(padding, 1), pad_id)], 1), torch.cat(all_logits, 1)
+    if model.caches_are_enabled():
+        _check_caches(model, b, s + new, encoder_mask)
+
+
+def _told_of_images(model: nn.Module, encoder_input: Any, mask: Tensor | EncoderMask | None, cached: bool) -> tuple[nn.Module, dict, dict]:
+    """The model for the text, and its keywords about images: with all tokens, and with a new one whose past is in caches."""
+    if encoder_input is None:
+        return model, {}, {}
+    if not isinstance(encoder_input, Tensor):
+        encoder_input = model.encoder(**encoder_input)
+    model = getattr(model, "decoder", model)
+    mask = _fitted(mask, encoder_input, model.encoder_max_cache_seq_len if cached else encoder_input.shape[1])
+    alone = {"encoder_mask": _last_row(model, mask, encoder_input)} if cached else {}
+    return model, {"encoder_input": encoder_input, "encoder_mask": mask}, alone
 
 
 def _left_padded(prompt: Tensor | Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

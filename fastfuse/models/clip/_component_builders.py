@@ -5,12 +5,11 @@ gives that back, for adapters that were trained with it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fastfuse.models._linear import Adapters, attention, dense
+from fastfuse.models._linear import PLAIN, Adapters, attention
 from fastfuse.modules import (
     CLSProjection,
     FeedForward,
@@ -24,7 +23,6 @@ from fastfuse.modules import (
     VisionTransformer,
 )
 from fastfuse.modules.attention import head_dim_of
-from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.low_precision import _state_dict_hooks as nf4_hooks
 from fastfuse.modules.peft import LORA_ATTN_MODULES
 
@@ -59,17 +57,7 @@ def clip_vision_encoder(
     TilePositionalEmbedding.
     Raises ValueError where num_heads does not divide embed_dim.
     """
-    head_dim = head_dim_of(embed_dim, num_heads)
-    cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
-    rope = None
-    if use_rope:
-        rope = VisionRotaryPositionalEmbeddings(patch_size, tile_size, head_dim, append_cls_token=append_cls_token)
-    attn = clip_attention(embed_dim=embed_dim, num_heads=num_heads, attn_bias=attn_bias, pos_embeddings=rope)
-    mlp = clip_mlp(embed_dim, embed_dim, hidden_dim or 4 * embed_dim, activation())
-    return _vision_transformer(
-        attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
-        max_num_tiles if use_tile_pos_embed else 1, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
-    )  # fmt: skip
+    return _vision_transformer(PLAIN, [], False, **locals())
 
 
 def lora_clip_vision_encoder(
@@ -107,61 +95,62 @@ def lora_clip_vision_encoder(
     place of NF4. quantization_kwargs: block_size, scaler_block_size.
     Raises ValueError where num_heads does not divide embed_dim, or lora_modules is empty.
     """
-    head_dim = head_dim_of(embed_dim, num_heads)
-    hidden_dim = hidden_dim or 4 * embed_dim
-    cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
-    adapters = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_dora": use_dora, "quantize_base": quantize_base}
-    attn = lora_clip_attention(
-        lora_modules, embed_dim=embed_dim, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_heads,
-        attn_bias=attn_bias, is_causal=causal_attention, **adapters, **quantization_kwargs,
-    )  # fmt: skip
-    if apply_lora_to_mlp:
-        mlp = lora_clip_mlp(in_dim=embed_dim, out_dim=embed_dim, hidden_dim=hidden_dim, activation=activation(), **adapters, **quantization_kwargs)
-    else:
-        mlp = clip_mlp(embed_dim, embed_dim, hidden_dim, activation(), quantize_base=quantize_base, **quantization_kwargs)
-    vision = _vision_transformer(
-        attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
-        max_num_tiles, False, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
-    )  # fmt: skip
+    arguments = locals()
+    vision = _vision_transformer(Adapters.taken_from(arguments), append_cls_token=False, **arguments)
     if quantize_base:
         nf4_hooks._register_reparametrize_state_dict_hooks(vision)
     return vision
 
 
 def _vision_transformer(
-    attn, mlp, cls_projection, tile_size, patch_size, embed_dim, num_layers, out_indices, in_channels,
-    max_num_tiles, append_cls_token, norm_eps, pad_tokens_to, states_after_layer, aspect_ratios,
+    adapters: Adapters, lora_modules: list[str], apply_lora_to_mlp: bool, *, num_heads, activation, cls_output_dim, attn_bias, output_cls_projection,
+    max_num_tiles, hidden_dim, norm_eps, aspect_ratios, use_rope=False, use_tile_pos_embed=True, causal_attention=False, **sizes: Any,
 ) -> VisionTransformer:  # fmt: skip
-    layer = TransformerSelfAttentionLayer(attn, mlp, sa_norm=Fp32LayerNorm(embed_dim, eps=norm_eps), mlp_norm=Fp32LayerNorm(embed_dim, eps=norm_eps))
+    embed_dim, tile_size, patch_size = (sizes[name] for name in ("embed_dim", "tile_size", "patch_size"))
+    head_dim = head_dim_of(embed_dim, num_heads)
+    cls_projection = CLSProjection(embed_dim=embed_dim, cls_output_dim=cls_output_dim) if output_cls_projection else None
+    rope = VisionRotaryPositionalEmbeddings(patch_size, tile_size, head_dim, append_cls_token=sizes["append_cls_token"]) if use_rope else None
+    layer = clip_layer(
+        adapters, lora_modules, apply_lora_to_mlp, embed_dim=embed_dim, num_heads=num_heads, hidden_dim=hidden_dim, activation=activation, norm_eps=norm_eps,
+        attn_bias=attn_bias, pos_embeddings=rope, is_causal=causal_attention,
+    )  # fmt: skip
     pre = post = None
-    if max_num_tiles > 1:
+    if use_tile_pos_embed and max_num_tiles > 1:
         pre = TilePositionalEmbedding(max_num_tiles, embed_dim, aspect_ratios=aspect_ratios)
         post = TilePositionalEmbedding(max_num_tiles, embed_dim, aspect_ratios=aspect_ratios)
         token = TiledTokenPositionalEmbedding(max_num_tiles, embed_dim, tile_size, patch_size, aspect_ratios=aspect_ratios)
     else:
         token = TokenPositionalEmbedding(embed_dim, tile_size, patch_size)
-    return VisionTransformer(
-        patch_size=patch_size,
-        tile_size=tile_size,
-        num_layers=num_layers,
-        embed_dim=embed_dim,
-        layer=layer,
-        token_pos_embedding=token,
-        pre_tile_pos_embed=pre,
-        post_tile_pos_embed=post,
-        cls_projection=cls_projection,
-        out_indices=out_indices,
-        in_channels=in_channels,
-        append_cls_token=append_cls_token,
-        pad_tokens_to=pad_tokens_to,
-        states_after_layer=states_after_layer,
-    )
+    return VisionTransformer(layer=layer, token_pos_embedding=token, pre_tile_pos_embed=pre, post_tile_pos_embed=post, cls_projection=cls_projection, **sizes)
+
+
+def clip_layer(
+    adapters: Adapters, lora_modules: list[str], apply_lora_to_mlp: bool, *, embed_dim: int, num_heads: int, hidden_dim: int | None,
+    activation: Callable[[], nn.Module], norm_eps: float, attn_bias: bool = False, pos_embeddings: nn.Module | None = None, is_causal: bool = False,
+    **scales: nn.Module,
+) -> TransformerSelfAttentionLayer:  # fmt: skip
+    """A layer of CLIP or of the projection head over it."""
+    heads = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": head_dim_of(embed_dim, num_heads)}
+    attn = attention(_projections(adapters, lora_modules), embed_dim=embed_dim, **heads, bias=attn_bias, pos_embeddings=pos_embeddings, is_causal=is_causal)
+    mlp = _mlp(adapters.layers(apply_lora_to_mlp), embed_dim, embed_dim, hidden_dim or 4 * embed_dim, activation())
+    norms = {name: Fp32LayerNorm(embed_dim, eps=norm_eps) for name in ("sa_norm", "mlp_norm")}
+    return TransformerSelfAttentionLayer(attn, mlp, **norms, **scales)
+
+
+def _projections(adapters: Adapters, lora_modules: list[str]) -> Callable[..., nn.Module]:
+    if not lora_modules and adapters is not PLAIN:
+        raise ValueError(f"Must pass one or more of {LORA_ATTN_MODULES} as lora_modules, got {lora_modules}")
+    return adapters.chosen(lora_modules)
+
+
+def _mlp(linear: Callable[..., nn.Module], in_dim: int, out_dim: int, hidden_dim: int, activation: nn.Module) -> FeedForward:
+    return FeedForward(gate_proj=linear(in_dim, hidden_dim, bias=True), down_proj=linear(hidden_dim, out_dim, bias=True), activation=activation)
 
 
 def clip_attention(*, embed_dim: int, num_heads: int, attn_bias: bool = False, pos_embeddings: nn.Module | None = None) -> MultiHeadAttention:
     """Bidirectional attention."""
     heads = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": head_dim_of(embed_dim, num_heads)}
-    return attention(dense, embed_dim=embed_dim, **heads, bias=attn_bias, pos_embeddings=pos_embeddings, is_causal=False)
+    return attention(PLAIN.chosen([]), embed_dim=embed_dim, **heads, bias=attn_bias, pos_embeddings=pos_embeddings, is_causal=False)
 
 
 def lora_clip_attention(
@@ -185,18 +174,15 @@ def lora_clip_attention(
 
     Raises ValueError where lora_modules is empty.
     """
-    if not lora_modules:
-        raise ValueError(f"Must pass one or more of {LORA_ATTN_MODULES} as lora_modules, got {lora_modules}")
-    make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base, quantization_kwargs).chosen(lora_modules)
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    return attention(make, embed_dim=embed_dim, **heads, bias=attn_bias, is_causal=is_causal, attn_dropout=attn_dropout)
+    arguments = locals()
+    make = _projections(Adapters.taken_from(arguments), arguments.pop("lora_modules"))
+    return attention(make, bias=arguments.pop("attn_bias"), **arguments)
 
 
 def clip_mlp(in_dim: int, out_dim: int, hidden_dim: int, activation: nn.Module, quantize_base: bool = False, **quantization_kwargs: Any) -> FeedForward:
     """Two linear layers with biases; FrozenNF4Linear with quantize_base."""
-    make = partial(FrozenNF4Linear, **quantization_kwargs) if quantize_base else nn.Linear
-    gate, down = make(in_dim, hidden_dim, bias=True), make(hidden_dim, out_dim, bias=True)
-    return FeedForward(gate_proj=gate, down_proj=down, activation=activation)
+    adapters = Adapters(quantize_base=quantize_base, quantization_kwargs=quantization_kwargs)
+    return _mlp(adapters.plain, in_dim, out_dim, hidden_dim, activation)
 
 
 def lora_clip_mlp(
@@ -213,6 +199,5 @@ def lora_clip_mlp(
     **quantization_kwargs: Any,
 ) -> FeedForward:
     """Two linear layers with biases, an adapter on each."""
-    make = Adapters(lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base, quantization_kwargs).linear
-    gate, down = make(in_dim, hidden_dim, bias=True), make(hidden_dim, out_dim, bias=True)
-    return FeedForward(gate_proj=gate, down_proj=down, activation=activation)
+    arguments = locals()
+    return _mlp(Adapters.taken_from(arguments).linear, **arguments)

@@ -60,40 +60,24 @@ class Llama3VisionConfig:
 
     def encoder_arguments(self) -> dict[str, Any]:
         """Keywords of llama3_2_vision_encoder."""
-        return {
-            "patch_size": self.patch_size,
+        same = (
+            "patch_size", "clip_embed_dim", "clip_num_layers", "num_layers_projection", "tile_size", "max_num_tiles", "in_channels", "clip_hidden_dim",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in same} | {
             "num_heads": self.clip_num_heads,
-            "clip_embed_dim": self.clip_embed_dim,
-            "clip_num_layers": self.clip_num_layers,
             "clip_hidden_states": list(self.clip_hidden_states),
-            "num_layers_projection": self.num_layers_projection,
             "decoder_embed_dim": self.embed_dim,
-            "tile_size": self.tile_size,
-            "max_num_tiles": self.max_num_tiles,
-            "in_channels": self.in_channels,
-            "clip_hidden_dim": self.clip_hidden_dim,
             "norm_eps": self.clip_norm_eps,
             "aspect_ratios": list(self.aspect_ratios),
         }
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Keywords of llama3_2_vision_decoder."""
-        return {
-            "vocab_size": self.vocab_size,
-            "num_layers": self.num_layers,
-            "fusion_interval": self.fusion_interval,
-            "num_special_tokens": self.num_special_tokens,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "embed_dim": self.embed_dim,
-            "max_seq_len": self.max_seq_len,
-            "encoder_max_seq_len": self.encoder_max_seq_len,
-            "rope_base": self.rope_base,
-            "intermediate_dim": self.intermediate_dim,
-            "norm_eps": self.norm_eps,
-            "rope_scaling": self.rope_scaling,
-            "cross_attention_layers": self.cross_attention_layers,
-        }
+        same = (
+            "vocab_size", "num_layers", "fusion_interval", "num_special_tokens", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len",
+            "encoder_max_seq_len", "rope_base", "intermediate_dim", "norm_eps", "rope_scaling", "cross_attention_layers",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in same}
 
     def to_hf(self) -> dict[str, Any]:
         """The dict for transformers' config.json, of version 5 and, by the older names of the rotary embedding, of 4.45 to 4.57."""
@@ -112,32 +96,15 @@ class Llama3VisionConfig:
             "image_token_index": self.image_token_id,
             "vision_config": {
                 "model_type": "mllama_vision_model",
-                "image_size": self.tile_size,
-                "patch_size": self.patch_size,
-                "max_num_tiles": self.max_num_tiles,
-                "num_channels": self.in_channels,
-                "supported_aspect_ratios": [list(r) for r in self.aspect_ratios],
-                "hidden_size": self.clip_embed_dim,
-                "attention_heads": self.clip_num_heads,
-                "num_hidden_layers": self.clip_num_layers,
-                "intermediate_size": self.clip_hidden_dim,
-                "intermediate_layers_indices": list(self.clip_hidden_states),
-                "num_global_layers": self.num_layers_projection,
-                "norm_eps": self.clip_norm_eps,
+                **{theirs: _with(list, getattr(self, ours)) for ours, theirs in _VISION.items()},
                 "hidden_act": "gelu",
                 "vision_output_dim": self.clip_embed_dim * (len(self.clip_hidden_states) + 1),
             },
             "text_config": {
                 "model_type": "mllama_text_model",
-                "vocab_size": self.vocab_size,
-                "hidden_size": self.embed_dim,
-                "intermediate_size": self.intermediate_dim,
+                **{theirs: getattr(self, ours) for ours, theirs in _TEXT.items()},
                 "num_hidden_layers": self.num_layers + len(cross),
-                "num_attention_heads": self.num_heads,
-                "num_key_value_heads": self.num_kv_heads,
                 "cross_attention_layers": list(cross),
-                "max_position_embeddings": self.max_seq_len,
-                "rms_norm_eps": self.norm_eps,
                 "rope_theta": self.rope_base,
                 "rope_scaling": rope,
                 "rope_parameters": {**rope, "rope_theta": self.rope_base},
@@ -189,71 +156,65 @@ class Llama3VisionConfig:
         vision, text = whole["vision_config"], whole["text_config"]
         _expect(vision, "hidden_act", ("gelu",), "gelu")
         _expect(text, "hidden_act", ("silu",), "silu")
-        heads, hidden = text["num_attention_heads"], text["hidden_size"]
-        _expect(text, "head_dim", (None, hidden // heads), None)
+        _expect(text, "head_dim", (None, text["hidden_size"] // text["num_attention_heads"]), None)
         cross = tuple(text["cross_attention_layers"])
         rope = _rope(text)
         tile, patch = _square(vision, "image_size"), _square(vision, "patch_size")
         return Llama3VisionConfig(
             tile_size=tile,
             patch_size=patch,
-            max_num_tiles=vision["max_num_tiles"],
-            in_channels=vision["num_channels"],
-            aspect_ratios=tuple(tuple(r) for r in vision["supported_aspect_ratios"]),
-            clip_embed_dim=vision["hidden_size"],
-            clip_num_heads=vision["attention_heads"],
-            clip_num_layers=vision["num_hidden_layers"],
-            clip_hidden_dim=vision["intermediate_size"],
-            clip_hidden_states=tuple(vision["intermediate_layers_indices"]),
-            num_layers_projection=vision["num_global_layers"],
-            clip_norm_eps=vision["norm_eps"],
-            vocab_size=text["vocab_size"],
+            **{ours: _with(tuple, vision[theirs]) for ours, theirs in _VISION.items() if theirs not in _SIDES},
+            **{ours: text[theirs] for ours, theirs in _TEXT.items()},
             num_layers=text["num_hidden_layers"] - len(cross),
             cross_attention_layers=cross,
-            num_heads=heads,
-            num_kv_heads=text["num_key_value_heads"],
-            embed_dim=hidden,
-            intermediate_dim=text["intermediate_size"],
-            max_seq_len=text["max_position_embeddings"],
             encoder_max_seq_len=20 * vision["max_num_tiles"] * ((tile // patch) ** 2 + 1),
             rope_base=rope["rope_theta"],
             rope_scaling=_rope_scaling(rope),
-            norm_eps=text["rms_norm_eps"],
             image_token_id=whole["image_token_index"],
         )
 
 
-# What transformers takes where a config.json of model_type "mllama" leaves a key out.
+# Our fields and the keys of transformers' vision_config and text_config that hold the same.
+_VISION = {
+    "tile_size": "image_size",
+    "patch_size": "patch_size",
+    "max_num_tiles": "max_num_tiles",
+    "in_channels": "num_channels",
+    "aspect_ratios": "supported_aspect_ratios",
+    "clip_embed_dim": "hidden_size",
+    "clip_num_heads": "attention_heads",
+    "clip_num_layers": "num_hidden_layers",
+    "clip_hidden_dim": "intermediate_size",
+    "clip_hidden_states": "intermediate_layers_indices",
+    "num_layers_projection": "num_global_layers",
+    "clip_norm_eps": "norm_eps",
+}
+_TEXT = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def _with(kind: type, value: Any) -> Any:
+    """A value whose lists and tuples are all of one kind."""
+    return kind(_with(kind, item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+CONFIGS = {
+    "11b": Llama3VisionConfig(),
+    "90b": Llama3VisionConfig(num_layers=80, num_heads=64, embed_dim=8192, intermediate_dim=28_672),
+}
+# What transformers takes where a config.json of model_type "mllama" leaves a key out: the 11B base model, but for the rope scaling.
 HF_DEFAULTS = {
-    "image_token_index": 128_256,
-    "vision_config": {
-        "image_size": 448,
-        "patch_size": 14,
-        "max_num_tiles": 4,
-        "num_channels": 3,
-        "supported_aspect_ratios": [list(ratio) for ratio in ASPECT_RATIOS],
-        "hidden_size": 1280,
-        "attention_heads": 16,
-        "num_hidden_layers": 32,
-        "intermediate_size": 5120,
-        "intermediate_layers_indices": [3, 7, 15, 23, 30],
-        "num_global_layers": 8,
-        "norm_eps": 1e-5,
-        "hidden_act": "gelu",
-    },
-    "text_config": {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "hidden_act": "silu",
-    },
+    "image_token_index": CONFIGS["11b"].image_token_id,
+    "vision_config": {theirs: _with(list, getattr(CONFIGS["11b"], ours)) for ours, theirs in _VISION.items()} | {"image_size": 448, "hidden_act": "gelu"},
+    "text_config": {theirs: getattr(CONFIGS["11b"], ours) for ours, theirs in _TEXT.items()}
+    | {"num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "rope_theta": 500_000.0, "hidden_act": "silu"},
 }
 _HF_ALIASES = {"image_token_id": "image_token_index", "num_attention_heads": "attention_heads"}  # of the whole and of vision_config
 _SIDES = ("image_size", "patch_size")
@@ -342,12 +303,6 @@ def _rope_scaling(rope: dict) -> dict[str, float] | None:
     return {ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()}
 
 
-CONFIGS = {
-    "11b": Llama3VisionConfig(),
-    "90b": Llama3VisionConfig(num_layers=80, num_heads=64, embed_dim=8192, intermediate_dim=28_672),
-}
-
-
 def build(
     config: Llama3VisionConfig,
     *,
@@ -382,20 +337,11 @@ def build_lora(
     **quantization_kwargs: Any,
 ) -> DeepFusionModel:
     """The model of a config with adapters in the parts that are chosen. quantization_kwargs are for the encoder's NF4 weights."""
-    shared = {
-        "lora_attn_modules": lora_attn_modules,
-        "apply_lora_to_mlp": apply_lora_to_mlp,
-        "apply_lora_to_output": apply_lora_to_output,
-        "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "use_dora": use_dora,
-        "quantize_base": quantize_base,
-        "profile": profile,
-        "fusion_lora": fusion_lora,
-    }
-    encoder = lora_llama3_2_vision_encoder(encoder_lora, **shared, **config.encoder_arguments(), causal_attention=causal_attention, **quantization_kwargs)
-    decoder = lora_llama3_2_vision_decoder(decoder_lora, **shared, **config.decoder_arguments())
+    arguments = locals()
+    for own in ("config", "decoder_lora", "encoder_lora", "causal_attention", "quantization_kwargs"):
+        del arguments[own]
+    encoder = lora_llama3_2_vision_encoder(encoder_lora, **arguments, **config.encoder_arguments(), causal_attention=causal_attention, **quantization_kwargs)
+    decoder = lora_llama3_2_vision_decoder(decoder_lora, **arguments, **config.decoder_arguments())
     return _fused(config, decoder, encoder, {"decoder_trainable": decoder_lora, "encoder_trainable": encoder_lora, "fusion_trainable": fusion_lora})
 
 

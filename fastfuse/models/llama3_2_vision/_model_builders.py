@@ -1,6 +1,7 @@
 """Builders of the published models."""
 
 from functools import partial
+from typing import Any
 
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision._config import CONFIGS, build, build_lora
@@ -18,7 +19,7 @@ def llama3_2_vision_11b(
     profile: str | Profile = "torchtune",
 ) -> DeepFusionModel:
     """Llama 3.2 Vision 11B, with random weights. image_size: tile side in pixels, 560 for Instruct, 448 for the base model."""
-    return _full("11b", decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile)
+    return _full("11b", **locals())
 
 
 def llama3_2_vision_90b(
@@ -30,17 +31,11 @@ def llama3_2_vision_90b(
     profile: str | Profile = "torchtune",
 ) -> DeepFusionModel:
     """Llama 3.2 Vision 90B, with random weights. Arguments as llama3_2_vision_11b."""
-    return _full("90b", decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile)
+    return _full("90b", **locals())
 
 
-def _full(size, decoder_trainable, encoder_trainable, fusion_trainable, image_size, profile) -> DeepFusionModel:
-    return build(
-        CONFIGS[size].replace(tile_size=image_size),
-        profile=profile,
-        decoder_trainable=decoder_trainable,
-        encoder_trainable=encoder_trainable,
-        fusion_trainable=fusion_trainable,
-    )
+def _full(size: str, image_size: int, **options: Any) -> DeepFusionModel:
+    return build(CONFIGS[size].replace(tile_size=image_size), **options)
 
 
 def lora_llama3_2_vision_11b(
@@ -87,25 +82,18 @@ def lora_llama3_2_vision_90b(
     return _lora("90b", **locals())
 
 
-def _lora(size, lora_attn_modules, decoder_trainable, encoder_trainable, fusion_trainable, image_size, quantize_base, **adapters) -> DeepFusionModel:
-    parts = {"decoder_trainable": decoder_trainable, "encoder_trainable": encoder_trainable, "fusion_trainable": fusion_trainable}
-    parts = {name: TrainableParams(word.lower()) for name, word in parts.items()}
+def _lora(size: str, image_size: int, **adapters: Any) -> DeepFusionModel:
+    names = ("decoder_trainable", "encoder_trainable", "fusion_trainable")
+    parts = {name: TrainableParams(adapters.pop(name).lower()) for name in names}
     full = [name for name, part in parts.items() if part is TrainableParams.FULL]
     if full:
         raise InvalidArgument(
             f"We've temporarily removed support for mixed LoRA + Full Finetuning yet, {', '.join(full)} must be 'lora' or 'frozen', not 'full'"
         )
-    return build_lora(
-        CONFIGS[size].replace(tile_size=image_size),
-        lora_attn_modules,
-        decoder_lora=parts["decoder_trainable"] is TrainableParams.LORA,
-        encoder_lora=parts["encoder_trainable"] is TrainableParams.LORA,
-        fusion_lora=parts["fusion_trainable"] is TrainableParams.LORA,
-        quantize_base=quantize_base,
-        # 25,600 blocks of a 1280 x 1280 weight are no multiple of 256.
-        scaler_block_size=200 if quantize_base else None,
-        **adapters,
-    )
+    lora = {name.replace("trainable", "lora"): part is TrainableParams.LORA for name, part in parts.items()}
+    # 25,600 blocks of a 1280 x 1280 weight are no multiple of 256.
+    scaler = {"scaler_block_size": 200 if adapters["quantize_base"] else None}
+    return build_lora(CONFIGS[size].replace(tile_size=image_size), **adapters, **lora, **scaler)
 
 
 qlora_llama3_2_vision_11b = partial(lora_llama3_2_vision_11b, quantize_base=True)
