@@ -53,6 +53,16 @@ def test_imports_point_one_way():
     assert [v for path in files for v in violations(path, room_of(path))] == []
 
 
+def test_no_room_imports_itself_where_nobody_sees_it():
+    """A circle is an import inside of a function; only the command line's subcommands are imported late."""
+    functions = [
+        (path, node) for path in (ROOT / "fastfuse").rglob("*.py") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    inner = {(path, node.module) for path, f in functions for node in ast.walk(f) if isinstance(node, ast.ImportFrom) and node.module}
+    rooms = ("ops", "modules", "models", "checkpoints", "generation", "patching", "quant", "tune", "data")
+    assert [(path, name) for path, name in inner if room_of(path) in rooms and name.startswith(f"fastfuse.{room_of(path)}")] == []
+
+
 def test_a_wrong_import_is_found(tmp_path):
     bad = tmp_path / "bad.py"
     for line, room in [

@@ -143,8 +143,8 @@ class TilePositionalEmbedding(_TileTable):
         if loaded is None or self.aspect_ratios is not None:
             return
         if loaded.dim() != 4 or loaded.shape[2:] != self.embedding.shape[2:]:
-            expected, found = tuple(self.embedding.shape), tuple(loaded.shape)
-            raise ValueError(f"Expected embedding shape to be (..., num_tokens, tgt_emb) to match but found shapes {expected} and {found} for {name}")
+            expected, shape = tuple(self.embedding.shape), tuple(loaded.shape)
+            raise ValueError(f"Expected embedding shape to be (..., num_tokens, tgt_emb) to match but found shapes {expected} and {shape} for {name}")
         if loaded.shape[0] != loaded.shape[1]:
             x, y = loaded.shape[:2]
             raise ValueError(
@@ -195,9 +195,11 @@ class TiledTokenPositionalEmbedding(_TileTable):
             self._check_resized("global", state_dict[table], self.global_token_positional_embedding)
 
     @staticmethod
-    def _check_resized(kind: str, found: Tensor, expected: Tensor) -> None:
-        if found.shape != expected.shape:
-            raise ValueError(f"Loaded {kind} positional embedding has shape {tuple(found.shape)}, after interpolation. Expected shape {tuple(expected.shape)}")
+    def _check_resized(kind: str, resized: Tensor, expected: Tensor) -> None:
+        if resized.shape != expected.shape:
+            raise ValueError(
+                f"Loaded {kind} positional embedding has shape {tuple(resized.shape)}, after interpolation. Expected shape {tuple(expected.shape)}"
+            )
 
     @staticmethod
     def _resize_local_position_embedding(local_pos_embed: Tensor, tgt_patch_grid_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from fastfuse.errors import InvalidArgument
 from fastfuse.modules.attention import MultiHeadAttention
 from fastfuse.modules.attention_utils import list_blocks, sdpa_or_flex_attention, serves_cross_attention
 from fastfuse.modules.kv_cache import KVCache
+from fastfuse.modules.model_fusion import FusionLayer
 from fastfuse.ops import EncoderMask
 
 log = logging.getLogger(__name__)
@@ -299,14 +300,14 @@ class TransformerDecoder(nn.Module):
         self, tokens: Tensor | None, mask: Tensor | None, encoder_input: Tensor | None, encoder_mask: Tensor | EncoderMask | None,
         input_pos: Tensor | None, input_embeds: Tensor | None,
     ) -> None:  # fmt: skip
-        given = tokens if tokens is not None else input_embeds
-        if given is None:
+        sequence = tokens if tokens is not None else input_embeds
+        if sequence is None:
             raise ValueError("Either tokens or input_embeds must be provided to the decoder.")
-        if given.dim() != (2 if tokens is not None else 3):
+        if sequence.dim() != (2 if tokens is not None else 3):
             name, expected = ("tokens", "(b, s)") if tokens is not None else ("input_embeds", "(b, s, d)")
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {expected}")
-        if given.shape[1] > self.max_seq_len:
-            raise ValueError(f"seq_len ({given.shape[1]}) of input tensor should be smaller than max_seq_len ({self.max_seq_len})")
+            raise ValueError(f"{name} has shape {tuple(sequence.shape)}, expected {expected}")
+        if sequence.shape[1] > self.max_seq_len:
+            raise ValueError(f"seq_len ({sequence.shape[1]}) of input tensor should be smaller than max_seq_len ({self.max_seq_len})")
         if self.caches_are_enabled():
             setup = "KV-caches for self-attention layers are setup for inference mode"
             if mask is None:
@@ -317,7 +318,7 @@ class TransformerDecoder(nn.Module):
             if input_pos is None:
                 raise ValueError("KV-caches are setup for inference mode, input positions must be provided! Use the `input_pos` arg.")
         # Attention would broadcast these and answer about another row's image.
-        b, s = given.shape[:2]
+        b, s = sequence.shape[:2]
         if encoder_input is not None and encoder_input.shape[0] != b:
             raise ValueError(f"encoder_input has {encoder_input.shape[0]} rows, the batch has {b}")
         for name, m in (("mask", mask), ("encoder_mask", encoder_mask)):
@@ -361,8 +362,8 @@ class TransformerDecoder(nn.Module):
         """The mask that each layer gets: the same EncoderMask where it would make one itself, what was passed elsewhere."""
         if not isinstance(mask, Tensor):
             return [mask] * len(self.layers)
-        known = [cross_attention_of(layer) for layer in self.layers]
-        packs = [layer is not None and layer._packs(h, encoder_input, mask) for layer in known]
+        cross_layers = [cross_attention_of(layer) for layer in self.layers]
+        packs = [layer is not None and layer._packs(h, encoder_input, mask) for layer in cross_layers]
         packed = EncoderMask.from_dense(mask) if any(packs) else None
         return [packed if p else mask for p in packs]
 
@@ -379,8 +380,6 @@ class TransformerDecoder(nn.Module):
 
 def cross_attention_of(layer: nn.Module) -> TransformerCrossAttentionLayer | None:
     """The cross-attention in a decoder's layer, where all that its keywords pass on their way is of our own classes, with nothing else looking at them."""
-    from fastfuse.modules.model_fusion import FusionLayer  # which needs this module
-
     outer, layer = layer, getattr(layer, "_checkpoint_wrapped_module", layer)  # torch's checkpoint_wrapper hands keywords on
     parts = {type(part): part for part in ((layer.layer, layer.fusion_layer) if type(layer) is FusionLayer else (layer,))}
     if not parts.keys() <= {TransformerSelfAttentionLayer, TransformerCrossAttentionLayer} or any(map(_keywords_are_seen, (outer, layer, *parts.values()))):

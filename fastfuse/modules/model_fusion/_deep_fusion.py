@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fastfuse.modules.model_fusion._fusion_utils import get_fusion_params
 from fastfuse.modules.peft import set_trainable_params
-from fastfuse.modules.transformer import TransformerDecoder
 from fastfuse.ops import EncoderMask
 
 
@@ -23,7 +22,7 @@ class DeepFusionModel(nn.Module):
 
     def __init__(
         self,
-        decoder: TransformerDecoder,
+        decoder: nn.Module,
         encoder: nn.Module,
         *,
         decoder_trainable: bool = False,
@@ -34,8 +33,8 @@ class DeepFusionModel(nn.Module):
         self.decoder = decoder
         self.encoder = encoder
         trainable = set()
-        for part, wanted in (("encoder", encoder_trainable), ("decoder", decoder_trainable)):
-            if wanted:
+        for part, is_trainable in (("encoder", encoder_trainable), ("decoder", decoder_trainable)):
+            if is_trainable:
                 trainable |= {f"{part}.{name}" for name, _ in getattr(self, part).named_parameters()}
         fusion = set(get_fusion_params(self))
         set_trainable_params(self, trainable | fusion if fusion_trainable else trainable - fusion)

@@ -35,7 +35,7 @@ def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises InvalidArgument where a module's adapter_params names a parameter it does not have.
     """
-    found = {}
+    parameters = {}
     for path, module in model.named_modules():
         if not _is_adapter(module):
             continue
@@ -43,8 +43,8 @@ def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
         own = {name: p for name, p in module.named_parameters() if name in names}
         if missing := [name for name in names if name not in own]:
             raise InvalidArgument(f"Adapter params {missing} not converted: {path or 'the model'} has no parameters of these names")
-        found |= {f"{path}.{name}" if path else name: p for name, p in own.items()}
-    return found
+        parameters |= {f"{path}.{name}" if path else name: p for name, p in own.items()}
+    return parameters
 
 
 def _is_adapter(module: nn.Module) -> bool:
@@ -91,8 +91,8 @@ def get_merged_lora_ckpt(state_dict: dict[str, Any], rank: int, alpha: float, us
     scaling = alpha / rank
     modules = _adapted_modules(state_dict)
     for module in modules:
-        if (found := state_dict[module + "lora_a.weight"].shape[0]) != rank:
-            raise InvalidArgument(f"get_merged_lora_ckpt: rank is {rank}, {module}lora_a.weight has rank {found}")
+        if (held := state_dict[module + "lora_a.weight"].shape[0]) != rank:
+            raise InvalidArgument(f"get_merged_lora_ckpt: rank is {rank}, {module}lora_a.weight has rank {held}")
     for module in modules:
         if use_distributed_barriers:
             torch.distributed.barrier()

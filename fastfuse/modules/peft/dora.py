@@ -108,11 +108,11 @@ class DoRALinear(LowRankLinear):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or (kept := _kept.get()) is None or not _comparable(used):
             return lora_row_norms(view, a, b, self.scaling, dtype)
         state = dtype, self.scaling, [(t.data_ptr(), t._version) for t in used]
-        found = kept.get(self)
-        if found is None or found[0] != state:
+        entry = kept.get(self)
+        if entry is None or entry[0] != state:
             # The tensors are held along: their memory cannot be given to others while it is compared with.
-            found = kept[self] = state, lora_row_norms(view, a, b, self.scaling, dtype), [t.detach() for t in used]
-        return found[1]
+            entry = kept[self] = state, lora_row_norms(view, a, b, self.scaling, dtype), [t.detach() for t in used]
+        return entry[1]
 
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype) -> Tensor:
