@@ -90,7 +90,8 @@ def exactly(model: nn.Module) -> nn.Module:
     for m in made.modules():
         if type(m).__name__ == "MllamaTextRMSNorm":
             m.forward = types.MethodType(normalise, m)
-    made.set_attn_implementation("sdpa")
+    if hasattr(made, "set_attn_implementation"):
+        made.set_attn_implementation("sdpa")
     return made
 
 

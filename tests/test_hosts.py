@@ -1,0 +1,287 @@
+"""What patch promises of every host there is: hosts.py has a row for each, and each test here runs all of them."""
+
+import copy
+import dataclasses
+import functools
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from conftest import GPU
+from hosts import BNB, HOSTS, assert_equal, assert_true, built, everything, found, outermost, patched_modules, results, truth
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastfuse
+from fastfuse.patching import hosts
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+RUNS = [(F32, "auto"), (BF16, "auto"), (F16, "torch"), *([] if GPU else [(F32, "triton")])]  # the interpreter is for machines without a GPU
+every_host = pytest.mark.parametrize("name", HOSTS)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """One patched forward serves the modules of every test, and their number of recompilations."""
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype, backend", RUNS, ids=str)
+@every_host
+def test_answers_and_gradients(name, dtype, backend):
+    """Patched, in calls that find a prepared one too; given back, to the bit; patched a second time, by nothing new."""
+    (model, given), true = built(name, dtype), truth(name, dtype)
+    before, classes = everything(model), {type(m): dict(vars(type(m))) for m in model.modules()}
+    report = fastfuse.patch(model, backend=backend)
+    assert found(report) == HOSTS[name].patched and {(e.status, e.code) for e in report.entries} == {("patched", "")}
+    touched = [set(now) ^ set(was) for now, was in zip(everything(model), before, strict=True)]
+    assert set().union(*touched) == {"forward", "_fastfuse"} and sum(map(bool, touched)) == len(report.patched) == len(patched_modules(model))
+    for _ in range(1 if backend == "triton" else 2):
+        assert_true(results(model, given), true)
+    assert fastfuse.status(model).fallbacks == {}
+    again = fastfuse.patch(model)
+    assert again and again.counts == {"already": len(report.patched)}
+    assert fastfuse.unpatch(model).counts == {"restored": len(report.patched)} and not fastfuse.unpatch(model)
+    assert everything(model) == before and {cls: dict(vars(cls)) for cls in classes} == classes
+    assert_equal(results(model, given), true.eager[0])
+
+
+@every_host
+def test_weights_are_read_at_every_call(name):
+    """Another model's take the place of those that the calls before have seen."""
+    (model, given), (other, _) = built(name), built(name, seed=1)
+    fastfuse.patch(model)
+    for _ in range(2):
+        results(model, given)
+    for module, source in zip(model.modules(), other.modules(), strict=True):
+        for key, parameter in source._parameters.items():
+            setattr(module, key, parameter)
+    assert_true(results(model, given), truth(name, F32, seed=1))
+    assert fastfuse.status(model).fallbacks == {}
+
+
+@torch._functorch.config.patch(donated_buffer=False)  # several backwards through one graph
+@every_host
+def test_compiled_in_one_graph(name):
+    model, given = built(name)
+    fastfuse.patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_true(results(model, given, compiled), truth(name, F32))
+    assert fastfuse.status(model).fallbacks == {}
+    fastfuse.unpatch(model)
+    assert_true(results(model, given, compiled), truth(name, F32))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@every_host
+def test_autocast(name, dtype):
+    """In the host's own dtypes, and no worse than it."""
+    (model, given), true = built(name, dtype), truth(name, dtype, autocast=True)
+    fastfuse.patch(model)
+    with torch.autocast("cpu", BF16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = results(model, given)
+    assert_true(got, true)
+    assert set(fastfuse.status(model).fallbacks) == (set(HOSTS[name].autocast) if dtype == F32 else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in HOSTS if (BNB, "nf4_linear") not in HOSTS[name].patched])  # bitsandbytes' weights cannot go there
+def test_on_the_meta_device(name):
+    model, given = built(name)
+    given.pop("attention_mask", None)  # whose values transformers reads
+    want = tree_leaves(model(**given))
+    model, given = model.to("meta"), {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+    assert found(fastfuse.patch(model, verify=True)) == HOSTS[name].patched and not fastfuse.status(model).skipped
+    got = tree_leaves(model(**given))
+    assert [(t.shape, t.dtype) for t in got if t is not None] == [(t.shape, t.dtype) for t in want if t is not None] and all(
+        t is None or t.is_meta for t in got
+    )
+    assert fastfuse.status(model).fallbacks == {}
+
+
+# Stand-ins, which no module of their name holds; and PEFT's own forward fails over a weight from a file.
+UNFILED = ("torchtune LoRA", "torchtune DoRA", "torchtune frozen", "torchtune vision", "torchtune cross-attention", "timm", "PEFT DoRA")
+
+
+@every_host
+def test_copies_and_files(name):
+    """A copy stays patched, by weights of its own; a file is of the unpatched model."""
+    (model, given), true = built(name), truth(name, F32)
+    fastfuse.patch(model)
+    if not name.startswith("Mllama"):  # hooks that transformers adds to a called model do not pickle
+        assert_true(results(model, given), true)
+    copied, n = copy.deepcopy(model), len(patched_modules(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and p.requires_grad:
+                p.add_(1)
+    assert fastfuse.status(copied).counts == {"patched": n} and fastfuse.status(copied).fallbacks == {}
+    assert_true(results(copied, given), true)
+    fastfuse.unpatch(model)
+    assert fastfuse.status(copied).counts == {"patched": n}
+    if name in UNFILED:
+        return
+    file = io.BytesIO()
+    torch.save(copied, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(copied)), torch.load(file, weights_only=False)):
+        assert fastfuse.status(loaded).counts == {"unpatched": n}
+        assert_equal(results(loaded, given), true.eager[0])
+    assert fastfuse.patch(loaded).counts == {"patched": n}
+    assert_true(results(loaded, given), true)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@every_host
+def test_verify(name, dtype, monkeypatch):
+    """It finds nothing in the right ones and the fault in wrong ones, draws no random number and leaves nothing."""
+    model, _ = built(name, dtype)
+    before, state, n = everything(model), torch.get_rng_state(), sum(HOSTS[name].patched.values())
+    assert fastfuse.patch(model, verify=True).counts == {"patched": n}
+    assert torch.equal(torch.get_rng_state(), state)
+    fastfuse.unpatch(model)
+    assert everything(model) == before
+
+    # What may be rounding in bf16 adds up over a whole layer.
+    fault = 1.2 if dtype == BF16 and name.startswith(("torchtune", "Mllama")) else 1.03
+
+    def wrong(host):
+        return dataclasses.replace(host, fused=lambda *args: tree_map(lambda t: t * fault if isinstance(t, torch.Tensor) else t, host.fused(*args)))
+
+    monkeypatch.setattr(hosts, "BUILT_IN", tuple(map(wrong, hosts.BUILT_IN)))
+    report = fastfuse.patch(model, verify=True)
+    assert len(report.patched) == HOSTS[name].unverified and len(report.skipped) == n - HOSTS[name].unverified
+    assert {(e.code, e.reason.split(" by ")[0]) for e in report.skipped} == {("MISMATCH", "differs from its own forward")}
+    fastfuse.unpatch(model)
+    with pytest.raises(fastfuse.Unsupported, match=r"differs from its own forward by \d\.\d*e-0[12] relative"):
+        fastfuse.patch(model, verify=True, on_unsupported="raise")
+    assert everything(model) == before
+
+
+HOOKS = {
+    "forward": lambda module, run: module.register_forward_hook(lambda *_: run()),
+    "pre": lambda module, run: module.register_forward_pre_hook(lambda *_: run()),
+    "backward": lambda module, run: module.register_full_backward_hook(lambda *_: run()),
+    "global": lambda module, run: register_module_forward_hook(lambda *_: run()),
+}
+# Its position embeddings write into what a backward hook gives, an error of PyTorch's.
+HOOKED = [(name, kind) for name in HOSTS for kind in HOOKS if (name, kind) != ("torchtune vision", "backward")]
+
+
+@pytest.mark.parametrize("name, kind", HOOKED)
+def test_hooks_run(name, kind):
+    """On every module, those that an op would swallow too, as often as unpatched. Those on the patched ones alone keep none from its op."""
+    (model, given), ran = built(name), []
+    handles = {module: HOOKS[kind](module, lambda: ran.append(1)) for module in (model.modules() if kind != "global" else [model])}
+    try:
+        results(model, given)
+        count = len(ran)
+        fastfuse.patch(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert_true(results(model, given), truth(name, F32))
+        assert len(ran) == 2 * count > 0
+        hindered = fastfuse.status(model).fallbacks
+        assert set(hindered) == ({"HOOKED"} if HOSTS[name].swallows else set())
+        for module in handles.keys() - set(outermost(model) if kind != "global" else []):
+            handles[module].remove()
+        assert_true(results(model, given), truth(name, F32))
+        assert fastfuse.status(model).fallbacks == hindered and (kind == "global" or len(ran) > 2 * count)
+    finally:
+        for handle in handles.values():
+            handle.remove()
+
+
+@pytest.mark.parametrize("order", ["hook, patch", "patch, hook"])
+@every_host
+def test_accelerate_hooks(name, order):
+    """A model spread over devices: its hook moves the arguments of what it is on, and the op runs."""
+    (model, given), true = built(name), truth(name, F32)
+    names = [e.name for e in fastfuse.patch(model, dry_run=True).entries]
+    placed = [model.get_submodule(n) for n in names if not any(n.startswith(outer + ".") for outer in names if outer != n)]
+    for act in order.split(", "):
+        if act == "patch":
+            fastfuse.patch(model)
+        else:
+            for module in placed:
+                add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert_true(results(model, given), true)
+    assert fastfuse.status(model).fallbacks == {}
+    undo = [lambda: fastfuse.unpatch(model), lambda: [remove_hook_from_module(module) for module in placed]]
+    for step in undo if order == "hook, patch" else undo[::-1]:
+        step()
+    assert patched_modules(model) == [] and all(getattr(m.forward, "__func__", None) is type(m).forward for m in placed)
+    assert_equal(results(model, given), true.eager[0])
+
+
+@every_host
+def test_what_no_op_covers_runs_the_own_forward(name, monkeypatch):
+    """Forward-mode differentiation: said once a module, counted each time, an error where that is asked for."""
+    model, given = built(name)
+    n = sum(HOSTS[name].patched.values())
+    with torch.autograd.forward_ad.dual_level():
+        want = model(**given)
+        fastfuse.patch(model)
+        for said in (n, 0):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert_equal(tree_leaves(model(**given)), tree_leaves(want))
+            assert sum("runs its own forward: FORWARD_AD: " in str(w.message) for w in caught) == said
+    assert_true(results(model, given), truth(name, F32))
+    assert fastfuse.status(model).fallbacks == {"FORWARD_AD": 2 * n}
+    fastfuse.unpatch(model)
+    monkeypatch.setenv("FASTFUSE_STRICT", "1")
+    fastfuse.patch(model)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fastfuse.Unsupported, match="FORWARD_AD"):
+        model(**given)
+
+
+def of_another_version(module: nn.Module, forward=None, part: str = "") -> None:
+    """With another forward, or a part under another name."""
+    cls = type(module)
+    if forward is not None:
+        module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+        return
+    *path, last = part.split(".")
+    holder = module.get_submodule(".".join(path))
+    held = next(d for d in (holder._modules, holder._parameters, holder.__dict__) if last in d)
+    held[last + "_"] = held.pop(last)
+
+
+CHANGES = ["a part", "an argument", "somebody's forward"]
+
+
+@pytest.mark.parametrize("name, part, change", [(n, part, change) for n in HOSTS for part in HOSTS[n].parts for change in CHANGES])
+def test_another_version_is_left_alone(name, part, change):
+    """With the reason in the report, an error where that is asked for."""
+    (model, _), (cls, part) = built(name), part.split(".", 1)
+    module = model.get_submodule(next(e.name for e in fastfuse.patch(model, dry_run=True).entries if e.module_type == cls))
+    if change == "a part":
+        of_another_version(module, part=part)
+    elif change == "an argument":
+        forward = lambda self, anything=None, **kwargs: None  # noqa: E731
+        forward.__module__ = type(module).__module__
+        of_another_version(module, forward)
+    else:
+        forward = functools.wraps(type(module).forward)(lambda self, *args, **kwargs: None)
+        forward.__module__ = __name__
+        of_another_version(module, forward)
+    before = everything(model)
+    report = fastfuse.patch(model)
+    name = next(n for n, m in model.named_modules() if m is module)
+    entry = next(e for e in report.entries if e.name == name)
+    code, words = {
+        "a part": ("STRUCTURE", f"{cls} has no {part}"), "an argument": ("SIGNATURE", f"{cls}.forward takes no "),
+        "somebody's forward": ("FOREIGN_FORWARD", f"the forward of {cls} comes from {__name__}"),
+    }[change]  # fmt: skip
+    assert (entry.status, entry.code) == ("skipped", code) and entry.reason.startswith(words)
+    assert "_fastfuse" not in module.__dict__ and entry.reason in str(fastfuse.status(model))
+    fastfuse.unpatch(model)
+    assert everything(model) == before
+    with pytest.raises(fastfuse.Unsupported, match=code):
+        fastfuse.patch(model, on_unsupported="raise")
