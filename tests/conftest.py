@@ -1,6 +1,7 @@
 """Kernel tests run on a GPU where there is one, else on the CPU through Triton's interpreter; gpu tests only on a GPU."""
 
 import os
+import sys
 
 import torch
 
@@ -34,6 +35,26 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)  # what makes PyTorch fill uninitialised memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, tuple]]:
+    """(name, grid) of every kernel that an op launches from now on."""
+    import waiting
+
+    found = []
+    for name, module in [*sys.modules.items()]:
+        for kernel in [n for n in vars(module) if n.endswith("_kernel")] if name.startswith("fastfuse.ops.") else ():
+            monkeypatch.setitem(vars(module), kernel, waiting.Launched(getattr(module, kernel), kernel, lambda *launch: found.append(launch)))
+    return found
+
+
+@pytest.fixture
+def values_on_a_device(monkeypatch):
+    """Nothing looks at a tensor's values, as if they were on a GPU."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("fastfuse.ops.") and "values_are_at_hand" in vars(module):
+            monkeypatch.setitem(vars(module), "values_are_at_hand", lambda t: False)
 
 
 @pytest.fixture

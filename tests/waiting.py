@@ -1,6 +1,7 @@
 """What a GPU would wait for, the kernels it would launch and the tensors it would make, seen on a CPU."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -65,3 +66,39 @@ class Allocated(TorchDispatchMode):
     def of(self, elements: int, *last: int) -> list:
         """Those of `elements` or more, and those whose shapes end in `last`."""
         return [(s, f) for s, f in self.made if torch.Size(s).numel() >= elements or (last and s[-len(last) :] == last)]
+
+
+class Counted(TorchDispatchMode):
+    """Ops that run, inside of fastfuse's too, and of their results the bytes and the number of elements, apart. Views make nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.bytes, self.sizes = Counter(), 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "fastfuse":  # as Python: a dispatch mode would see one op instead of those in it
+            self.ops[name] += 1
+            with self:
+                return OPS[name]._backend_fns["cuda" if torch.cuda.is_available() else "cpu"](*args)
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.ops[name] += 1
+            made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in made)
+            self.sizes += [t.numel() for t in made]
+        return out
+
+
+class NoWaiting(Counted):
+    """Fails where a result's size or a value of a tensor has to reach the host."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "unique_consecutive", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith(("index", "_index_put", "_unsafe_index")) and any(
+            isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in tree_leaves(args[1])
+        )
+        assert name not in self.WAITING and not by_mask, f"{func} waits for the device"
+        return super().__torch_dispatch__(func, types, args, kwargs)
