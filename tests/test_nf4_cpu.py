@@ -12,19 +12,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("library", [True, False])
-@pytest.mark.parametrize("chunk", [1, 64 * 40, 1 << 20])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage, block_size", [*((s, 64) for s in STORAGES), ("nested", 32), ("nested", 256), ("flat", 4096)])
-def test_chunks_equal_the_whole(storage, block_size, dtype, chunk, library, monkeypatch):
+def test_chunks_equal_the_whole(storage, block_size, library, monkeypatch):
     """Blocks within rows, and such that reach over several (256 and 4096 against K = 192)."""
-    monkeypatch.setattr(_nf4_cpu, "CHUNK", chunk)
     if not library:
         monkeypatch.setattr(_cpu_library, "library", lambda: None)
-    for w_dtype in DTYPES if storage == "torchao" else [dtype]:
+    for w_dtype in DTYPES:
         view = NF4View.of(quantize(random_weight(133, 192, w_dtype), storage, block_size))
-        got = [(row, w.clone()) for row, w in _nf4_cpu.decoded_rows(view, dtype)]
-        assert [row for row, _ in got] == [sum(len(w) for _, w in got[:i]) for i in range(len(got))]
-        assert torch.equal(torch.cat([w for _, w in got]), nf4_dequantize_ref(view, dtype).float())
+        for dtype in DTYPES if storage == "torchao" else [w_dtype]:
+            whole = nf4_dequantize_ref(view, dtype).float()
+            for chunk in (1, 64 * 40, 1 << 20):
+                monkeypatch.setattr(_nf4_cpu, "CHUNK", chunk)
+                got = [(row, w.clone()) for row, w in _nf4_cpu.decoded_rows(view, dtype)]
+                assert [row for row, _ in got] == [sum(len(w) for _, w in got[:i]) for i in range(len(got))]
+                assert torch.equal(torch.cat([w for _, w in got]), whole), (w_dtype, dtype, chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

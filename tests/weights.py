@@ -50,7 +50,7 @@ def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     """What the host library itself makes of the weight in `dtype`.
 
     Of bitsandbytes as one flat row: blocks run over the ends of rows, and with AVX-512 its CPU decode (0.50.2) begins a new one in each
-    row, which is wrong wherever K is a multiple of 16 but not of the block size.
+    row, which is wrong wherever K is a multiple of 16 but not of the block size. An odd number of elements would send it to a formula that it compiles.
     """
     if type(weight).__name__ == "NF4Tensor":
         return weight.get_original_weight().to(dtype)
@@ -58,5 +58,6 @@ def host_dequantize(weight, dtype: torch.dtype) -> torch.Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    flat = torch.ops.bitsandbytes.dequantize_4bit(weight.data, absmax.float(), state.blocksize, state.quant_type, [1, state.shape.numel()], dtype)
-    return flat.view(state.shape)
+    n = state.shape.numel()
+    flat = torch.ops.bitsandbytes.dequantize_4bit(weight.data, absmax.float(), state.blocksize, state.quant_type, [1, n + n % 2], dtype)
+    return flat[0, :n].view(state.shape)

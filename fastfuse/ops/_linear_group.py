@@ -185,3 +185,8 @@ def scaled(z: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         return z
     y = z * factor
     return (y if bias is None else y + bias).to(z.dtype)
+
+
+def shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
+    """[M, n] as [*lead, n], not a view: autograd forbids to change one of several views that a function returns in place."""
+    return torch.ops.aten._unsafe_view(t, (*lead, t.shape[1]))

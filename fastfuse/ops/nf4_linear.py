@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import Operand
 from fastfuse.ops import _cpu_library, _nf4_cpu
 from fastfuse.ops._device_checks import assert_on_device
 from fastfuse.ops._fused_op import fused_op
-from fastfuse.ops._launch import Launch, is_watched
 from fastfuse.ops._linear_group import (
     LinearArgs,
     Projection,
@@ -28,19 +26,17 @@ from fastfuse.ops._linear_group import (
     rescale,
     scaled,
     seed_of,
+    shaped,
     tile_of,
-    to_kernel,
     weight_of,
 )
-from fastfuse.ops._op import HAS_TRITON, Cost, autocast_dtype, is_symbol, kernel_dtype, nbytes, number, route, rows
+from fastfuse.ops._linear_launch import Kind, by_tiles, few_tokens
+from fastfuse.ops._op import Cost, autocast_dtype, is_symbol, kernel_dtype, nbytes, number, route, rows
 from fastfuse.ops.lora_row_norms import lora_row_norms, lora_row_norms_ref
 from fastfuse.ops.low_rank import drop, lora_up
 from fastfuse.ops.nf4_dequantize import DTYPES, nf4_dequantize_ref
 from fastfuse.ops.nf4_linear_dx import LinearDxArgs, gradients, linear_dx
 from fastfuse.quant.nf4 import Layout, NF4View, is_dense, is_torchao
-
-if HAS_TRITON:
-    from fastfuse.kernels.nf4_linear import nf4_linear_fwd_kernel, nf4_skinny_kernel, nf4_skinny_reduce_kernel
 
 
 def nf4_linear(x: Tensor, weight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -297,7 +293,7 @@ def _on_cpu(args: LinearArgs) -> tuple[Tensor, ...]:
     for p in args.operands:
         weight, bias = weight_of(args, p), _inner_bias(p)
         y = F.linear(x, weight, bias if bias is None else bias.to(x.dtype)) if args.layout is None else _nf4_cpu.linear(x, weight, bias)
-        base.append(_shaped(y, args.x.shape[:-1]))
+        base.append(shaped(y, args.x.shape[:-1]))
     return _finished(args, base)
 
 
@@ -320,110 +316,16 @@ def _finished(args: LinearArgs, base: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _launch(args: LinearArgs) -> Callable[[LinearArgs], tuple[Tensor, ...]]:
-    x, operands, K = args.x, args.operands, args.K
-    lead, device, keeps = x.shape[:-1], x.device, args.keep_pre_scale
-    M, N, ranks = x.numel() // K, [p.N for p in operands], sum([p.R for p in operands])
-    low = low_dtype(args)
-    tile, decode = tile_of(args, "nf4_linear", M, x.dtype, device)
+    x = args.x
+    M = x.numel() // args.K
+    tile, decode = tile_of(args, "nf4_linear", M, x.dtype, x.device)
     if tile is None or M == 0:
         return _dense
-    work, low_work, constants = kernel_dtype(x.dtype), kernel_dtype(low), dict(tile.launch())
-    splits = min(constants.pop("SPLIT_K", 0), K // tile["BLOCK_K"])
-    common = {"PROJECTIONS": len(operands), "BLOCK_SIZE": args.layout.block_size, "SCALE_BLOCK": args.layout.scale_block, "DECODE": decode}
-    tiles = sum([-(-n // tile["BLOCK_N"]) for n in N])
-    as_it_is = x.dtype == work and low == low_work and x.is_contiguous() and all(needs_no_cast(p, work, low) for p in operands)
-    as_it_is = as_it_is and not any(isinstance(p.scaling, Tensor) for p in operands)
-
-    def group_of(args: LinearArgs) -> tuple[tuple[Operand, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The operands as kernels take them, and where they write."""
-        group, outs, pre_scale, kept = (), (), (), 1.0 if args.seeds is None else rescale(args.seeds, args.dropout_p)
-        for p in args.operands:  # a comprehension, in Python 3.11, is a call more
-            out, pre = args.x.new_empty((*lead, p.N), dtype=work), None
-            if keeps:
-                pre = torch.empty_like(out)
-                pre_scale += (pre,)
-            if as_it_is:
-                group += (_new(Operand, (p.weight, p.a, p.b, p.factor, p.bias, out, pre, p.N, p.R, p.scaling * kept)),)
-            else:
-                group += (_to_kernel(p, work, low_work, kept, out, pre),)
-            outs += (out,)
-        return group, outs, pre_scale
-
-    def finished(outs: tuple[Tensor, ...], xa: Tensor, pre_scale: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (*[t.to(x_dtype) for t in outs], xa.to(low), *[t.to(x_dtype) for t in pre_scale])
-
-    x_dtype = x.dtype
-    if splits and M <= tile["BLOCK_M"] and args.seeds is None:
-        columns, tiles_a = sum(N) + ranks, sum([-(-p.R // tile["BLOCK_N"]) for p in operands])
-        multiply = Launch(nf4_skinny_kernel, SPLIT_K=splits, **common, **constants)
-        reduce = Launch(
-            nf4_skinny_reduce_kernel, PROJECTIONS=len(N), SPLIT_K=splits, DECODE=decode, BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=4,
-            **tune.OPTIONS,
-        )  # fmt: skip
-        grid, grid_of_reduce = (tiles + tiles_a, splits, 1), (tiles, 1, 1)
-        shape_of_xa, shape_of_part = (*lead, ranks), (splits, M, columns)
-
-        def few_tokens(args: LinearArgs) -> tuple[Tensor, ...]:
-            x = args.x if as_it_is else rows(args.x).to(work)
-            group, outs, pre_scale = group_of(args)
-            xa, part = x.new_empty(shape_of_xa, dtype=low_work), x.new_empty(shape_of_part, dtype=torch.float32)
-            multiply(grid, x, group, part, K if as_it_is else x.stride(0), M, K, columns)
-            reduce(grid_of_reduce, part, group, xa, ranks, M, columns)
-            return (*outs, xa, *pre_scale) if as_it_is else finished(outs, xa, pre_scale)
-
-        if as_it_is and len(N) == 1 and not keeps and operands[0].factor is None:
-            few_tokens.at_addresses = _at_addresses(multiply, reduce, grid, grid_of_reduce, (*lead, N[0]), (splits, M, columns), operands[0], K)
-        return few_tokens
-
-    constants.setdefault("TRANSPOSED", False)
-    multiply, grid_of_tiles = Launch(nf4_linear_fwd_kernel, **common, **constants), (-(-M // tile["BLOCK_M"]) * tiles, 1, 1)
-
-    def by_tiles(args: LinearArgs) -> tuple[Tensor, ...]:
-        x = rows(args.x)
-        group, outs, pre_scale = group_of(args)
-        xa = low_ranks(x, args, low).to(low_work)
-        x = x.to(work)
-        multiply(grid_of_tiles, x, group, xa, x.stride(0), ranks, M, K)
-        return finished(outs, _shaped(xa, lead), pre_scale)
-
-    return by_tiles
-
-
-def _at_addresses(multiply: Launch, reduce: Launch, grid: tuple, grid_of_reduce: tuple, shape: tuple, shape_of_part: tuple, p: Operand, K: int) -> Callable:
-    """few_tokens of one operand for a caller who has all addresses and lets go of x A^T: (x, addresses of x and of the operand's tensors) -> y. None where
-    the kernels cannot be launched so. It is 10 us faster: one allocation less, and nothing is asked for its address, or whether it lies on the device."""
-    N, R, scaling, (splits, M, columns) = p.N, p.R, p.scaling, shape_of_part
-    scales = 3 + len(p.weight.scales)
-    has_a, has_bias = p.a is not None, p.bias is not None
-    size = -(-splits * M * columns // 4) * 4  # of part, in fp32: x A^T begins where it is aligned
-
-    def launch(x: Tensor, at: tuple[int, ...]) -> Tensor | None:
-        if multiply.direct is None or reduce.direct is None or multiply.kernel.pre_run_hooks or reduce.kernel.pre_run_hooks or is_watched():
-            return None
-        y, part = x.new_empty(shape), x.new_empty(size + M * R, dtype=torch.float32)  # held until both are launched: the memory is the stream's then
-        a, b = at[scales : scales + 2] if has_a else (None, None)
-        to = part.data_ptr()
-        group = (((at[1], at[2], at[3:scales]), a, b, None, at[-1] if has_bias else None, y.data_ptr(), None, N, R, scaling),)
-        multiply.again(grid, at[0], group, to, K, M, K, columns)
-        reduce.again(grid_of_reduce, to, group, to + 4 * size, R, M, columns)
-        return y
-
-    return launch
-
-
-_new = tuple.__new__
-
-
-def _to_kernel(p: Operand, dtype: torch.dtype, low: torch.dtype, kept: float, out: Tensor, pre_scale: Tensor | None) -> Operand:
-    """An operand as kernels take it. A scaling that is a tensor goes into B, in fp32: the kernel rounds their product as it does with a number."""
-    if not isinstance(p.scaling, Tensor) or p.b is None:
-        return to_kernel(p, dtype, low, p.scaling * kept, out, pre_scale)
-    return to_kernel(p, dtype, low, kept, out, pre_scale)._replace(b=(p.b.float() * p.scaling).contiguous())
-
-
-def _shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
-    """[M, n] as [*lead, n], not a view: autograd forbids to change one of several views that a function returns in place."""
-    return torch.ops.aten._unsafe_view(t, (*lead, t.shape[1]))
+    work, low = kernel_dtype(x.dtype), kernel_dtype(low_dtype(args))
+    as_it_is = x.dtype == work and low == low_dtype(args) and x.is_contiguous() and all(needs_no_cast(p, work, low) for p in args.operands)
+    kind = Kind(tile, decode, M, work, low, as_it_is and not any(isinstance(p.scaling, Tensor) for p in args.operands))
+    splits = min(tile.launch().get("SPLIT_K", 0), args.K // tile["BLOCK_K"])
+    return few_tokens(args, kind, splits) if splits and M <= tile["BLOCK_M"] and args.seeds is None else by_tiles(args, kind)
 
 
 def _dense(args: LinearArgs) -> tuple[Tensor, ...]:
@@ -447,7 +349,7 @@ def _dense(args: LinearArgs) -> tuple[Tensor, ...]:
                 z = (delta if inner is None else delta.add_(inner)).addmm_(x, w.T)
         pre_scale.append(z)
         outs.append(scaled(z, p.factor, bias))
-    return tuple([_shaped(t, lead) for t in (*outs, xa, *(pre_scale if args.keep_pre_scale else ()))])
+    return tuple([shaped(t, lead) for t in (*outs, xa, *(pre_scale if args.keep_pre_scale else ()))])
 
 
 linear = fused_op("nf4_linear", LinearArgs, Layout, reference=_reference, launch=_launch, cpu=_on_cpu)

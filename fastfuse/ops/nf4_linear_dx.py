@@ -11,7 +11,7 @@ from fastfuse.kernels.arguments import Operand
 from fastfuse.ops import _nf4_cpu
 from fastfuse.ops._fused_op import fused_op
 from fastfuse.ops._launch import Launch
-from fastfuse.ops._linear_group import LinearArgs, columns_of, decoded, needs_no_cast, rescale, seed_of, tile_of, to_kernel, weight_of
+from fastfuse.ops._linear_group import LinearArgs, columns_of, decoded, needs_no_cast, rescale, seed_of, subset, tile_of, to_kernel, weight_of
 from fastfuse.ops._op import HAS_TRITON, kernel_dtype
 from fastfuse.ops.low_rank import LoRAGradArgs, drop, lora_grad, lora_up, scaled_product, threshold
 from fastfuse.ops.nf4_dequantize import nf4_dequantize_ref
@@ -110,38 +110,29 @@ linear_dx = fused_op("nf4_linear_dx", LinearDxArgs, Layout, reference=_reference
 
 
 _new = tuple.__new__
+Some = Sequence[Tensor | None]
 
 
-def gradients(
-    args: LinearArgs,
-    xa: Tensor | None,
-    pre_scale: Sequence[Tensor | None],
-    dy: Sequence[Tensor | None],
-    d_xa: Tensor | None,
-    d_pre_scale: Sequence[Tensor | None],
-    needs: LinearArgs,
-) -> LinearArgs:
+def gradients(args: LinearArgs, xa: Tensor | None, pre_scale: Some, dy: Some, d_xa: Tensor | None, d_pre_scale: Some, needs: LinearArgs) -> LinearArgs:
     """The gradients of LinearArgs from those of what the op returned; each only where `needs` asks for it.
 
     args.x: (..., K), xa: (..., sum of R): only read with adapters or where dW is asked for. dy: (..., N), None where it did not take part.
     d_xa, d_pre_scale: of the values kept for the backward, which have a gradient only where a gradient is differentiated again.
     """
-    operands = args.operands
-    like, differentiated_again = None, False
+    like, idle, differentiated_again = None, False, False
     for t, d in zip(dy, d_pre_scale, strict=True):
         like = like if like is not None else t if t is not None else d
+        idle = idle or (t is None and d is None)
         differentiated_again = differentiated_again or d is not None
+    if idle and d_xa is None:
+        return _of_those_in_the_loss(args, xa, pre_scale, dy, d_pre_scale, needs)
     lead, K, like = (d_xa if like is None else like).shape[:-1], args.K, args.x if like is None else like
     M = math.prod(lead)  # lead.numel() would make a constant of it under torch.compile
     kept = 1.0 if args.seeds is None else rescale(args.seeds, args.dropout_p)
-    made, dz, onward, plain, used, column = (), (), (), (), (), 0
-    for i, (p, wanted, t) in enumerate(zip(operands, needs.operands, dy, strict=True)):
+    made, dz, onward, plain, column = (), (), (), (), 0
+    for i, (p, wanted, t) in enumerate(zip(args.operands, needs.operands, dy, strict=True)):
         dW = da = db = d_factor = d_bias = None
         columns = slice(column, column := column + p.R)
-        if t is None and d_pre_scale[i] is None and d_xa is None:  # took no part in the loss: None, as in eager PyTorch, not zeros
-            made += (None,)
-            continue
-        used += (i,)
         t = like.new_zeros(M, p.N) if t is None else t.reshape(M, p.N).contiguous()
         if wanted.factor:
             wide = torch.promote_types(t.dtype, torch.float32)
@@ -153,14 +144,12 @@ def gradients(
             t, factor = (t * factor).to(t.dtype) + (0 if d_pre_scale[i] is None else d_pre_scale[i].reshape(t.shape)), None
         if p.a is not None:
             low, through = xa.reshape(M, xa.shape[-1]), needs.x or wanted.a
-            low = low if operands[1:] == () else low[:, columns]
+            low = low if args.operands[1:] == () else low[:, columns]
             if through or wanted.b:
                 is_tensor = type(p.scaling) is not float
-                found = lora_grad(
-                    _new(LoRAGradArgs, (t, low, p.b if through else None, factor, None, 0.0, 1.0 if is_tensor else p.scaling, wanted.b, args.interpret))
-                )
-                if is_tensor:
-                    found = [(g * p.scaling).to(g.dtype) for g in found]
+                scaling, thin = 1.0 if is_tensor else p.scaling, p.b if through else None
+                found = lora_grad(_new(LoRAGradArgs, (t, low, thin, factor, None, 0.0, scaling, wanted.b, args.interpret)))
+                found = [(g * p.scaling).to(g.dtype) for g in found] if is_tensor else found
                 low = found[-1] if through else low
                 if wanted.b:
                     db = found[0] if args.seeds is None else found[0] * kept
@@ -169,8 +158,7 @@ def gradients(
                 low = low + d_xa.reshape(M, xa.shape[-1])[:, columns] / kept
             if wanted.a:
                 seed = None if args.seeds is None else args.seeds[i]
-                grad_args = _new(LoRAGradArgs, (args.x.reshape(M, K), low, None, None, seed, args.dropout_p, kept, True, args.interpret))
-                da = lora_grad(grad_args)[0].T
+                da = lora_grad(_new(LoRAGradArgs, (args.x.reshape(M, K), low, None, None, seed, args.dropout_p, kept, True, args.interpret)))[0].T
                 da = da if da.dtype is p.a.dtype else da.to(p.a.dtype)
             onward += (low,)  # d(x A^T) without dropout's 1 / (1 - p), which comes onto what is made of it
         if args.layout is None and wanted.weight:
@@ -181,7 +169,16 @@ def gradients(
     dx = None
     if needs.x:
         low = torch.cat(onward, 1) if onward[1:] else onward[0] if onward else None
-        seeds = args.seeds if args.seeds is None or used[len(operands) - 1 :] else torch.stack([args.seeds[i] for i in used])
-        dx_args = _new(LinearDxArgs, (dz, plain, args.layout, K, seeds, args.dropout_p, low, args.interpret))
-        dx = linear_dx(dx_args)[0].view(*lead, K)
+        dx = linear_dx(_new(LinearDxArgs, (dz, plain, args.layout, K, args.seeds, args.dropout_p, low, args.interpret)))[0].view(*lead, K)
     return _new(LinearArgs, (dx, made, None, None, None, None, None, None))
+
+
+def _of_those_in_the_loss(args: LinearArgs, xa: Tensor | None, pre_scale: Some, dy: Some, d_pre_scale: Some, needs: LinearArgs) -> LinearArgs:
+    """What took no part in the loss gets None, as in eager PyTorch, not zeros, which an optimizer would step by."""
+    used = [i for i, t in enumerate(dy) if t is not None or d_pre_scale[i] is not None]
+    if xa is not None:
+        xa = torch.cat([xa[..., columns_of(args.operands, i)] for i in used], -1)
+    pre_scale, dy, d_pre_scale = ([of[i] for i in used] for of in (pre_scale, dy, d_pre_scale))
+    found = gradients(subset(args, used), xa, pre_scale, dy, None, d_pre_scale, needs._replace(operands=[needs.operands[i] for i in used]))
+    made = dict(zip(used, found.operands, strict=True))
+    return found._replace(operands=[made.get(i) for i in range(len(args.operands))])
