@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, report
+from bench import harness, report, report_rows
 from bench.peaks import Peaks
 from fastfuse.ops._op import Cost
 
@@ -35,7 +35,7 @@ class Tree:
         self.page.write_text(MARKED)
         self.results.mkdir()
         self.judge()
-        monkeypatch.setattr(report, "BARS", self.bars)
+        monkeypatch.setattr(report_rows, "BARS", self.bars)
 
     def judge(self, bars: tuple = (), explained: tuple = ()) -> None:
         self.bars.write_text(json.dumps({"tables": TABLES, "not_peers": NOT_PEERS, "bars": bars, "explained": explained}))
@@ -104,44 +104,42 @@ def test_only_the_newest_run_at_the_newest_commit_is_shown(tree) -> None:
     assert "commit cccccccccc, 2026-01-02 to 2026-01-03" in tree.section("cpu")
 
 
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        pytest.param(row("eager", dirty=True), ("linear M1 N8 K8 float32, eager", "changes"), id="dirty"),
-        pytest.param(row("eager", dirty=None, commit=None, date="2026-01-03T00:00:00+00:00"), ("eager", "no known commit"), id="no commit"),
-        pytest.param(row("fastfuse", parity=False, error_over_limit=3.0), ("fastfuse", "wrong", "3.0 times"), id="wrong"),
-        pytest.param(row("fastfuse in place", parity=False), ("fastfuse in place", "wrong"), id="wrong route"),
-        pytest.param(row("patched", parity=False), ("patched", "wrong"), id="wrong model"),
-        pytest.param(row("fastfuse", None, error="RuntimeError: no"), ("fastfuse", "RuntimeError: no"), id="error"),
-        pytest.param(row("fastfuse", None), ("fastfuse", "no time"), id="no time"),
-        pytest.param(row("eager", torch="2.12"), ("eager", "torch 2.12", "2.13"), id="versions"),
-        pytest.param(row("eager", device_type="tpu"), ("eager", "'tpu'", "cpu, cuda"), id="device"),
-        pytest.param({k: v for k, v in row("eager").items() if k != "parity"}, ("a_chip_2_threads.jsonl", "'parity'"), id="field"),
-    ],
-)
-def test_what_must_not_be_shown_is_refused(tree, capsys, bad, words) -> None:
-    shape = {"shape": "M0 N8 K8"}
-    tree.add(row("fastfuse", **shape), row("eager", **shape), bad)
-    tree.refuses(capsys, *words)
-
-
-def test_wrong_once_is_wrong_at_that_commit(tree, capsys) -> None:
-    tree.add(row("fastfuse", parity=False), row("fastfuse", date="2026-01-03T00:00:00+00:00"))
-    tree.refuses(capsys, "wrong", "2026-01-02")
+WRONG = row("fastfuse", parity=False, error_over_limit=3.0)
+LATER = {"date": "2026-01-03T00:00:00+00:00"}
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("rows", "words"),
     [
-        pytest.param(MARKED.replace("<!-- bench: gpu -->\n", ""), ("0 lines <!-- bench: gpu -->",), id="missing"),
-        pytest.param(MARKED + MARKED, ("2 lines <!-- bench: cpu -->",), id="doubled"),
-        pytest.param(MARKED.replace("<!-- /bench: cpu -->", ""), ("0 lines <!-- /bench: cpu -->",), id="open"),
-        pytest.param("<!-- /bench: cpu -->\n<!-- bench: cpu -->\n", ("before",), id="reversed"),
+        ([row("eager", dirty=True)], ("linear M1 N8 K8 float32, eager", "changes")),
+        ([row("eager", dirty=None, commit=None, **LATER)], ("eager", "no known commit")),
+        ([WRONG], ("fastfuse", "wrong", "3.0 times")),
+        ([WRONG, row("fastfuse", **LATER)], ("wrong", "2026-01-02")),  # once is enough at a commit
+        ([row("fastfuse in place", parity=False)], ("fastfuse in place", "wrong")),
+        ([row("patched", parity=False)], ("patched", "wrong")),
+        ([row("fastfuse", None, error="RuntimeError: no")], ("fastfuse", "RuntimeError: no")),
+        ([row("fastfuse", None)], ("fastfuse", "no time")),
+        ([row("eager", torch="2.12")], ("eager", "torch 2.12", "2.13")),
+        ([row("eager", device_type="tpu")], ("eager", "'tpu'", "cpu, cuda")),
+        ([{k: v for k, v in row("eager").items() if k != "parity"}], ("a_chip_2_threads.jsonl", "'parity'")),
+        (MARKED.replace("<!-- bench: gpu -->\n", ""), ("0 lines <!-- bench: gpu -->",)),
+        (MARKED + MARKED, ("2 lines <!-- bench: cpu -->",)),
+        (MARKED.replace("<!-- /bench: cpu -->", ""), ("0 lines <!-- /bench: cpu -->",)),
+        ("<!-- /bench: cpu -->\n<!-- bench: cpu -->\n", ("before",)),
+        ({"shapes": "M2 *", "fastest_peer": 1, "why": "x"}, ("bars.json", "'shapes'", "shape")),
+        ({"fastest_peer": 1}, ("bars.json", "bars", "without 'why'")),
     ],
+    ids=lambda given: " ".join(given) if isinstance(given, tuple) else "",
 )
-def test_markers_must_be_right(tree, capsys, text, words) -> None:
-    tree.page.write_text(text)
-    tree.add(row("fastfuse"))
+def test_what_must_not_be_shown_is_refused(tree, capsys, rows, words) -> None:
+    """Rows, a page without its markers, bars that are misspelt."""
+    tree.add(*(row(name, shape="M0 N8 K8") for name in ("fastfuse", "eager")))
+    if isinstance(rows, str):
+        tree.page.write_text(rows)
+    elif isinstance(rows, dict):
+        tree.judge([rows])
+    else:
+        tree.add(*rows)
     tree.refuses(capsys, *words)
 
 
@@ -200,14 +198,6 @@ def test_a_case_below_its_bar_is_named_with_its_reason(tree, capsys) -> None:
 
     tree.judge()
     assert tree.run() == 0 and "All 2 cases reach their bar" in tree.section("cpu")
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"), [({"shapes": "M2 *", "fastest_peer": 1, "why": "x"}, ("'shapes'", "shape")), ({"fastest_peer": 1}, ("bars", "without 'why'"))]
-)
-def test_bars_are_read_strictly(tree, capsys, entry, words) -> None:
-    tree.judge([entry])
-    tree.refuses(capsys, "bars.json", *words)
 
 
 def test_whole_models(tree) -> None:
