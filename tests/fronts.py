@@ -64,11 +64,11 @@ except ImportError:
 SIZE, PATCH, D, K = 32, 8, 32, 3 * 8 * 8
 SMALL = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": SIZE, "patch_size": PATCH}
 MODELS = {
-    "clip": lambda **more: CLIPVisionModel(CLIPVisionConfig(**SMALL | more)),
-    "siglip": lambda **more: SiglipVisionModel(SiglipVisionConfig(**SMALL | more)),
-    "dinov2": lambda **more: Dinov2Model(Dinov2Config(**SMALL | more)),
-    "registers": lambda **more: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL | more)),
-    "vit": lambda **more: ViTModel(ViTConfig(**SMALL | more), add_pooling_layer=False),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**SMALL)),
+    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL)),
+    "vit": lambda: ViTModel(ViTConfig(**SMALL), add_pooling_layer=False),
 }
 FILES = {
     "CLIPSegVision": "clipseg",
@@ -81,7 +81,7 @@ FILES |= {"GraniteDoclingVision": "granite_docling", "ViTMSN": "vit_msn", "Dinov
 FAMILIES = [key.removesuffix("Embeddings.forward") for key in vision._KINDS if not key.startswith("PatchEmbed")]
 
 
-def photos(height: int = SIZE, width: int = SIZE, dtype=torch.bfloat16) -> torch.Tensor:
+def photos(height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Three of them, as an image processor scales them, rounded to what every dtype here holds."""
     made = []
     for photo in (skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()):
@@ -97,6 +97,10 @@ def shaken(model: nn.Module) -> nn.Module:
             if "norm" not in name and "lambda" not in name:
                 p.copy_(torch.randn_like(p) * (0.5 if p.dim() < 2 or "token" in name or "position" in name else p[0].numel() ** -0.5))
     return model.eval()
+
+
+def made(kind: str) -> nn.Module:
+    return shaken(MODELS[kind]())
 
 
 def front(family: str, **more) -> nn.Module:

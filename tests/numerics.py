@@ -90,8 +90,7 @@ def exactly(model: nn.Module) -> nn.Module:
     for m in made.modules():
         if type(m).__name__ == "MllamaTextRMSNorm":
             m.forward = types.MethodType(normalise, m)
-    if hasattr(made, "set_attn_implementation"):
-        made.set_attn_implementation("sdpa")
+    made.set_attn_implementation("sdpa")
     return made
 
 

@@ -10,10 +10,8 @@ import mllama
 import pytest
 import reference
 import torch
-import torchtune_modules as tt
+from hosts import HOSTS, SMALL, built, conversation, text
 from numerics import assert_rounding_apart
-from qlora import lora, quantized
-from test_patch_vision import MODELS, PatchEmbed, photos
 from torch import nn
 from weights import quantize, random_weight
 
@@ -24,60 +22,39 @@ from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.quant import NF4View
 
-
-def linear(model: nn.Module) -> tuple[nn.Module, tuple]:
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):  # as bitsandbytes has it after quantizing or loading a model
-            module.quant_state = module.weight.quant_state
-    return model, (torch.randn(3, 128),)
+STRICT = [True, False]
 
 
-def own_dora() -> tuple[nn.Module, tuple]:
+def x() -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(3, 128)}
+
+
+def own_dora() -> nn.Module:
     made = DoRALinear(128, 256, 8, 16.0, quantize_base=True)
     made.initialize_dora_magnitude()
-    return linear(made)
+    return made
 
 
-def own_vision() -> tuple[nn.Module, tuple]:
-    made = clip_vision_encoder(tile_size=12, patch_size=4, embed_dim=16, num_layers=1, num_heads=2, max_num_tiles=4, out_indices=None)
-    return reference.shaken(made), (torch.randn(1, 1, 4, 3, 12, 12), torch.tensor([[[2, 2]]]))
+def own_vision() -> nn.Module:
+    return reference.shaken(clip_vision_encoder(tile_size=12, patch_size=4, embed_dim=16, num_layers=1, num_heads=2, max_num_tiles=4, out_indices=None))
 
 
-def torchtune_vision() -> tuple[nn.Module, tuple]:
-    return tt.shaken(tt.vision(layers=1)), (torch.randn(1, 1, 4, 3, 12, 12), torch.tensor([[[1, 3]]]))
-
-
-def cross(made: nn.Module, dim: int) -> tuple[nn.Module, tuple]:
-    mask = torch.rand(2, 5, 7) < 0.6
-    mask[0, 1] = False
-    return made, (torch.randn(2, 5, dim),), {"encoder_input": torch.randn(2, 7, dim), "encoder_mask": mask}
-
-
-def front(kind: str) -> tuple[nn.Module, tuple]:
-    if kind == "timm":
-        return nn.Sequential(PatchEmbed(img_size=32, patch_size=8, embed_dim=32)), (photos(dtype=torch.float32),)
-    return MODELS[kind](), (photos(dtype=torch.float32),)
-
-
-HOSTS = {
-    "bitsandbytes nested": lambda: linear(quantized("bitsandbytes")),
-    "bitsandbytes flat": lambda: linear(quantized("bitsandbytes", storage="flat")),
-    "torchao": lambda: linear(quantized("torchao")),
-    "PEFT over bitsandbytes": lambda: linear(lora("bitsandbytes")),
-    "PEFT over bitsandbytes, DoRA": lambda: linear(lora("bitsandbytes", use_dora=True)),
-    "PEFT over torchao": lambda: linear(lora("torchao")),
-    "torchtune LoRA": lambda: linear(tt.adapted("lora", use_bias=True)),
-    "torchtune DoRA": lambda: linear(tt.adapted("dora", use_bias=True)),
-    "torchtune frozen": lambda: linear(tt.adapted("frozen")),
-    "fastfuse LoRA": lambda: linear(LoRALinear(128, 256, 8, 16.0, quantize_base=True)),
-    "fastfuse DoRA": own_dora,
-    "fastfuse frozen": lambda: linear(FrozenNF4Linear(128, 256)),
-    "fastfuse vision": own_vision,
-    "torchtune vision": torchtune_vision,
-    "fastfuse cross-attention": lambda: cross(reference.shaken(reference.make_cross_layer()), reference.D),
-    "torchtune cross-attention": lambda: cross(tt.shaken(tt.cross_layer()), 32),
-    **{f"{kind} front": lambda kind=kind: front(kind) for kind in (*MODELS, "timm")},
+OWN = {
+    "fastfuse LoRA": lambda: (LoRALinear(128, 256, 8, 16.0, quantize_base=True), x()),
+    "fastfuse DoRA": lambda: (own_dora(), x()),
+    "fastfuse frozen": lambda: (FrozenNF4Linear(128, 256), {"input": torch.randn(3, 128)}),
+    "fastfuse vision": lambda: (own_vision(), {"images": torch.randn(1, 1, 4, 3, 12, 12), "aspect_ratio": torch.tensor([[[2, 2]]])}),
+    "fastfuse cross-attention": lambda: (reference.shaken(reference.make_cross_layer()), text(dim=reference.D)),
 }
+EXPORTED = [*HOSTS, *OWN]
+
+
+def frozen(name: str) -> tuple[nn.Module, dict]:
+    module, given = OWN[name]() if name in OWN else built(name)
+    for m in module.modules():
+        if isinstance(m, bnb.nn.Linear4bit):  # as bitsandbytes has it after quantizing or loading a model
+            m.quant_state = m.weight.quant_state
+    return module.eval().requires_grad_(False), given
 
 
 class Calls(nn.Module):
@@ -136,11 +113,6 @@ OPS = {
 }  # fmt: skip
 
 
-def small_mllama() -> tuple[nn.Module, dict]:
-    model = mllama.build(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,)))
-    return model.requires_grad_(False), mllama.batch([["coffee"], ["astronaut"]]) | {"use_cache": False}
-
-
 def loaded(program: torch.export.ExportedProgram) -> nn.Module:
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -152,7 +124,7 @@ def tensors(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-def assert_exports(module: nn.Module, args: tuple, kwargs: dict, strict: bool) -> torch.export.ExportedProgram:
+def assert_exports(module: nn.Module, strict: bool, *args, **kwargs) -> torch.export.ExportedProgram:
     """Three programs, of which only the last has no tensor of this process: live, and saved and loaded. Gives the live one."""
     want = tensors(module(*args, **kwargs))
     program = torch.export.export(module, args, kwargs, strict=strict)
@@ -169,22 +141,22 @@ def fused_ops(program: torch.export.ExportedProgram) -> set[str]:
     return {node.target._opname for graph in graphs for node in graph.nodes if getattr(node.target, "namespace", "") == "fastfuse"}
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("case", HOSTS)
-def test_hosts(case, strict):
-    module, args, kwargs = (*HOSTS[case](), {})[:3]
-    module.eval().requires_grad_(False)
+@pytest.mark.parametrize("name, strict", [(name, i % 2 == 0) for i, name in enumerate(EXPORTED)])
+def test_hosts(name, strict):
+    module, given = frozen(name)
     report = fastfuse.patch(module, on_unsupported="raise")
     assert report.patched and not any(e.code for e in report.entries)
-    program = assert_exports(module, args, kwargs, strict)
-    assert fastfuse.status(module).fallbacks == {} and fused_ops(program) & {"nf4_linear", "patch_embed", "cross_attention"}
+    program = assert_exports(module, strict, **given)
+    assert fastfuse.status(module).fallbacks == {}
+    found = fused_ops(program)
+    assert found & {"nf4_linear", "patch_embed", "cross_attention"}
+    assert not name.startswith("Mllama") or found >= {"cross_attention", "pack_tiles", "patch_embed"} | ({"nf4_linear"} if "QLoRA" in name else set())
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("case", OPS)
+@pytest.mark.parametrize("case, strict", [(case, i % 2 == 0) for i, case in enumerate(OPS)])
 def test_ops(case, strict):
     module, args = OPS[case]()
-    program = assert_exports(module, args, {}, strict)
+    program = assert_exports(module, strict, *args)
     assert fused_ops(program) or case == "lora_linear"
 
 
@@ -201,13 +173,13 @@ class Outer(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("case", ["bitsandbytes nested", "PEFT over bitsandbytes", "PEFT over torchao", "torchtune DoRA", "torchtune cross-attention"])
-def test_hosts_inside_of_a_model(case, strict):
-    inner, args, kwargs = (*HOSTS[case](), {})[:3]
-    model = Outer(Outer(inner)).eval().requires_grad_(False)
+@pytest.mark.parametrize("strict", STRICT)
+@pytest.mark.parametrize("name", ["bitsandbytes nested", "PEFT over torchao", "torchtune DoRA", "torchtune cross-attention"])
+def test_hosts_inside_of_a_model(name, strict):
+    inner, given = frozen(name)
+    model = Outer(Outer(inner))
     assert fastfuse.patch(model, on_unsupported="raise").patched
-    program = assert_exports(model, args, kwargs, strict)
+    program = assert_exports(model, strict, **given)
     assert fastfuse.status(model).fallbacks == {} and fused_ops(program)
 
 
@@ -232,24 +204,19 @@ def test_a_constant_below_a_patched_module(copied):
             model = copy.deepcopy(model)
             model[0].child.inner.weight.mul_(2)
             want = model[0].child(*given) + 1
-        program = assert_exports(model, given, {}, strict=True)
+        program = assert_exports(model, True, *given)
         assert any("lifted_tensor" in name for name in program.constants)
         torch.testing.assert_close(torch.export.unflatten(program)(*given), want)
     finally:
         host.remove()
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("case", ["plain", "its own vision model", "QLoRA"])
-def test_mllama(case, strict):
-    model, given = small_mllama()
-    if case == "QLoRA":
-        model = mllama.qlora(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,), intermediate_size=128)).eval().requires_grad_(False)
-        linear(model)
-    fastfuse.patch(model, ops="cross_attention" if case == "its own vision model" else None, on_unsupported="raise")
-    program = assert_exports(model, (), given, strict)
-    want = {"plain": {"patch_embed"}, "its own vision model": set(), "QLoRA": {"patch_embed", "nf4_linear"}}[case]
-    assert fastfuse.status(model).fallbacks == {} and fused_ops(program) >= want | {"cross_attention", "pack_tiles"}
+@pytest.mark.parametrize("strict", STRICT)
+def test_mllama_with_its_own_vision_model(strict):
+    model = mllama.build(mllama.config(**SMALL)).requires_grad_(False)
+    fastfuse.patch(model, ops="cross_attention", on_unsupported="raise")
+    program = assert_exports(model, strict, **conversation(torch.float32))
+    assert fastfuse.status(model).fallbacks == {} and fused_ops(program) >= {"cross_attention", "pack_tiles"}
 
 
 class OverNF4(nn.Module):

@@ -95,6 +95,8 @@ def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
     magnitude = self.lora_magnitude_vector[name]
     if hooked(magnitude) or rebound(magnitude):
         return Reason("HOOKED", "a hook on DoRA's magnitude must run")
+    if not type(magnitude).forward.__module__.startswith("peft."):
+        return Reason("CHILD_TYPE", f"{type(magnitude).__name__} in place of PEFT's own magnitude")
     return plain_tensors(magnitude.weight)
 
 
