@@ -1,5 +1,8 @@
 """Linear layers of every kind that prepares its next call, and what tests ask of them."""
 
+import copy
+from functools import partial
+
 import torch
 from accelerate.hooks import add_hook_to_module
 from qlora import HOSTS, Doubling, lora, quantized
@@ -14,7 +17,7 @@ from fastfuse.modules.peft import DoRALinear, LoRALinear
 P, F32 = nn.Parameter, torch.float32
 
 
-def own(kind, dtype=F32, **options):
+def own(kind, dtype=F32, training=True, **options):
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -27,7 +30,7 @@ def own(kind, dtype=F32, **options):
     if kind is DoRALinear:
         layer.initialize_dora_magnitude()
         layer.magnitude.data.mul_(torch.linspace(0.5, 1.5, 256))
-    return layer
+    return layer.train(training)
 
 
 def patched(model):
@@ -39,32 +42,36 @@ def layer_of(model):
     return model.base_model.model.up if hasattr(model, "base_model") else getattr(model, "up", model)
 
 
-LAYERS = {
-    **{f"PEFT over {host}": lambda dtype=F32, host=host: patched(lora(host, dtype)) for host in HOSTS},
-    **{f"{host} without a bias": lambda dtype=F32, host=host: patched(without_bias(lora(host, dtype))) for host in HOSTS},
-    "DoRA": lambda dtype=F32: patched(lora("bitsandbytes", dtype, use_dora=True)),
-    **{f"bare {host}": lambda dtype=F32, host=host: patched(quantized(host, dtype)) for host in HOSTS},
-    "rsLoRA": lambda dtype=F32: patched(lora("bitsandbytes", dtype, use_rslora=True)),
-    "dropout in eval": lambda dtype=F32: patched(lora("bitsandbytes", dtype, lora_dropout=0.3).eval()),
-    "PEFT over flat scales": lambda dtype=F32: patched(with_flat_scales(lora("bitsandbytes", dtype))),
-    "flat scales": lambda dtype=F32: patched(quantized("bitsandbytes", dtype, storage="flat")),
-    "LoRALinear": lambda dtype=F32: own(LoRALinear, dtype),
-    "LoRALinear, bias, dropout in eval": lambda dtype=F32: own(LoRALinear, dtype, use_bias=True, dropout=0.3).eval(),
-    "DoRALinear": lambda dtype=F32: own(DoRALinear, dtype),
-    "FrozenNF4Linear": lambda dtype=F32: own(FrozenNF4Linear, dtype),
-    "FrozenNF4Linear with a bias": lambda dtype=F32: own(FrozenNF4Linear, dtype, bias=True),
-}
+def bare(host, dtype=F32, storage="nested"):
+    return patched(quantized(host, dtype, storage))
 
 
-def without_bias(model):
-    layer_of(model).base_layer.bias = None
-    return model
-
-
-def with_flat_scales(model):
+def adapted(host, dtype=F32, *, bias=True, flat=False, training=True, **config):
+    model = lora(host, dtype, **config).train(training)
     base = layer_of(model).base_layer
-    base.weight = quantize(weights(256, 128).to(base.compute_dtype), "flat")
-    return model
+    if not bias:
+        base.bias = None
+    if flat:
+        base.weight = quantize(weights(256, 128).to(base.compute_dtype), "flat")
+    return patched(model)
+
+
+BNB = "bitsandbytes"
+LAYERS = {  # name: dtype -> the layer
+    **{f"PEFT over {host}": partial(adapted, host) for host in HOSTS},
+    **{f"{host} without a bias": partial(adapted, host, bias=False) for host in HOSTS},
+    "DoRA": partial(adapted, BNB, use_dora=True),
+    **{f"bare {host}": partial(bare, host) for host in HOSTS},
+    "rsLoRA": partial(adapted, BNB, use_rslora=True),
+    "dropout in eval": partial(adapted, BNB, lora_dropout=0.3, training=False),
+    "PEFT over flat scales": partial(adapted, BNB, flat=True),
+    "flat scales": partial(bare, BNB, storage="flat"),
+    "LoRALinear": partial(own, LoRALinear),
+    "LoRALinear, bias, dropout in eval": partial(own, LoRALinear, use_bias=True, dropout=0.3, training=False),
+    "DoRALinear": partial(own, DoRALinear),
+    "FrozenNF4Linear": partial(own, FrozenNF4Linear),
+    "FrozenNF4Linear with a bias": partial(own, FrozenNF4Linear, bias=True),
+}
 
 
 def weights(*shape):
@@ -129,6 +136,12 @@ def b_of(up):
     return up.lora_B["default"]
 
 
+def twice_the_adapter(up):
+    for held in (up.lora_A, up.lora_B, up.lora_dropout, up.scaling):
+        held.update({"other": copy.deepcopy(held["default"])})
+    up.lora_A["other"].weight.data.mul_(2)
+
+
 def children(up):
     return {"A": a_of(up), "B": b_of(up), "dropout": up.lora_dropout["default"], "base": up.base_layer}
 
@@ -141,4 +154,11 @@ HOOKS = {
     "accelerate": lambda child: add_hook_to_module(child, Doubling()),
     "rebound": lambda child: setattr(child, "forward", lambda x: 2 * type(child).forward(child, x)),
     "hooks replaced": lambda child: setattr(child, "_forward_hooks", {0: lambda module, given, out: 2 * out}),
+}
+# what is done to an adapted layer, so that no call of it is fused: the code, and what does it
+IN_THE_WAY = {
+    "a bias on A": ("LORA_BIAS", lambda up: setattr(a_of(up), "bias", P(weights(8)))),
+    "a dropout of another kind": ("DROPOUT", lambda up: up.lora_dropout.update({"default": nn.AlphaDropout(0.5)})),
+    "a subclass as A": ("CHILD_TYPE", lambda up: setattr(a_of(up), "__class__", Another)),
+    "a hook on B": ("HOOKED", lambda up: HOOKS["forward hook"](b_of(up))),
 }

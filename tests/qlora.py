@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import torch
 from accelerate.hooks import ModelHook
+from numerics import assert_rounding_apart
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from weights import quantize
@@ -35,6 +36,17 @@ def quantized(host: str, dtype=torch.float32, storage="nested") -> nn.Module:
     return model
 
 
+# what is done to a Linear4bit, so that no kernel reads its weight: the code, and (layer, its quant_state) -> done. Of one with flat scales, 256 by 128.
+UNREAD = {
+    "FP4": ("QUANT_TYPE", lambda layer, state: setattr(state, "quant_type", "fp4")),
+    "packed for AVX512": ("CPU_PACKED_BNB", lambda layer, state: setattr(state, "packing_format_for_cpu", True)),
+    "packed and unpacked": ("CPU_UNPACKED_BNB", lambda layer, state: setattr(state, "absmax", state.absmax.view(256, 2).T.bfloat16().contiguous())),
+    "half of the codes": ("NOT_NF4", lambda layer, state: setattr(state, "shape", torch.Size([256, 256]))),
+    "16 bits": ("NOT_NF4", lambda layer, state: setattr(state, "code", state.code.bfloat16())),
+    "plain": ("NOT_NF4", lambda layer, state: layer.__dict__.update(quant_state=None) or setattr(layer, "weight", nn.Parameter(torch.randn(256, 128)))),
+}
+
+
 def lora(host: str, dtype=torch.float32, **config) -> nn.Module:
     model = quantized(host, dtype)
     model.is_loaded_in_4bit = host == "bitsandbytes"
@@ -45,6 +57,23 @@ def gradients(model, x):
     out = model(x)
     leaves = [p for p in model.parameters() if p.requires_grad]
     return out, torch.autograd.grad(out.square().sum(), leaves)
+
+
+def assert_same(got, want, K: int = 256, products: int = 2) -> None:
+    """Of gradients(): a result of so many products over K, and its gradients, which take twice as many."""
+    assert_rounding_apart(got[0], want[0], K, products)
+    for g, w in zip(got[1], want[1], strict=True):
+        assert_rounding_apart(g, w, K, 2 * products)
+
+
+def in_order(order: str, **acts) -> None:
+    """ "one, other": the acts of these names, one after the other."""
+    for name in order.split(", "):
+        acts[name]()
+
+
+def said(report) -> list[tuple[str, str]]:
+    return [(e.status, e.code) for e in report.entries]
 
 
 class Doubling(ModelHook):

@@ -100,12 +100,12 @@ def patch(
 def unpatch(model: nn.Module, *, ops: str | Iterable[str] | None = None, include: Filter | None = None) -> PatchReport:
     """Give every patched module its own forward back, before or after other wrappers are taken off. ops, include: as patch."""
     check_model("unpatch", model)
-    patched, wanted, entries = [found for found in candidates(model) if found.record is not None], _matcher(include, "*"), []
+    patched, included, entries = [c for c in candidates(model) if c.record is not None], _matcher(include, "*"), []
     ops = None if ops is None else _op_names(ops, "unpatch", {record.op for *_, record in patched})
     for names, module, _, record in patched:
-        if (ops is None or record.op in ops) and wanted(names, module):
-            found, _noted[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
-            code, reason = ("", "") if found else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
+        if (ops is None or record.op in ops) and included(names, module):
+            restored, _noted[module] = _uninstall(module), Reason("RESTORED", "unpatch has given it back")
+            code, reason = ("", "") if restored else ("WRAPPED", "another wrapper still calls through fastfuse, which now only passes on")
             entries.append(Entry(names[0], type(module).__name__, record.host, record.op, "restored", code, reason, fallbacks=dict(record.fallbacks)))
     for module in model.modules():
         if "_fastfuse" not in module.__dict__:
@@ -137,9 +137,9 @@ def status(model: nn.Module) -> PatchReport:
     check_model("status", model)
     options = next((record.options for *_, record in candidates(model) if record is not None), Options())
     known, entries = any(module in _noted for module in model.modules()), []
-    for found in candidates(model):
-        entry = _entry(found, options, _noted.get(found.module))
-        if known and found.module not in _noted and entry.status == "unpatched" and not entry.code:
+    for candidate in candidates(model):
+        entry = _entry(candidate, options, _noted.get(candidate.module))
+        if known and candidate.module not in _noted and entry.status == "unpatched" and not entry.code:
             entry = _with(entry, Reason("UNSEEN", "it has come since patch was called, or lies outside of what it was called on: call patch again"))
         entries.append(entry)
     return PatchReport(type(model).__name__, tuple(entries), "" if entries else _nothing_found(model))
@@ -164,15 +164,15 @@ def register_host(name: str, op: str, matches: Callable[[nn.Module], bool], forw
     the hosts that fastfuse has.
     Raises TypeError for what is not callable, ValueError for a name that is taken.
     """
-    for what, given in (("matches", matches), ("forward", forward)):
-        check(callable(given), f"register_host: {what} is a {type(given).__name__}, not callable", TypeError)
-    for what, given in (("name", name), ("op", op)):
-        check(isinstance(given, str) and bool(given), f"register_host: {what} is {given!r}, not a name", TypeError)
+    for what, value in (("matches", matches), ("forward", forward)):
+        check(callable(value), f"register_host: {what} is a {type(value).__name__}, not callable", TypeError)
+    for what, value in (("name", name), ("op", op)):
+        check(isinstance(value, str) and bool(value), f"register_host: {what} is {value!r}, not a name", TypeError)
     check(name not in [host.name for host in hosts()], f"register_host: the name {name!r} is taken")
 
-    def fused(module: nn.Module, given: dict, options: Options):
+    def fused(module: nn.Module, arguments: dict, options: Options):
         try:
-            return forward(module, *given["args"], **given["kwargs"])
+            return forward(module, *arguments["args"], **arguments["kwargs"])
         except Unsupported as e:
             return Reason(e.code, str(e))
 
@@ -208,14 +208,14 @@ class _Planned:
     entry: Entry
 
 
-def _plan(model: nn.Module, ops: set[str], included: Callable, excluded: Callable, options: Options) -> list[_Planned]:
+def _plan(model: nn.Module, ops: set[str], include: Callable, exclude: Callable, options: Options) -> list[_Planned]:
     plan = []
-    for found in candidates(model):
-        names, module, host, _ = found
+    for candidate in candidates(model):
+        names, module, host, _ = candidate
         if host is None:
             continue
-        asked = host.op in ops and included(names, module) and not excluded(names, module)
-        entry = _entry(found, options, None if asked else Reason("EXCLUDED", "not asked for"))
+        included = host.op in ops and include(names, module) and not exclude(names, module)
+        entry = _entry(candidate, options, None if included else Reason("EXCLUDED", "not asked for"))
         if entry.status == "patched":
             entry = replace(entry, status="already", fallbacks={})
         elif entry.status == "unpatched":
@@ -233,9 +233,9 @@ def _planned(host: Host, module: nn.Module, entry: Entry, options: Options) -> E
     return _described(host, module, replace(entry, status="planned"), options)
 
 
-def _entry(found: Candidate, options: Options, noted: Reason | None) -> Entry:
+def _entry(candidate: Candidate, options: Options, noted: Reason | None) -> Entry:
     """The module as it is: "patched", "already" fused, or "unpatched". noted: a reason to leave it alone that the module itself does not show."""
-    (name, *_), module, host, record = found
+    (name, *_), module, host, record = candidate
     kind, layout = type(module).__name__, "" if host is None or host.drift(module) else host.layout(module)
     if record is not None:
         entry = Entry(name, kind, record.host, record.op, "patched", layout=layout, fallbacks=dict(record.fallbacks))
@@ -250,13 +250,13 @@ def _entry(found: Candidate, options: Options, noted: Reason | None) -> Entry:
 
 def _described(host: Host, module: nn.Module, entry: Entry, options: Options) -> Entry:
     """The entry with what would run, and what stands in the way of the fused op for now."""
-    if found := host.in_the_way(module, options):
-        entry = _with(entry, Reason(found.code, f"runs its own forward for now: {found.words}"))
+    if reason := host.in_the_way(module, options):
+        entry = _with(entry, Reason(reason.code, f"runs its own forward for now: {reason.words}"))
     return entry if host.drift(module) else replace(entry, backend=runs_on(module, options))
 
 
-def _with(entry: Entry, found: Reason | None) -> Entry:
-    return entry if found is None else replace(entry, code=found.code, reason=found.words)
+def _with(entry: Entry, reason: Reason | None) -> Entry:
+    return entry if reason is None else replace(entry, code=reason.code, reason=reason.words)
 
 
 def _complain(message: str, code: str, how: str, stacklevel: int = 3) -> None:
@@ -320,16 +320,16 @@ def _verified(p: _Planned, options: Options) -> Reason | None:
         probe = p.host.probe(p.module)
         if probe is None:
             return None
-        want = call_own(p.module, probe.given) if p.host.fallback is None else p.host.fallback(p.module, probe.given, options)
-        got = p.host.fused(p.module, probe.given, options)  # without the hooks of the module itself
+        want = call_own(p.module, probe.arguments) if p.host.fallback is None else p.host.fallback(p.module, probe.arguments, options)
+        got = p.host.fused(p.module, probe.arguments, options)  # without the hooks of the module itself
         if type(got) is Reason:
             return Reason("MISMATCH", f"does not run: {got.code}: {got.words}")
-        found = _apart(got, want, probe)
-        if found is None:
+        apart = _apart(got, want, probe)
+        if apart is None:
             return None
-        if p.host.corrected is not None and _apart(got, p.host.corrected(p.module, probe.given), probe) is None:
+        if p.host.corrected is not None and _apart(got, p.host.corrected(p.module, probe.arguments), probe) is None:
             return Reason("HOST_DECODE", "the module's own forward is off, for its library decodes the weight wrongly row by row; the fused op is right")
-    return Reason("MISMATCH", found)
+    return Reason("MISMATCH", apart)
 
 
 def _apart(got, want, probe: Probe) -> str | None:
@@ -384,10 +384,10 @@ def _op_names(ops: str | Iterable[str] | None, function: str = "patch", more: It
     return names
 
 
-def _matcher(wanted: Filter | None, default: Filter) -> Callable[[list[str], nn.Module], bool]:
+def _matcher(chosen: Filter | None, default: Filter) -> Callable[[list[str], nn.Module], bool]:
     """Whether a module is wanted under one of its names."""
-    wanted = default if wanted is None else wanted
-    tests = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+    chosen = default if chosen is None else chosen
+    tests = list(chosen) if isinstance(chosen, Iterable) and not isinstance(chosen, str) else [chosen]
     for t in tests:
         what = f"patch: include and exclude take globs or functions (name, module) -> bool, not a {type(t).__name__}"
         check(isinstance(t, str) or callable(t), what, TypeError)

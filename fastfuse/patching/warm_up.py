@@ -42,8 +42,8 @@ class WarmupReport:
     left_out: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        found = f"{self.kernels} kernels for {', '.join(self.targets)}: {self.compiled} compiled, {self.kernels - self.compiled} were in {self.cache}"
-        return "\n".join([f"fastfuse: {found}, {self.seconds:.1f} s", *(f"  left out: {name}: {why}" for name, why in self.left_out)])
+        summary = f"{self.kernels} kernels for {', '.join(self.targets)}: {self.compiled} compiled, {self.kernels - self.compiled} were in {self.cache}"
+        return "\n".join([f"fastfuse: {summary}, {self.seconds:.1f} s", *(f"  left out: {name}: {why}" for name, why in self.left_out)])
 
 
 def warmup(
@@ -77,19 +77,19 @@ def warmup(
         raise Unsupported("warmup: there is nothing to compile without the triton package", "NO_TRITON")
     if INTERPRET:
         raise Unsupported("warmup: TRITON_INTERPRET is set: interpreted kernels are not compiled", "INTERPRETED")
-    start, found, left_out = time.perf_counter(), {}, {}
+    start, launched, left_out = time.perf_counter(), {}, {}
     chips, devices = _chips(model, target), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     for arch, (chip, processors) in chips.items():
         with collecting(chip, arch, processors) as kernels, torch.random.fork_rng(devices):
             left_out |= _rehearse(model, arch, model.training if backward is None else backward, autocast)
             for call in calls:
                 call()
-        found |= kernels
-    if not found and not calls:
+        launched |= kernels
+    if not launched and not calls:
         warnings.warn(f"fastfuse.warmup: nothing in {type(model).__name__} runs a fused op: call patch(model) first", stacklevel=2)
-    compiled = _compile(list(found.values()), workers or min(8, os.cpu_count() or 1), progress)
+    compiled = _compile(list(launched.values()), workers or min(8, os.cpu_count() or 1), progress)
     seconds = time.perf_counter() - start
-    return WarmupReport(tuple(chips), len(found), compiled, seconds, triton.knobs.cache.dir, tuple(left_out.items()))
+    return WarmupReport(tuple(chips), len(launched), compiled, seconds, triton.knobs.cache.dir, tuple(left_out.items()))
 
 
 def _chips(model: nn.Module, target: str | None) -> dict[str, tuple["GPUTarget", int]]:
@@ -113,9 +113,9 @@ def _chips(model: nn.Module, target: str | None) -> dict[str, tuple["GPUTarget",
 
 def _rehearse(model: nn.Module, arch: str, backward: bool, autocast: torch.dtype | None) -> dict[str, str]:
     """Have every covered module call its fused ops, once for all that are alike, in each mode. -> the modules that do not, and why."""
-    left_out, seen, found = {}, set(), [c for c in candidates(model) if c.host is not None]
-    image = next((size for c in found if (size := c.host.image(c.module))), _IMAGE)
-    for (name, *_), module, host, record in found:
+    left_out, seen, covered = {}, set(), [c for c in candidates(model) if c.host is not None]
+    image = next((size for c in covered if (size := c.host.image(c.module))), _IMAGE)
+    for (name, *_), module, host, record in covered:
         options = Options() if record is None else record.options
         if (record is None and not host.native) or options.backend == "torch":
             continue
@@ -136,15 +136,15 @@ def _rehearse_mode(module: nn.Module, host: Host, options: Options, training: bo
     with undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(training), casting:
         for m in module.modules():
             m.training = training
-        for each in sizes:
+        for of_one_call in sizes:
             try:
-                made = host.rehearse(module, each, options)
+                rehearsed = host.rehearse(module, of_one_call, options)
             except Unsupported as e:
                 return f"{e.code}: {e}"
-            if isinstance(made, Reason):
-                return f"{made.code}: {made.words}"
-            if made is not None and training:
-                _gradients(*made, [p for p in module.parameters() if p.requires_grad])
+            if isinstance(rehearsed, Reason):
+                return f"{rehearsed.code}: {rehearsed.words}"
+            if rehearsed is not None and training:
+                _gradients(*rehearsed, [p for p in module.parameters() if p.requires_grad])
     return None
 
 
@@ -166,9 +166,9 @@ def _gradients(out: Tensor, inputs: list[Tensor], weights: list[Tensor]) -> None
     """Of everything, of each input alone and of the weights alone: what nobody asks for, kernels leave out."""
     if not out.requires_grad:
         return
-    for wanted in ([*inputs, *weights], *([x] for x in inputs), weights):
-        if wanted:
-            torch.autograd.grad(out, wanted, torch.zeros_like(out), retain_graph=True, allow_unused=True)
+    for leaves in ([*inputs, *weights], *([x] for x in inputs), weights):
+        if leaves:
+            torch.autograd.grad(out, leaves, torch.zeros_like(out), retain_graph=True, allow_unused=True)
 
 
 def _compile(kernels: list[Callable], workers: int, progress: bool) -> int:

@@ -42,8 +42,8 @@ def attention_host(heads: Callable[[nn.Module], Heads], obstacle: Callable[[nn.M
         return obstacle(module) or rehearse_attention(module, heads(module), sizes, options)
 
     def layout(module: nn.Module) -> str:
-        found = heads(module)
-        return f"{found.queries} heads over {found.keys} of {found.dim}"
+        of = heads(module)
+        return f"{of.queries} heads over {of.keys} of {of.dim}"
 
     return Host(op="cross_attention", kernels="cross_attention", refuses=refuses, obstacle=obstacle, rehearse=rehearse, layout=layout, **how)
 
@@ -53,11 +53,11 @@ def rehearse_attention(module: nn.Module, heads: Heads, sizes: Sizes, options: O
     (b, s, tiles, n), device = sizes, device_of(module)
     if device is not None and (dtype := autocast_dtype(device)):
         heads = heads._replace(dtype=dtype)
-    if found := heads.uncovered():
-        return found
+    if reason := heads.uncovered():
+        return reason
     meta = {"dtype": heads.dtype, "device": "meta", "requires_grad": torch.is_grad_enabled()}
-    given = [torch.empty(b, length, count, heads.dim, **meta) for length, count in ((s, heads.queries), *[(tiles * n, heads.keys)] * 2)]
+    qkv = [torch.empty(b, length, count, heads.dim, **meta) for length, count in ((s, heads.queries), *[(tiles * n, heads.keys)] * 2)]
     flags = torch.empty((b, s, 1, tiles) if heads.tiled else (b, s, tiles * n), dtype=torch.bool, device="meta")
     mask = EncoderMask.from_tiles(flags, n) if heads.tiled else EncoderMask.from_dense(flags)
-    q, k, v = (t.transpose(1, 2) for t in given)
-    return sum(cross_attention(q, k, v, seen, backend=options.named()) for seen in (mask, None)), given
+    q, k, v = (t.transpose(1, 2) for t in qkv)
+    return sum(cross_attention(q, k, v, seen, backend=options.named()) for seen in (mask, None)), qkv

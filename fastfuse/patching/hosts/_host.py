@@ -24,7 +24,7 @@ from fastfuse.modules._prepared import PreparedLinear, is_due, is_special
 from fastfuse.ops._op import backend_for, check_device, forward_mode, transformed
 from fastfuse.quant.nf4 import holds_torchao
 
-Given = dict[str, Any]  # the arguments of a call, by the host's names
+Arguments = dict[str, Any]  # the arguments of a call, by the host's names
 
 
 class Reason(NamedTuple):
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 class Probe(NamedTuple):
     """Random arguments for verify, and how far two correct results may lie apart: dtype's rounding or fp32 sums of `depth` terms, `steps` times."""
 
-    given: Given
+    arguments: Arguments
     dtype: torch.dtype
     depth: int
     steps: int = 1
@@ -104,7 +104,7 @@ class Host:
     name: str
     op: str
     matches: Callable[[nn.Module], bool]
-    fused: Callable[[nn.Module, Given, Options], Any]
+    fused: Callable[[nn.Module, Arguments, Options], Any]
     classes: tuple[str, ...] = ()
     written_by: str = ""
     parts: tuple[str, ...] = ()
@@ -114,18 +114,18 @@ class Host:
     renamed: tuple[tuple[str, ...], ...] = ()
     refuses: Callable[[nn.Module, Options], Reason | None] = nothing
     obstacle: Callable[[nn.Module], Reason | None] = nothing
-    fallback: Callable[[nn.Module, Given, Options], Any] | None = None
+    fallback: Callable[[nn.Module, Arguments, Options], Any] | None = None
     kernels: str = ""
     layout: Callable[[nn.Module], str] = lambda module: ""
     probe: Callable[[nn.Module], Probe | None] = nothing
-    corrected: Callable[[nn.Module, Given], Any] | None = None
+    corrected: Callable[[nn.Module, Arguments], Any] | None = None
     rehearse: Callable[[nn.Module, Sizes, Options], Rehearsed | Reason | None] = nothing
     image: Callable[[nn.Module], tuple[int, int] | None] = nothing
     modules: str = ""
     covers: str = ""
     native: bool = False
     as_called: bool = False
-    prepare: Callable[[nn.Module, Given, Options], PreparedLinear | None] | None = None
+    prepare: Callable[[nn.Module, Arguments, Options], PreparedLinear | None] | None = None
     _forwards: dict[type, Callable] = field(init=False, repr=False, default_factory=dict)
 
     def bound(self, module: nn.Module) -> MethodType:
@@ -171,8 +171,8 @@ class Host:
 
     def refused(self, module: nn.Module, options: Options) -> Reason | None:
         """Why the module is not patched."""
-        if found := self.drift(module) or self.refuses(module, options):
-            return found
+        if reason := self.drift(module) or self.refuses(module, options):
+            return reason
         device = device_of(module) if self.kernels else None
         if device is not None:
             try:
@@ -183,9 +183,9 @@ class Host:
 
     def in_the_way(self, module: nn.Module, options: Options) -> Reason | None:
         """Why the next call of the module would run its own forward."""
-        found = self.refused(module, options) or self.obstacle(module)
-        if found is None or found.code != "DTENSOR" or not whole_in_calls(module):
-            return found
+        reason = self.refused(module, options) or self.obstacle(module)
+        if reason is None or reason.code != "DTENSOR" or not whole_in_calls(module):
+            return reason
         with _without_shards(module):
             return self.obstacle(module)
 
@@ -201,9 +201,9 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, renamed: tuple[tuple[str, ...], ...]) -> "Names":
         """A forward is called by the name in its signature and, as libraries rename, by the older ones of the same row."""
-        found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        positional = tuple(p.name for p in found if p.kind <= p.POSITIONAL_OR_KEYWORD)
-        known = {p.name for p in found}
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        positional = tuple(p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
+        known = {p.name for p in parameters}
         hosts, own, unknown = {}, {}, ()
         for row in renamed:
             at = next((i for i, name in enumerate(row) if name in known), 0)
@@ -212,17 +212,17 @@ class Names(NamedTuple):
             unknown += row[:at]
         return cls(tuple(hosts.get(name, name) for name in positional), hosts, own, unknown)
 
-    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Given | Reason:
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Arguments | Reason:
         """The arguments of a call by the host's names; a Reason where nobody can say which they are."""
         if self.unknown and (later := [name for name in self.unknown if name in kwargs]):
             return Reason("ARGUMENTS", f"called with {later[0]}, which its forward does not know")
         if self.hosts:  # given by two names, the newer one counts, even if it is None
             kwargs = {self.hosts.get(name, name): value for name, value in kwargs.items() if name not in self.hosts or self.hosts[name] not in kwargs}
         named = dict(zip(self.positional, args, strict=False))
-        given = named | kwargs
-        if len(args) > len(self.positional) or len(given) < len(named) + len(kwargs):
+        arguments = named | kwargs
+        if len(args) > len(self.positional) or len(arguments) < len(named) + len(kwargs):
             return Reason("ARGUMENTS", "called with more arguments than its forward names, or with one twice")
-        return given
+        return arguments
 
 
 @dataclass
@@ -240,11 +240,11 @@ class Record:
     prepared: PreparedLinear | None = None
     unprepared: int = 0  # fused calls that went the whole way since a prepared one served
 
-    def prepare(self, host: "Host", module: nn.Module, given: Given) -> None:
+    def prepare(self, host: "Host", module: nn.Module, arguments: Arguments) -> None:
         """After a call that was fused."""
         self.unprepared = 1 if self.prepared is not None and self.prepared.served else self.unprepared + 1
         if is_due(self.unprepared):
-            self.prepared = host.prepare(module, given, self.options)
+            self.prepared = host.prepare(module, arguments, self.options)
 
     def __deepcopy__(self, memo) -> "Record":
         return Record(self.host, self.op, self.options, self.slot, copy.deepcopy(self.original, memo), self.names, copy.deepcopy(self.module, memo))
@@ -270,13 +270,13 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
         # can neither run a program with a constant made below it nor unflatten one; by the record it is a name like any other.
         self = record.module
     read = record.names.read(args, kwargs)
-    given = {"args": args, "kwargs": kwargs} if host.as_called else read
+    arguments = {"args": args, "kwargs": kwargs} if host.as_called else read
     out = read if type(read) is Reason else _uncovered(host, record, read)
     if out is None:
-        out = host.fused(self, given, record.options)
+        out = host.fused(self, arguments, record.options)
     if type(out) is not Reason:
         if host.prepare is not None and not is_special():
-            record.prepare(host, self, given)
+            record.prepare(host, self, arguments)
         return out
     if out.code == "MERGED":  # what is prepared holds the scales of the weight before: an eighth of its bytes
         record.prepared, record.unprepared = None, 0
@@ -286,9 +286,9 @@ def run(host: Host, self: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     return own_forward(self)(*args, **kwargs)
 
 
-def _uncovered(host: Host, record: Record, given: Given) -> Reason | None:
+def _uncovered(host: Host, record: Record, arguments: Arguments) -> Reason | None:
     """What no fused op covers, whatever the module."""
-    for name, value in given.items() if host.takes else ():
+    for name, value in arguments.items() if host.takes else ():
         if not (name in host.takes or name in host.ignores or (value is None and name in record.names.positional)):
             return Reason("ARGUMENTS", f"called with {name}, which the fused op does not know")
     if forward_mode():
@@ -298,9 +298,9 @@ def _uncovered(host: Host, record: Record, given: Given) -> Reason | None:
     return Reason("TRACING", "torch.jit.trace is not covered") if torch.jit.is_tracing() else None
 
 
-def fell_back(self: nn.Module, record: Record, found: Reason) -> None:
+def fell_back(self: nn.Module, record: Record, why: Reason) -> None:
     """Count, and say so at the first call of this module for this reason. Raises Unsupported with FASTFUSE_STRICT=1."""
-    code, reason = found
+    code, reason = why
     if record.options.strict and code not in EXPECTED:
         raise Unsupported(f"{type(self).__name__} would run its own forward, and FASTFUSE_STRICT is set: {code}: {reason}", code)
     if not torch.compiler.is_compiling():
@@ -317,10 +317,10 @@ def own_forward(module: nn.Module) -> Callable:
     return functools.partial(type(module).forward, module)  # torch.compile makes no bound method inside of a graph
 
 
-def call_own(module: nn.Module, given: Mapping[str, Any]) -> Any:
+def call_own(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """own_forward with arguments by the host's names."""
     own = module.__dict__["_fastfuse"].names.own
-    return own_forward(module)(**{own.get(name, name): value for name, value in given.items()})
+    return own_forward(module)(**{own.get(name, name): value for name, value in arguments.items()})
 
 
 def forward_slot(module: nn.Module) -> str:
@@ -391,8 +391,8 @@ def rebound(module: nn.Module) -> bool:
 
 def convolution(conv: nn.Module) -> Reason | None:
     """Why its product cannot be the op's; None where it maps patches that lie side by side by one matrix."""
-    if found := plain(conv, nn.Conv2d, only_asks_for_grad(conv)):
-        return found
+    if reason := plain(conv, nn.Conv2d, only_asks_for_grad(conv)):
+        return reason
     if conv.stride != tuple(conv.weight.shape[2:]) or conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
         return Reason("GEOMETRY", f"its patches overlap or leave gaps: kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}")
     return None

@@ -1,6 +1,7 @@
 """What the hosts of linear layers over NF4 weights share."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,85 +10,89 @@ from torch import Tensor, nn
 from fastfuse.errors import Unsupported
 from fastfuse.modules._prepared import PreparedLinear
 from fastfuse.ops._op import route
-from fastfuse.patching.hosts._host import Given, Host, Options, Probe, Reason, Rehearsed, Sizes, hooked, plain, plain_tensors, rebound, whole_in_calls
+from fastfuse.patching.hosts._host import Arguments, Host, Options, Probe, Reason, Rehearsed, Sizes, hooked, plain, plain_tensors, rebound, whole_in_calls
 from fastfuse.quant.nf4 import NF4View
 
 
-def nf4_host(
-    *,
-    view: Callable[[nn.Module], NF4View] = lambda module: NF4View.of(module.weight),
-    obstacle: Callable[[nn.Module, Tensor | None], Reason | None],
-    fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor],
-    probe_dtype: Callable[[nn.Module], torch.dtype] = lambda module: module.weight.dtype,
-    watched: Callable[[nn.Module, Tensor, NF4View], PreparedLinear | None] = lambda *_: None,
-    x: str = "x",
-    **how: Any,
-) -> Host:
-    """A Host of a module that maps its one argument, named x, by the NF4 weight that `view` reads anew at every call.
+@dataclass(frozen=True, kw_only=True)
+class NF4Layer:
+    """What a host file says of a module that maps its one argument, named x, by an NF4 weight; and the parts of a Host that follow from it.
 
-    watched: (module, x, view), after a fused call -> its next call prepared, None where that is not covered.
+    view: the weight, read anew at every call.  obstacle: (module, the argument or None) -> why a call would run the module's own forward.
+    fused: (module, the argument, view, backend) -> what forward returns.  probe_dtype: of the argument that verify draws.
+    watched: (module, the argument, view), after a fused call -> its next call prepared, None where that is not covered.
     """
 
-    def run(module: nn.Module, given: Given, options: Options) -> Tensor | Reason:
-        tensor = given.get(x)
-        if not isinstance(tensor, Tensor):
-            return Reason("ARGUMENTS", "called with something else than one tensor")
-        found = in_the_way(module, tensor) or read(module)
-        if type(found) is Reason:
-            return found
-        if tensor.shape[-1:] != found.shape[1:]:
-            return Reason("SHAPE", "the input's last dim is not the weight's K")
-        return fused(module, tensor, found, options.named())
+    view: Callable[[nn.Module], NF4View] = lambda module: NF4View.of(module.weight)
+    obstacle: Callable[[nn.Module, Tensor | None], Reason | None]
+    fused: Callable[[nn.Module, Tensor, NF4View, str | None], Tensor]
+    probe_dtype: Callable[[nn.Module], torch.dtype] = lambda module: module.weight.dtype
+    watched: Callable[[nn.Module, Tensor, NF4View], PreparedLinear | None] = lambda *_: None
+    x: str = "x"
 
-    def prepare(module: nn.Module, given: Given, options: Options) -> PreparedLinear | None:
-        tensor = given[x]
-        if type(tensor) is not Tensor or tensor.is_meta or route("nf4_linear", tensor, options.named()) != "op":
-            return None
-        found = read(module)
-        return None if type(found) is Reason else watched(module, tensor, found)
-
-    def in_the_way(module: nn.Module, tensor: Tensor | None) -> Reason | None:
-        return obstacle(module, tensor) or plain_tensors(*(t for t in (tensor, getattr(module, "bias", None)) if hasattr(t, "device_mesh")))
-
-    def read(module: nn.Module) -> NF4View | Reason:
+    def read(self, module: nn.Module) -> NF4View | Reason:
         try:
-            return view(module)
+            return self.view(module)
         except (Unsupported, AttributeError, TypeError, ValueError) as e:
             return Reason(getattr(e, "code", "NOT_NF4"), str(e).removeprefix("NF4View: "))
 
-    def refuses(module: nn.Module, options: Options) -> Reason | None:
-        found = read(module)
-        return found if type(found) is Reason and not (found.code == "DTENSOR" and whole_in_calls(module)) else None
+    def in_the_way(self, module: nn.Module, x: Tensor | None = None) -> Reason | None:
+        return self.obstacle(module, x) or plain_tensors(*(t for t in (x, getattr(module, "bias", None)) if hasattr(t, "device_mesh")))
 
-    def layout(module: nn.Module) -> str:
-        found = read(module)
-        return "" if type(found) is Reason else found.layout
+    def run(self, module: nn.Module, arguments: Arguments, options: Options) -> Tensor | Reason:
+        x = arguments.get(self.x)
+        if not isinstance(x, Tensor):
+            return Reason("ARGUMENTS", "called with something else than one tensor")
+        view = self.in_the_way(module, x) or self.read(module)
+        if type(view) is Reason:
+            return view
+        if x.shape[-1:] != view.shape[1:]:
+            return Reason("SHAPE", "the input's last dim is not the weight's K")
+        return self.fused(module, x, view, options.named())
 
-    def probe(module: nn.Module) -> Probe:
-        found, dtype = view(module), probe_dtype(module)
-        K = found.shape[1]
+    def prepare(self, module: nn.Module, arguments: Arguments, options: Options) -> PreparedLinear | None:
+        x = arguments[self.x]
+        if type(x) is not Tensor or x.is_meta or route("nf4_linear", x, options.named()) != "op":
+            return None
+        view = self.read(module)
+        return None if type(view) is Reason else self.watched(module, x, view)
+
+    def refuses(self, module: nn.Module, options: Options) -> Reason | None:
+        view = self.read(module)
+        return view if type(view) is Reason and not (view.code == "DTENSOR" and whole_in_calls(module)) else None
+
+    def layout(self, module: nn.Module) -> str:
+        view = self.read(module)
+        return "" if type(view) is Reason else view.layout
+
+    def probe(self, module: nn.Module) -> Probe:
+        view, dtype = self.view(module), self.probe_dtype(module)
+        K = view.shape[1]
         # On a CPU bitsandbytes repacks its weight for good when the input needs no gradient.
-        made = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(found.device, dtype).requires_grad_()
-        return Probe({x: made}, dtype, K)
+        x = torch.randn(4, K, generator=torch.Generator().manual_seed(0)).to(view.device, dtype).requires_grad_()
+        return Probe({self.x: x}, dtype, K)
 
-    def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
-        found = read(module)
-        if type(found) is Reason:
-            return found
-        made = probe(module).given[x].new_zeros(sizes.batch, sizes.tokens, found.shape[1], requires_grad=torch.is_grad_enabled())
-        out = run(module, {x: made}, options)
-        return out if type(out) is Reason else (out, [made])
+    def rehearse(self, module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason:
+        view = self.read(module)
+        if type(view) is Reason:
+            return view
+        x = self.probe(module).arguments[self.x].new_zeros(sizes.batch, sizes.tokens, view.shape[1], requires_grad=torch.is_grad_enabled())
+        out = self.run(module, {self.x: x}, options)
+        return out if type(out) is Reason else (out, [x])
 
+
+def nf4_host(layer: NF4Layer, **how: Any) -> Host:
+    """A Host of such modules."""
     return Host(
-        kernels="nf4_linear", takes=(x,), refuses=refuses, obstacle=lambda module: in_the_way(module, None), fused=run, probe=probe, rehearse=rehearse,
-        layout=layout, prepare=prepare, **how,
+        kernels="nf4_linear", takes=(layer.x,), refuses=layer.refuses, obstacle=layer.in_the_way, fused=layer.run, probe=layer.probe,
+        rehearse=layer.rehearse, layout=layer.layout, prepare=layer.prepare, **how,
     )  # fmt: skip
 
 
 def adapter_obstacle(a: nn.Module, b: nn.Module, dropout: nn.Module) -> Reason | None:
     """Why the parts of a LoRA adapter have to be called."""
-    if found := plain(a, nn.Linear) or plain(b, nn.Linear):
-        return found
+    if reason := plain(a, nn.Linear) or plain(b, nn.Linear):
+        return reason
     if a.bias is not None:
         return Reason("LORA_BIAS", "the adapter's A has a bias")
     if hooked(dropout) or type(dropout) not in (nn.Identity, nn.Dropout) or rebound(dropout) or getattr(dropout, "inplace", False):

@@ -19,7 +19,7 @@ def _host(op: str, *classes: type[nn.Module], over_nf4: bool = False, **how: Cal
         return isinstance(module, classes) and (not over_nf4 or holds_torchao(parameter(module, "weight")))
 
     return Host(
-        name="fastfuse", op=op, matches=matches, fused=lambda module, given, options: None, native=True,
+        name="fastfuse", op=op, matches=matches, fused=lambda module, arguments, options: None, native=True,
         modules=", ".join(f"`{c.__name__}`" for c in classes), covers="fused as they are", **how,
     )  # fmt: skip
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from fastfuse.modules._prepared import PreparedLinear, Watch
 from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
-from fastfuse.patching.hosts._host import Given, Reason, own_forward, parameter
-from fastfuse.patching.hosts._nf4 import nf4_host
+from fastfuse.patching.hosts._host import Arguments, Reason, own_forward, parameter
+from fastfuse.patching.hosts._nf4 import NF4Layer, nf4_host
 from fastfuse.quant.nf4 import NF4View, of_bitsandbytes
 
 _PARTS = ("compute_dtype", "compute_type_is_set", "set_compute_type", "bias")
@@ -104,16 +104,16 @@ def decodes(self: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rows, dequantize_4bit(self.weight.detach(), state).view(rows.shape)
 
 
-def corrected(self: nn.Module, given: Given) -> Tensor:
+def corrected(self: nn.Module, arguments: Arguments) -> Tensor:
     """The layer's own forward, with what its decode by rows gets wrong put right."""
-    x = given["x"].to(compute_dtype(self, given["x"]))
+    x = arguments["x"].to(compute_dtype(self, arguments["x"]))
     rows, flat = decodes(self, x.dtype)
-    return (own_forward(self)(given["x"]) + F.linear(x, flat - rows)).to(given["x"].dtype)
+    return (own_forward(self)(arguments["x"]) + F.linear(x, flat - rows)).to(arguments["x"].dtype)
 
 
 HOST = nf4_host(
-    name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.",
-    parts=("weight", *_PARTS), view=view,
-    obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, corrected=corrected, watched=prepared, modules="`nn.Linear4bit`",
+    NF4Layer(view=view, obstacle=obstacle, fused=fused, probe_dtype=probe_dtype, watched=prepared),
+    name="bitsandbytes", op="nf4_linear", matches=matches, classes=("Linear4bit",), written_by="bitsandbytes.nn.", parts=("weight", *_PARTS),
+    corrected=corrected, modules="`nn.Linear4bit`",
     covers="NF4, nested and flat, any quant_storage; bf16, fp16, fp32; not weights packed for AVX512 or flat ones unpacked again, FP4",
 )  # fmt: skip

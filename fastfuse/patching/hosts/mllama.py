@@ -19,7 +19,7 @@ from fastfuse.ops import EncoderMask, _op, cross_attention, patch_embed
 from fastfuse.ops._op import autocast_dtype
 from fastfuse.patching.hosts._attention import Heads, attention_host
 from fastfuse.patching.hosts._host import (
-    Given,
+    Arguments,
     Host,
     Options,
     Probe,
@@ -49,9 +49,9 @@ _IGNORED = (
 )  # fmt: skip
 
 
-def _wants(self: nn.Module, given: Given, *names: str) -> bool:
+def _wants(self: nn.Module, arguments: Arguments, *names: str) -> bool:
     """Whether one of these flags is set, by the call or by the model's config."""
-    return any(given[name] if given.get(name) is not None else getattr(self.config, name, False) for name in names)
+    return any(arguments[name] if arguments.get(name) is not None else getattr(self.config, name, False) for name in names)
 
 
 def _attention(self: nn.Module) -> Reason | None:
@@ -107,20 +107,20 @@ def _whole_model_obstacle(self: nn.Module) -> Reason | None:
     return _hands_on(self) if _is_ours(self) else None  # its layers are patched after it has been asked
 
 
-def _whole_model(self: nn.Module, given: Given, options: Options) -> Any:
-    tiles = given.get("cross_attention_mask")
+def _whole_model(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    tiles = arguments.get("cross_attention_mask")
     if tiles is None:
-        return call_own(self, given)
-    text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        return call_own(self, arguments)
+    text = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
     if text is None or not isinstance(tiles, Tensor) or tiles.dim() != 4:
         return Reason("MASK", "the mask is no tensor [batch, text, images, tiles], or there is no text")
-    wants = Reason("OUTPUTS", "attention weights are asked for") if _wants(self.language_model, given, "output_attentions") else None
-    if found := wants or _hands_on(self):
+    outputs = Reason("OUTPUTS", "attention weights are asked for") if _wants(self.language_model, arguments, "output_attentions") else None
+    if reason := outputs or _hands_on(self):
         # transformers' own mask does not tell text that sees nothing from text that sees everything
-        return Reason("MASKED_ROWS", f"masked_rows='zero' does not hold: {found.words}") if options.masked_rows == "zero" else found
-    seen = _rows_of_call(tiles, text.shape[1], given.get("cache")) == 1
+        return Reason("MASKED_ROWS", f"masked_rows='zero' does not hold: {reason.words}") if options.masked_rows == "zero" else reason
+    seen = _rows_of_call(tiles, text.shape[1], arguments.get("cache")) == 1
     handed = _HandedOn(EncoderMask.from_tiles(seen, self.vision_model.num_patches), self.dtype)
-    out = call_own(self, given | {"cross_attention_mask": None, "fastfuse_mask": handed})
+    out = call_own(self, arguments | {"cross_attention_mask": None, "fastfuse_mask": handed})
     if not handed.taken:  # a wrong answer, and no way to know it before: a signature does not tell
         raise Unsupported("MllamaModel does not pass its keywords on, a version that fastfuse does not know: unpatch with ops='cross_attention'", "SIGNATURE")
     return out
@@ -137,12 +137,12 @@ def _rows_of_call(tiles: Tensor, s: int, cache: Any) -> Tensor:
 # MllamaTextModel
 
 
-def _text_model(self: nn.Module, given: Given, options: Options) -> Any:
-    handed = given.pop("fastfuse_mask", None)
+def _text_model(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    handed = arguments.pop("fastfuse_mask", None)
     if handed is not None:
         handed.taken, mask = True, handed.mask
-        given |= {"cross_attention_mask": mask, "full_text_row_masked_out_mask": (~mask.rows_empty)[:, None, :, None].to(handed.dtype)}
-    return call_own(self, given)
+        arguments |= {"cross_attention_mask": mask, "full_text_row_masked_out_mask": (~mask.rows_empty)[:, None, :, None].to(handed.dtype)}
+    return call_own(self, arguments)
 
 
 # MllamaTextCrossAttention
@@ -160,24 +160,24 @@ def _heads(self: nn.Module) -> Heads:
     return Heads(self.q_norm.weight.dtype, self.num_heads, self.num_key_value_heads, self.head_dim, tiled=True)
 
 
-def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
-    x, states, mask = given.get("hidden_states"), given.get("cross_attention_states"), given.get("attention_mask")
-    cache = given.get("cache")
+def _cross_attention(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    x, states, mask = arguments.get("hidden_states"), arguments.get("cross_attention_states"), arguments.get("attention_mask")
+    cache = arguments.get("cache")
     if x is None or (states is None and cache is None):
         return Reason("ARGUMENTS", "called without text, or with neither image states nor a cache")
-    if found := _cross_attention_obstacle(self):
-        return found
+    if reason := _cross_attention_obstacle(self):
+        return reason
     if isinstance(mask, Tensor):
         return Reason("DENSE_MASK", "called with a dense mask")
     if mask is None and self.config._attn_implementation == "sdpa" and x.shape[1] > 1:
         return Reason("NO_MASK", "without a mask transformers' sdpa lets text token i see image tokens 0 to i alone, which the op does not")
-    if given.get("output_attentions"):
+    if arguments.get("output_attentions"):
         return Reason("OUTPUTS", "attention weights are asked for")
-    return _heads(self).unserved(x, options) or _attend(self, given, options.masked_rows, options.named())
+    return _heads(self).unserved(x, options) or _attend(self, arguments, options.masked_rows, options.named())
 
 
-def _attend(self: nn.Module, given: Given, masked_rows: str, backend: str | None) -> tuple[Tensor, None]:
-    x, states, cache, parts = given["hidden_states"], given.get("cross_attention_states"), given.get("cache"), self._modules
+def _attend(self: nn.Module, arguments: Arguments, masked_rows: str, backend: str | None) -> tuple[Tensor, None]:
+    x, states, cache, parts = arguments["hidden_states"], arguments.get("cross_attention_states"), arguments.get("cache"), self._modules
     b, s, _ = x.shape
     q = parts["q_norm"](parts["q_proj"](x).view(b, s, -1, self.head_dim).transpose(1, 2))
     if states is None:
@@ -186,64 +186,69 @@ def _attend(self: nn.Module, given: Given, masked_rows: str, backend: str | None
         k, v = (project(states).view(b, -1, self.num_key_value_heads, self.head_dim).transpose(1, 2) for project in (self.k_proj, self.v_proj))
         k = self.k_norm(k)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, **_beside(self, given))
+            k, v = cache.update(k, v, self.layer_idx, **_beside(self, arguments))
     empty = "zero" if masked_rows == "zero" else "uniform"  # the host's own rule
-    out = cross_attention(q, k, v, given.get("attention_mask"), scale=self.scaling, empty_rows=empty, backend=backend)
+    out = cross_attention(q, k, v, arguments.get("attention_mask"), scale=self.scaling, empty_rows=empty, backend=backend)
     return parts["o_proj"](out.transpose(1, 2).reshape(b, s, -1)), None
 
 
-def _prepare_attention(self: nn.Module, given: Given, options: Options) -> Callable[..., tuple[Tensor, None] | None] | None:
+def _prepare_attention(self: nn.Module, arguments: Arguments, options: Options) -> Callable[..., tuple[Tensor, None] | None] | None:
     """A call by the keywords of the last one, with a mask of its kind, of an x of its dtype and device, while nothing stands in the way that did not then.
 
     Its projections and norms are called, and whoever hooks into them is seen; the op makes its own checks.
     """
-    x, backend, state, config = given["hidden_states"], options.named(), self.__dict__, self.config.__dict__
-    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x.device) is None and given.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
+    x, backend, state, config = arguments["hidden_states"], options.named(), self.__dict__, self.config.__dict__
+    covered = backend != "torch" and type(x) is Tensor and autocast_dtype(x.device) is None and arguments.keys() <= {*_TAKEN, *_IGNORED, "output_attentions"}
     if not covered or _op.route("cross_attention", x, backend) != "op":
         return None
-    renamed, names, kinds, device = state["_fastfuse"].names.hosts, {*given}, _kinds(given), x.device.type
+    renamed, names, kinds, device = state["_fastfuse"].names.hosts, {*arguments}, _kinds(arguments), x.device.type
     holders, keys = [state] * 4 + [config], ["training", "dropout", "config", "_modules", "_attn_implementation_internal"]
     values = [*map(dict.get, holders, keys)]
 
-    def prepared(*args, **given) -> tuple[Tensor, None] | None:
+    def prepared(*args, **arguments) -> tuple[Tensor, None] | None:
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None
         if _op.stand_in is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
             return None
         for own, host in renamed.items():
-            if own in given:
-                given[host] = given.pop(own)
+            if own in arguments:
+                arguments[host] = arguments.pop(own)
         if args:
-            given["hidden_states"] = args[0]
-        if given.keys() != names or _kinds(given) != kinds or not all(map(is_, map(dict.get, holders, keys), values)) or torch.is_autocast_enabled(device):
+            arguments["hidden_states"] = args[0]
+        if (
+            arguments.keys() != names
+            or _kinds(arguments) != kinds
+            or not all(map(is_, map(dict.get, holders, keys), values))
+            or torch.is_autocast_enabled(device)
+        ):
             return None
         prepared.served = True
-        return _attend(self, given, options.masked_rows, backend)
+        return _attend(self, arguments, options.masked_rows, backend)
 
     prepared.served = False
     return prepared
 
 
-def _kinds(given: Given) -> tuple:
-    x, states, mask = given["hidden_states"], given.get("cross_attention_states"), given.get("attention_mask")
+def _kinds(arguments: Arguments) -> tuple:
+    x, states, mask = arguments["hidden_states"], arguments.get("cross_attention_states"), arguments.get("attention_mask")
     several = x.shape[1] > 1 if x.dim() == 3 else None
-    return type(x), x.dtype, x.device, several, type(mask), states is None, given.get("cache") is None, given.get("output_attentions")
+    return type(x), x.dtype, x.device, several, type(mask), states is None, arguments.get("cache") is None, arguments.get("output_attentions")
 
 
-def _beside(self: nn.Module, given: Given) -> Given:
+def _beside(self: nn.Module, arguments: Arguments) -> Arguments:
     """What the module's own forward hands to its cache with the keys and values: since 5.24 the keywords that it does not name."""
     names = self.__dict__["_fastfuse"].names
-    return {} if "cache" in names.own else {"kwargs": {name: value for name, value in given.items() if name not in names.positional}}
+    return {} if "cache" in names.own else {"kwargs": {name: value for name, value in arguments.items() if name not in names.positional}}
 
 
-def _cross_attention_by_dense_mask(self: nn.Module, given: Given, options: Options) -> Any:
-    mask = given.get("attention_mask")
+def _cross_attention_by_dense_mask(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    mask = arguments.get("attention_mask")
     if not isinstance(mask, EncoderMask):
-        return call_own(self, given)
-    dtype = given["hidden_states"].dtype
+        return call_own(self, arguments)
+    dtype = arguments["hidden_states"].dtype
     seen = mask.to_dense() | mask.rows_empty[..., None]
     additive = torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)[:, None]
-    out, weights = call_own(self, given | {"attention_mask": additive})
+    out, weights = call_own(self, arguments | {"attention_mask": additive})
     return out.masked_fill(mask.rows_empty[..., None], 0) if options.masked_rows == "zero" else out, weights
 
 
@@ -252,8 +257,8 @@ def _cross_attention_probe(self: nn.Module) -> Probe:
     x, states, tiles = random_like(weight, (2, 7, dim), (2, 24, dim), (2, 7, 2, 4))
     visible = tiles < 0
     visible[:, 0] = False
-    given = {"hidden_states": x.requires_grad_(), "cross_attention_states": states.requires_grad_(), "attention_mask": EncoderMask.from_tiles(visible, 3)}
-    return Probe(given, weight.dtype, dim, steps=8)  # four projections, two norms, scores and weights
+    arguments = {"hidden_states": x.requires_grad_(), "cross_attention_states": states.requires_grad_(), "attention_mask": EncoderMask.from_tiles(visible, 3)}
+    return Probe(arguments, weight.dtype, dim, steps=8)  # four projections, two norms, scores and weights
 
 
 # MllamaVisionModel
@@ -261,22 +266,22 @@ def _cross_attention_probe(self: nn.Module) -> Probe:
 
 def _vision_obstacle(self: nn.Module) -> Reason | None:
     conv, positions, pre = self.patch_embedding, self.gated_positional_embedding, self.pre_tile_positional_embedding
-    found = convolution(conv)
+    reason = convolution(conv)
     for child in (positions, pre):
-        if not (found or type(child).forward.__module__.startswith(_FROM)):
+        if not (reason or type(child).forward.__module__.startswith(_FROM)):
             return Reason("CHILD_TYPE", f"{type(child).__name__} has a forward of its own")
-        found = found or plain(child, type(child))
-    found = found or plain(positions.tile_embedding, nn.Embedding) or plain(pre.embedding, nn.Embedding)
-    return found or plain_tensors(parameter(self, "class_embedding"))
+        reason = reason or plain(child, type(child))
+    reason = reason or plain(positions.tile_embedding, nn.Embedding) or plain(pre.embedding, nn.Embedding)
+    return reason or plain_tensors(parameter(self, "class_embedding"))
 
 
-def _vision_model(self: nn.Module, given: Given, options: Options) -> Any:
-    if found := _vision_obstacle(self):
-        return found
-    as_tuple = given.get("return_dict") is False or getattr(self.config, "return_dict", True) is False
-    if _wants(self, given, "output_hidden_states", "output_attentions") or as_tuple:
+def _vision_model(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    if reason := _vision_obstacle(self):
+        return reason
+    as_tuple = arguments.get("return_dict") is False or getattr(self.config, "return_dict", True) is False
+    if _wants(self, arguments, "output_hidden_states", "output_attentions") or as_tuple:
         return Reason("OUTPUTS", "hidden states, attention weights or a tuple are asked for")
-    pixels, ids, tile_mask = (given.get(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+    pixels, ids, tile_mask = (arguments.get(name) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
     if any(t is None for t in (pixels, ids, tile_mask)) or pixels.dim() != 6:
         return Reason("ARGUMENTS", "called without pixels, ids and mask of its tiles")
     if patches_in(pixels, self.patch_embedding) + 1 != self.num_patches or pixels.shape[2] != self.max_num_tiles:
@@ -338,9 +343,9 @@ def _vision_probe(self: nn.Module) -> Probe:
     weight, tiles, size = self.patch_embedding.weight, self.max_num_tiles, self.image_size
     (pixels,) = random_like(weight, (1, 1, tiles, self.num_channels, size, size))
     ids, mask = (pixels.new_ones(shape, dtype=torch.int64) for shape in ((1, 1), (1, 1, tiles)))
-    given = {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+    arguments = {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
     # Every layer rounds twice what the one before has left it.
-    return Probe(given, weight.dtype, self.hidden_size, steps=2 * (len(self.transformer.layers) + len(self.global_transformer.layers)) + 4)
+    return Probe(arguments, weight.dtype, self.hidden_size, steps=2 * (len(self.transformer.layers) + len(self.global_transformer.layers)) + 4)
 
 
 def _geometry(self: nn.Module) -> str:

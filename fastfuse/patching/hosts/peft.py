@@ -10,8 +10,8 @@ from fastfuse.ops import lora_row_norms
 from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_lora_linear
 from fastfuse.patching.hosts import bitsandbytes, torchao
-from fastfuse.patching.hosts._host import Given, Reason, foreign_forward, hooked, own_forward, plain_tensors, rebound
-from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
+from fastfuse.patching.hosts._host import Arguments, Reason, foreign_forward, hooked, own_forward, plain_tensors, rebound
+from fastfuse.patching.hosts._nf4 import NF4Layer, adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters", "merged")
@@ -46,17 +46,17 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     if not names:
         return Reason("NO_ADAPTER", "the active adapter does not touch this layer")
     for name in names:
-        if found := _adapter_obstacle(self, name, alone=len(names) == 1):
-            return found
+        if reason := _adapter_obstacle(self, name, alone=len(names) == 1):
+            return reason
     if hooked(base):
         return Reason("HOOKED", "a hook on the base layer must run")
-    if found := plain_tensors(base.bias):
-        return found
+    if reason := plain_tensors(base.bias):
+        return reason
     host = _base(self)
     if host is None:
         return Reason("NOT_NF4", "the base layer's weight is not NF4 any more")
-    if found := foreign_forward(host.HOST, base) or host.obstacle(base, x):
-        return found
+    if reason := foreign_forward(host.HOST, base) or host.obstacle(base, x):
+        return reason
     if x is None:
         return None
     if x.dim() == 1 and names[0] in self.lora_variant:
@@ -77,8 +77,8 @@ def obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
 
 def _adapter_obstacle(self: nn.Module, name: str, alone: bool) -> Reason | None:
     a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-    if found := adapter_obstacle(a, b, dropout):
-        return found
+    if reason := adapter_obstacle(a, b, dropout):
+        return reason
     drops = drops_now(dropout) > 0
     if drops and not alone:
         return Reason("DROPOUT", "several adapters with dropout draw a mask each")
@@ -168,23 +168,25 @@ def _widened_dora(x: Tensor, weight: NF4View, a: Tensor, b: Tensor, scaling: flo
     return y if bias is None else y + bias
 
 
-def corrected(self: nn.Module, given: Given) -> Tensor:
+def corrected(self: nn.Module, arguments: Arguments) -> Tensor:
     """PEFT's own forward over a dense base layer, where bitsandbytes decodes the weight wrongly: DoRA's norms take it from there as well."""
     base = self.base_layer
-    if _base(self) is not bitsandbytes or torch.equal(*(decoded := bitsandbytes.decodes(base, bitsandbytes.compute_dtype(base, given["x"])))):
-        return own_forward(self)(**given)
+    if _base(self) is not bitsandbytes or torch.equal(*(decoded := bitsandbytes.decodes(base, bitsandbytes.compute_dtype(base, arguments["x"])))):
+        return own_forward(self)(**arguments)
     dense = nn.Linear(1, 1)
     dense.weight, dense.bias = nn.Parameter(decoded[1], requires_grad=False), base.bias
     self.base_layer = dense
     try:
-        return own_forward(self)(**given)
+        return own_forward(self)(**arguments)
     finally:
         self.base_layer = base
 
 
 HOST = nf4_host(
-    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS, view=_view,
-    obstacle=obstacle, fused=fused, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer), corrected=corrected, watched=_prepared,
+    NF4Layer(
+        view=_view, obstacle=obstacle, fused=fused, watched=_prepared, probe_dtype=lambda module: _base(module).probe_dtype(module.base_layer),
+    ),
+    name="PEFT LoRA", op="nf4_lora_linear", matches=matches, classes=("Linear4bit",), written_by="peft.tuners.lora.", parts=_PARTS, corrected=corrected,
     modules="`lora.bnb.Linear4bit`, `lora.Linear` over NF4",
     covers="LoRA, rsLoRA, DoRA without dropout, several adapters, dropout, bias of B; merged, disabled and mixed-batch adapters run PEFT's own forward",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from fastfuse.modules._prepared import PreparedLinear, Watch, read_torchao
 from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.nf4_linear import DTYPES, nf4_linear
 from fastfuse.patching.hosts._host import Reason, parameter
-from fastfuse.patching.hosts._nf4 import nf4_host
+from fastfuse.patching.hosts._nf4 import NF4Layer, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 
@@ -47,7 +47,7 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 
 HOST = nf4_host(
-    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", x="input",
-    obstacle=obstacle, fused=fused, watched=prepared, modules="`nn.Linear` with an `NF4Tensor`",
+    NF4Layer(obstacle=obstacle, fused=fused, watched=prepared, x="input"),
+    name="torchao", op="nf4_linear", matches=matches, written_by="torch.nn.modules.linear", modules="`nn.Linear` with an `NF4Tensor`",
     covers="every block size that is a power of two; bf16, fp16, fp32",
 )  # fmt: skip

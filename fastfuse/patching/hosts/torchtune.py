@@ -18,7 +18,7 @@ from fastfuse.ops._patch_tokens import tile_rows
 from fastfuse.ops.nf4_linear import DTYPES
 from fastfuse.patching.hosts._attention import Heads, attention_host
 from fastfuse.patching.hosts._host import (
-    Given,
+    Arguments,
     Host,
     Options,
     Probe,
@@ -34,7 +34,7 @@ from fastfuse.patching.hosts._host import (
     random_like,
     rebound,
 )
-from fastfuse.patching.hosts._nf4 import adapter_obstacle, drops_now, nf4_host
+from fastfuse.patching.hosts._nf4 import NF4Layer, adapter_obstacle, drops_now, nf4_host
 from fastfuse.quant.nf4 import NF4View, holds_torchao
 
 _FROM = "torchtune."
@@ -85,8 +85,8 @@ _CHILD_PARTS = {
 
 
 def _frozen_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
-    if found := plain_tensors(self.bias):
-        return found
+    if reason := plain_tensors(self.bias):
+        return reason
     return None if x is None or x.dtype in DTYPES else Reason("DTYPE", f"the input is {x.dtype}")
 
 
@@ -101,8 +101,8 @@ def _with_bias(bias: Tensor | None, op: Callable[..., Tensor], x: Tensor, *args:
 
 def _lora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
     a, b = self.lora_a, self.lora_b
-    if found := adapter_obstacle(a, b, self.dropout):
-        return found
+    if reason := adapter_obstacle(a, b, self.dropout):
+        return reason
     if b.bias is not None:
         return Reason("LORA_BIAS", "the adapter's B has a bias")
     factors = {a.weight.dtype, b.weight.dtype}
@@ -123,9 +123,9 @@ def _adapted(self: nn.Module, x: Tensor, weight: NF4View, bias: Tensor | None, s
 
 
 def _dora_obstacle(self: nn.Module, x: Tensor | None) -> Reason | None:
-    found = _lora_obstacle(self, x) or plain_tensors(self.magnitude)
-    if found or x is None:
-        return found
+    reason = _lora_obstacle(self, x) or plain_tensors(self.magnitude)
+    if reason or x is None:
+        return reason
     if autocast_dtype(x.device) not in (None, x.dtype):
         return Reason("AUTOCAST", f"the input is {x.dtype} under autocast to another dtype")
     if self.magnitude.dtype != x.dtype:  # the result takes the wider dtype
@@ -144,11 +144,14 @@ def _dora(self: nn.Module, x: Tensor, weight: NF4View, backend: str | None) -> T
 def _adapter_host(cls: str, scale: tuple[str, str], obstacle: Callable[..., Reason | None], fused: Callable[..., Tensor], covers: str) -> Host:
     """obstacle, fused: of an adapter that is not disabled.  scale: the attributes that its product is multiplied by."""
     adapter = ("lora_a", "lora_b", "dropout", "disabled")
-    return nf4_host(
-        name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known(cls, *adapter, scale[1])), written_by=_FROM, parts=("weight", "bias", *adapter, *scale),
+    layer = NF4Layer(
         obstacle=lambda module, x: _frozen_obstacle(module, x) or (None if module.disabled else obstacle(module, x)),
-        fused=lambda module, *given: (_frozen if module.disabled else fused)(module, *given),
-        probe_dtype=lambda module: module.lora_a.weight.dtype, modules=f"`{cls}` over NF4", covers=covers,
+        fused=lambda module, *arguments: (_frozen if module.disabled else fused)(module, *arguments),
+        probe_dtype=lambda module: module.lora_a.weight.dtype,
+    )
+    return nf4_host(
+        layer, name="torchtune", op="nf4_lora_linear", matches=_over_nf4(_known(cls, *adapter, scale[1])), written_by=_FROM,
+        parts=("weight", "bias", *adapter, *scale), modules=f"`{cls}` over NF4", covers=covers,
     )  # fmt: skip
 
 
@@ -158,10 +161,10 @@ def _adapter_host(cls: str, scale: tuple[str, str], obstacle: Callable[..., Reas
 def _front_obstacle(self: nn.Module) -> Reason | None:
     """Why the modules in front of the layers are not what the op computes."""
     conv, cls, pre, pos, norm = self.conv, self.cls_token_embedding, self.pre_tile_pos_embed, self.token_pos_embedding, self.ln_pre
-    found = convolution(conv) or _child(cls, "CLSEmbedding") or _child(norm, "Fp32LayerNorm")
-    found = found or _child(pos, "TiledTokenPositionalEmbedding", "TokenPositionalEmbedding")
-    if found := found or (None if pre is None else _child(pre, "TilePositionalEmbedding")):
-        return found
+    reason = convolution(conv) or _child(cls, "CLSEmbedding") or _child(norm, "Fp32LayerNorm")
+    reason = reason or _child(pos, "TiledTokenPositionalEmbedding", "TokenPositionalEmbedding")
+    if reason := reason or (None if pre is None else _child(pre, "TilePositionalEmbedding")):
+        return reason
     if conv.bias is not None:
         return Reason("GEOMETRY", "its convolution has a bias")
     if tuple(norm.normalized_shape) != (conv.out_channels,):
@@ -201,10 +204,10 @@ def _call_obstacle(self: nn.Module, images: Any, aspect_ratio: Any) -> Reason | 
     return None
 
 
-def _vision(self: nn.Module, given: Given, options: Options) -> Any:
-    images, ratio = given.get("images"), given.get("aspect_ratio")
-    if found := _front_obstacle(self) or _call_obstacle(self, images, ratio):
-        return found
+def _vision(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    images, ratio = arguments.get("images"), arguments.get("aspect_ratio")
+    if reason := _front_obstacle(self) or _call_obstacle(self, images, ratio):
+        return reason
     b, n_imgs = images.shape[:2]
     if ratio is None:
         ratio = torch.ones(b * n_imgs, 2, dtype=torch.int64, device=images.device)
@@ -258,8 +261,8 @@ def _vision_probe(self: nn.Module) -> Probe:
 
 def _attention_obstacle(self: nn.Module) -> Reason | None:
     attn = self.attn
-    if found := _child(attn, "MultiHeadAttention"):
-        return found
+    if reason := _child(attn, "MultiHeadAttention"):
+        return reason
     cache = attn.kv_cache
     if cache is not None and hooked(cache):
         return Reason("HOOKED", "a hook on a cache inside must run")
@@ -293,14 +296,14 @@ def _mask_obstacle(attn: nn.Module, x: Any, encoder_input: Any, mask: Any, cache
     return Reason("MASK", "the mask is not a bool tensor beside the input, with a row for each text token and a column for each image token")
 
 
-def _cross_attention(self: nn.Module, given: Given, options: Options) -> Any:
-    x, encoder_input, mask = given.get("x"), given.get("encoder_input"), given.get("encoder_mask")
+def _cross_attention(self: nn.Module, arguments: Arguments, options: Options) -> Any:
+    x, encoder_input, mask = arguments.get("x"), arguments.get("encoder_input"), arguments.get("encoder_mask")
     attn = self.attn
     cache = attn.kv_cache if attn.cache_enabled else None
     if encoder_input is None and cache is None:
         return x
-    if found := _attention_obstacle(self) or _mask_obstacle(attn, x, encoder_input, mask, cache) or _heads(self).unserved(x, options):
-        return found
+    if reason := _attention_obstacle(self) or _mask_obstacle(attn, x, encoder_input, mask, cache) or _heads(self).unserved(x, options):
+        return reason
     from_cache, compiling, skip, uniform = encoder_input is None, torch.compiler.is_compiling(), None, options.masked_rows == "uniform"
     if from_cache and not compiling and cache.size == 0:  # waits for the device, as the layer itself does
         return x
@@ -322,18 +325,17 @@ def _attention_probe(self: nn.Module) -> Probe | None:
     x, encoded, mask = random_like(p, (2, 5, dim), (2, 12, dim), (2, 5, 12))
     mask = mask < 0
     mask[..., 0] = True  # without rows that see nothing, whose result is an option
-    given = {"x": x.requires_grad_(), "encoder_input": encoded.requires_grad_(), "encoder_mask": mask}
-    return Probe(given, p.dtype, dim, steps=10)  # four projections, three norms, scores and weights, an MLP
+    arguments = {"x": x.requires_grad_(), "encoder_input": encoded.requires_grad_(), "encoder_mask": mask}
+    return Probe(arguments, p.dtype, dim, steps=10)  # four projections, three norms, scores and weights, an MLP
 
 
 HOSTS = (
     _adapter_host("DoRALinear", ("scaling", "magnitude"), _dora_obstacle, _dora, "bias scaled as there, dropout, disabled adapters"),
     _adapter_host("LoRALinear", ("rank", "alpha"), _lora_obstacle, _lora, "dropout, disabled adapters"),
     nf4_host(
-        name="torchtune", op="nf4_linear", written_by=_FROM, parts=("weight", "bias"), x="input",
+        NF4Layer(obstacle=_frozen_obstacle, fused=_frozen, x="input"), name="torchtune", op="nf4_linear", written_by=_FROM, parts=("weight", "bias"),
         # Beside its forward it is what torchao's quantize_ makes of a Linear.
         matches=_over_nf4(lambda module: isinstance(module, nn.Linear) and type(module).forward.__module__.startswith(_FROM)),
-        obstacle=_frozen_obstacle, fused=_frozen, 
         modules="`FrozenNF4Linear`", covers="bf16, fp16, fp32",
     ),
     Host(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastfuse.ops._op import autocast_dtype
 from fastfuse.ops.patch_embed import DTYPES, patch_embed
 from fastfuse.patching.hosts._host import (
-    Given,
+    Arguments,
     Host,
     Options,
     Probe,
@@ -192,9 +192,9 @@ def _made_of(children: set[str], parameters: set[str], optional: tuple[str, ...]
     """Recognises a module with just these parts: with another one it would be another formula."""
 
     def matches(module: nn.Module) -> bool:
-        made = set(module._modules.get("parametrizations", ()))  # parameters all the same, made of others
-        given = made.union(module._parameters).difference(optional)
-        return set(module._modules) - {"parametrizations"} == children and given == parameters and all(hasattr(module, name) for name in attributes)
+        parametrized = set(module._modules.get("parametrizations", ()))  # parameters all the same, made of others
+        names = parametrized.union(module._parameters).difference(optional)
+        return set(module._modules) - {"parametrizations"} == children and names == parameters and all(hasattr(module, name) for name in attributes)
 
     return matches
 
@@ -221,13 +221,13 @@ def _front(
     def obstacle(module: nn.Module) -> Reason | None:
         return child(module) or convolution(module.get_submodule(conv))  # no parts are read, which may be parametrized: for a report
 
-    def fused(module: nn.Module, given: Given, options: Options) -> Tensor | Reason:
-        if found := refuses(module, options) or child(module):
-            return found
-        kind, parts, pixels = kinds[_forward_of(type(module))], read(module), given.get(x)
-        if found := convolution(parts.conv) or _unfit(pixels, kind.casts, parts):
-            return found
-        if not _own_positions(module, kind, parts, pixels, given.get("interpolate_pos_encoding")):
+    def fused(module: nn.Module, arguments: Arguments, options: Options) -> Tensor | Reason:
+        if reason := refuses(module, options) or child(module):
+            return reason
+        kind, parts, pixels = kinds[_forward_of(type(module))], read(module), arguments.get(x)
+        if reason := convolution(parts.conv) or _unfit(pixels, kind.casts, parts):
+            return reason
+        if not _own_positions(module, kind, parts, pixels, arguments.get("interpolate_pos_encoding")):
             return Reason("INTERPOLATE", "the image has not the size that the positions are for")
         return embed(module, parts, pixels, options)
 
@@ -240,9 +240,9 @@ def _front(
         return Probe({x: pixels}, weight.dtype, weight[0].numel(), steps) if fits else None
 
     def rehearse(module: nn.Module, sizes: Sizes, options: Options) -> Rehearsed | Reason | None:
-        if (found := probe(module)) is None:
+        if (probed := probe(module)) is None:
             return None
-        two = found.given[x]
+        two = probed.arguments[x]
         images = -(-sizes.tokens // patches_in(two, read(module).conv))
         out = fused(module, {x: two.new_zeros(images, *two.shape[1:])}, options)
         return out if type(out) is Reason else (out, [])
