@@ -58,8 +58,8 @@ TIERS = {
         "modules and models against float64 and fixed expectations, without a host library",
         (
             "tests/test_attention.py", "tests/test_clip_builders.py", "tests/test_decoder.py", "tests/test_fusion.py", "tests/test_fusion_attention.py",
-            "tests/test_kv_cache.py", "tests/test_loss.py", "tests/test_op_results.py", "tests/test_rope.py", "tests/test_small_modules.py",
-            "tests/test_transformer_layers.py", "tests/test_vision_transformer.py",
+            "tests/test_fusion_graphs.py", "tests/test_kv_cache.py", "tests/test_loss.py", "tests/test_modules.py", "tests/test_op_results.py",
+            "tests/test_rope.py", "tests/test_small_modules.py", "tests/test_vision_transformer.py",
         ),
     ),
     "kernels": Tier("the kernels themselves through Triton's interpreter", ("tests/test_nf4_dequantize.py", "tests/test_low_rank.py", "tests/test_patch_embed.py")),

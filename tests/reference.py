@@ -22,7 +22,7 @@ from fastfuse.modules import (
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
-from fastfuse.modules.model_fusion import FusionEmbedding, FusionLayer
+from fastfuse.modules.model_fusion import DeepFusionModel, FusionEmbedding, FusionLayer, register_fusion_module
 
 D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, FUSED = 16, 4, 2, 4, 24, 11, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,23 +89,27 @@ def mlp(m: FeedForward, x: Tensor) -> Tensor:
     return linear(m.w2, F.silu(linear(m.w1, x)) * linear(m.w3, x))
 
 
+def gated(m, x):
+    return x * torch.tanh(m.scale) if isinstance(m, TanhGate) else x
+
+
 def self_layer(m, x, mask=None, positions=None):
     n = rms(x, m.sa_norm.scale, m.sa_norm.eps)
-    h = x + attention(m.attn, n, n, mask, positions)
-    return h + mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps))
+    h = x + gated(m.sa_scale, attention(m.attn, n, n, mask, positions))
+    return h + gated(m.mlp_scale, mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)))
 
 
 def cross_layer(m, x, encoded=None, mask=None):
+    """A row that sees nothing leaves as it came or, by transformers' rule, attends to everything and leaves out the MLP alone (for bool masks)."""
     if encoded is None:
         return x
-    rows = torch.ones(x.shape[:2], dtype=torch.bool)
+    uniform, sees = m.empty_rows == "uniform", torch.ones(1, 1, 1, dtype=torch.bool)
     if mask is not None:
-        rows = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1).expand(x.shape[:2])
-    sees = rows[..., None]
-    a = attention(m.attn, rms(x, m.ca_norm.scale, m.ca_norm.eps), encoded, mask)
-    h = x + a * torch.tanh(m.ca_scale.scale)
-    out = h + mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)) * torch.tanh(m.mlp_scale.scale)
-    return torch.where(sees, out, x)
+        sees = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1, keepdim=True)
+        mask = mask | ~sees if uniform else mask
+    h = x + gated(m.ca_scale, attention(m.attn, rms(x, m.ca_norm.scale, m.ca_norm.eps), encoded, mask))
+    out = h + gated(m.mlp_scale, mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)))
+    return torch.where(sees, out, h if uniform else x)
 
 
 def embed(m: FusionEmbedding, tokens: Tensor) -> Tensor:
@@ -113,21 +117,29 @@ def embed(m: FusionEmbedding, tokens: Tensor) -> Tensor:
     return torch.stack([torch.stack([table[i] for i in row]) for row in tokens.tolist()])
 
 
+def fusion_layer(m, x, encoded=None, encoder_mask=None, mask=None, positions=None):
+    """Or a layer that is no FusionLayer, alone."""
+    parts = (m.fusion_layer, m.layer)[:: 1 if m.fusion_first else -1] if isinstance(m, FusionLayer) else (m,)
+    for part in parts:
+        x = cross_layer(part, x, encoded, encoder_mask) if isinstance(part, TransformerCrossAttentionLayer) else self_layer(part, x, mask, positions)
+    return x
+
+
 def decoder_states(m, tokens, mask=None, encoded=None, encoder_mask=None, positions=None) -> list[Tensor]:
     """The input of every layer, and the last layer's output."""
-    h = embed(m.tok_embeddings, tokens)
-    states = [h]
+    states = [embed(m.tok_embeddings, tokens)]
     for layer in m.layers:
-        if isinstance(layer, FusionLayer):
-            h = cross_layer(layer.fusion_layer, h, encoded, encoder_mask)
-            layer = layer.layer
-        h = self_layer(layer, h, mask, positions)
-        states.append(h)
+        states.append(fusion_layer(layer, states[-1], encoded, encoder_mask, mask, positions))
     return states
 
 
 def decoder(m, *args, **kwargs) -> Tensor:
     return wide(linear(m.output, rms(decoder_states(m, *args, **kwargs)[-1], m.norm.scale, m.norm.eps)))
+
+
+def model(m, tokens, images, encoder_mask=None, scale=1.0) -> Tensor:
+    encoded = linear(m.encoder.projection, torch.tanh(linear(m.encoder.backbone, images))) * scale
+    return decoder(m.decoder, tokens, None, encoded, encoder_mask)
 
 
 def make_attention(*, cross: bool = False, rope: nn.Module | None = None, norms: bool | None = None, **kwargs) -> MultiHeadAttention:
@@ -154,9 +166,9 @@ def make_mlp() -> FeedForward:
     return FeedForward(gate_proj=nn.Linear(D, HIDDEN, bias=False), down_proj=nn.Linear(HIDDEN, D, bias=False), up_proj=nn.Linear(D, HIDDEN, bias=False))
 
 
-def make_self_layer(rope: nn.Module | None = None) -> TransformerSelfAttentionLayer:
+def make_self_layer(rope: nn.Module | None = None, **scales) -> TransformerSelfAttentionLayer:
     rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64) if rope is None else rope
-    return shaken(TransformerSelfAttentionLayer(make_attention(rope=rope), make_mlp(), sa_norm=RMSNorm(D, 1e-5), mlp_norm=RMSNorm(D, 1e-5)))
+    return shaken(TransformerSelfAttentionLayer(make_attention(rope=rope), make_mlp(), sa_norm=RMSNorm(D, 1e-5), mlp_norm=RMSNorm(D, 1e-5), **scales))
 
 
 def make_cross_layer(**kwargs) -> TransformerCrossAttentionLayer:
@@ -164,27 +176,49 @@ def make_cross_layer(**kwargs) -> TransformerCrossAttentionLayer:
     return shaken(TransformerCrossAttentionLayer(make_attention(cross=True), make_mlp(), ca_norm=RMSNorm(D), mlp_norm=RMSNorm(D), **gates, **kwargs))
 
 
-def make_decoder(**kwargs) -> TransformerDecoder:
-    """Three layers, the second with cross-attention before it, and a fusion embedding."""
+def make_decoder(*kinds: str, empty_rows: str = "zero", **kwargs) -> TransformerDecoder:
+    """Layers of these kinds, the cross-attention of "fusion" before its layer, and a fusion embedding."""
     rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64)
-    layers = [make_self_layer(rope), FusionLayer(make_self_layer(rope), make_cross_layer()), make_self_layer(rope)]
+
+    def layer(kind: str) -> nn.Module:
+        if kind in ("self", "cross"):
+            return make_self_layer(rope) if kind == "self" else make_cross_layer(empty_rows=empty_rows)
+        return FusionLayer(make_self_layer(rope), make_cross_layer(empty_rows=empty_rows), fusion_first=kind == "fusion")
+
+    layers = [layer(kind) for kind in kinds or ("self", "fusion", "self")]
     rest = {"tok_embeddings": FusionEmbedding(VOCAB, FUSED, D), "norm": shaken(RMSNorm(D, 1e-5)), "output": nn.Linear(D, VOCAB, bias=False)}
     return TransformerDecoder(layers=layers, max_seq_len=64, num_heads=HEADS, head_dim=HEAD_DIM, **rest, **kwargs)
 
 
+class Encoder(nn.Module):
+    """images [b, s_e, 5] -> [b, s_e, D], through a backbone and a projection, the fusion part."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.projection = nn.Linear(5, 8), nn.Linear(8, D)
+        register_fusion_module(self.projection)
+
+    def forward(self, images, scale=1.0):
+        return self.projection(torch.tanh(self.backbone(images))) * scale
+
+
+def make_model(*kinds: str, empty_rows: str = "zero", **trainable) -> DeepFusionModel:
+    return DeepFusionModel(make_decoder(*kinds, empty_rows=empty_rows), Encoder(), **trainable)
+
+
 def shaken(module: nn.Module) -> nn.Module:
-    """Gates open, scales of norms other than one, small weights larger: nothing is the identity by accident."""
+    """Gates open, norms other than one, small weights larger: nothing is the identity by accident."""
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name.endswith("scale"):
+        for p in module.parameters():
+            if p.dim() == 1:
                 p.copy_(torch.rand_like(p) + 0.4)
             elif p.dim() == 2:
                 p.copy_(torch.randn_like(p) / p.shape[1] ** 0.5)
     return module
 
 
-def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """run(module, **inputs) in `dtype`, its value and the gradient of every parameter and float input, no worse than formula.
+def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], dtype: torch.dtype, draws: int = 4) -> None:
+    """run(module, **inputs) in `dtype`, its value and the gradients of every parameter and float input, of `draws` upstream ones, no worse than formula.
 
     `module` and `inputs` are rounded to dtype first; exact is the formula in float64 on those rounded values.
     """
@@ -195,10 +229,10 @@ def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], d
     def results(call, mod, to):
         given = {n: t.to(to).requires_grad_() if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
         out = call(mod, **given)
-        upstreams.extend(torch.randn(out.shape, dtype=torch.float64).to(dtype) for _ in range(8 - len(upstreams)))
-        wanted = {n: p for n, p in [*mod.named_parameters(), *given.items()] if p is not None and p.requires_grad}
-        draws = [torch.autograd.grad(out, wanted.values(), u.to(out.dtype), retain_graph=True, allow_unused=True) for u in upstreams]
-        return out.detach(), dict(zip(wanted, zip(*draws, strict=True), strict=True))
+        upstreams.extend(torch.randn(out.shape, dtype=torch.float64).to(dtype) for _ in range(draws - len(upstreams)))
+        leaves = {n: p for n, p in [*mod.named_parameters(), *given.items()] if p is not None and p.requires_grad}
+        grads = [torch.autograd.grad(out, leaves.values(), u.to(out.dtype), retain_graph=True, allow_unused=True) for u in upstreams]
+        return out.detach(), dict(zip(leaves, zip(*grads, strict=True), strict=True))
 
     got = results(run, module, dtype)
     eager = in_several_orders(lambda: results(formula, module, dtype))
