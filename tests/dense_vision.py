@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from numerics import assert_no_worse, in_several_orders
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -276,14 +277,34 @@ def leaves(params: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def parameters(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters by their state-dict keys."""
-    return dict(module.state_dict(keep_vars=True))
+    """The module's own parameters by their state-dict keys, NF4 weights as the numbers they stand for."""
+    nf4 = {name: p.get_original_weight() for name, p in module.named_parameters() if hasattr(p, "get_original_weight")}
+    return dict(module.state_dict(keep_vars=True)) | nf4
 
 
 def randomize(module: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Move every parameter away from where construction leaves it: gates open, norms off one, copied layers apart."""
+    """Move every parameter away from where construction leaves it: gates open, norms off one, copied layers apart, DoRA's magnitudes off the norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p += (0.5 if p.numel() == 1 else 0.1) * torch.randn(p.shape, generator=generator).to(p.dtype)
+            if not hasattr(p, "get_original_weight"):  # NF4 weights stay
+                p += (0.5 if p.numel() == 1 else 0.1) * torch.randn(p.shape, generator=generator).to(p.dtype)
+        for m in module.modules():
+            if hasattr(m, "initialize_dora_magnitude"):
+                m.initialize_dora_magnitude()
+                m.magnitude *= 1 + 0.2 * torch.rand(m.magnitude.shape, generator=generator)
     return module
+
+
+@torch.no_grad()
+def assert_formula(got, module: torch.nn.Module, method: str, *args, **known) -> None:
+    """A float32 tensor, or tensors, as near to the formula in float64 as the formula in float32 is; known: Dense's fields."""
+    exact, eager = (getattr(Dense(leaves(parameters(module), dtype), **known), method) for dtype in (torch.float64, torch.float32))
+    want = _flat(exact(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)))
+    orders = zip(*map(_flat, in_several_orders(eager, *args)), strict=True)
+    for a, b, c in zip(_flat(got), orders, want, strict=True):
+        assert_no_worse(a, b, c)
+
+
+def _flat(results) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [results[0], *results[1]]

@@ -6,6 +6,7 @@ import mllama
 import pytest
 import torch
 from numerics import assert_no_worse
+from torch.utils._pytree import tree_map
 
 from fastfuse.generation import generate, generate_next_token
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build, build_lora
@@ -18,9 +19,9 @@ QLORA = CONFIG.replace(clip_embed_dim=128, clip_hidden_dim=512, embed_dim=256, n
 
 
 def photos(device, dtype):
-    given = mllama.as_fastfuse(mllama.batch([["coffee"], ["astronaut", "chelsea"], []]), mllama.config())
-    images = {"images": given["encoder_input"]["images"].to(device, dtype), "aspect_ratio": given["encoder_input"]["aspect_ratio"].to(device)}
-    return {"tokens": given["tokens"].to(device), "encoder_input": images, "encoder_mask": given["encoder_mask"].to(device)}
+    given = mllama.as_fastfuse(mllama.batch(mllama.SAMPLES), mllama.config())
+    given["encoder_input"]["images"] = given["encoder_input"]["images"].to(dtype)
+    return tree_map(lambda t: t.to(device), given)
 
 
 @pytest.mark.parametrize("profile", ["torchtune", "meta", "transformers"])
