@@ -17,7 +17,7 @@ from torch import Tensor
 import fastfuse
 from fastfuse import tune
 
-FILES = ("patch_embed", "cross_attention", "encoder_mask")
+FILES = ("patch_embed", "cross_attention", "encoder_mask", "nf4_linear", "lora_linear", "nf4_swiglu_mlp")
 Tensors = dict[str, Tensor | None]
 Results = Tensor | tuple[Tensor, ...]
 
@@ -60,10 +60,11 @@ class Call:
         return replace(self, tensors={name: t if t is None else t.detach().requires_grad_(name in names) for name, t in self.tensors.items()})
 
     def grads(self, results: tuple[Tensor, ...], upstream: Sequence[Tensor] | None = None, **options) -> dict[str, Tensor]:
-        """The leaves' gradients, of the sum of all results where upstream is None."""
+        """The leaves' gradients, of the sum of all results where upstream is None. Not every result has to depend on a leaf."""
         leaves = self.leaves()
         upstream = [torch.ones_like(y) for y in results] if upstream is None else [dy.to(y.dtype) for y, dy in zip(results, upstream, strict=True)]
-        return dict(zip(leaves, torch.autograd.grad(results, leaves.values(), upstream, **options), strict=True))
+        ys, dys = zip(*((y, dy) for y, dy in zip(results, upstream, strict=True) if y.requires_grad), strict=True)
+        return dict(zip(leaves, torch.autograd.grad(ys, leaves.values(), dys, **options), strict=True))
 
 
 def as_tuple(results: Results) -> tuple[Tensor, ...]:
@@ -93,6 +94,7 @@ class Op:
     differentiable_twice: bool = True
     waits_by_formula: bool = False  # backend="torch" reads values on the host
     in_16_bits: bool = True  # whether `make` takes a dtype
+    in_float64: bool = True  # whether the op takes it, on a CPU
     refusals: Sequence[Refusal] = ()
 
     def call(self, case: str, device: str, **more) -> Call:

@@ -1,16 +1,18 @@
-"""nf4_linear and nf4_lora_linear: the kernels and the reference against float64, forward and backward."""
+"""The linear ops beside what tests/test_ops.py holds all ops to: backends, launches, dropout's masks, DoRA's norms, memory, costs, and fp16 near its ends."""
 
 import pytest
 import torch
-from numerics import assert_no_worse, assert_rounding_apart, in_several_orders, opcheck
-from torch import nn
-from torch.nn import functional as F
-from weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
+from numerics import assert_no_worse, in_several_orders, opcheck
+from torch.utils.checkpoint import checkpoint
+from weights import STORAGES
 
 import fastfuse
+from cases.linear import BF16, F16, F32, ROUTES, layer, leaves
 from fastfuse import tune
 from fastfuse.ops import (
     Projection,
+    freeing_scratch,
+    lora_row_norms,
     nf4_dequantize,
     nf4_dequantize_ref,
     nf4_linear,
@@ -19,436 +21,301 @@ from fastfuse.ops import (
     nf4_linear_dx,
     nf4_linear_ref,
     nf4_lora_linear,
+    nf4_lora_linears,
+    nf4_swiglu_mlp,
+    nf4_swiglu_mlp_bwd_cost,
+    nf4_swiglu_mlp_cost,
 )
-from fastfuse.ops._linear_group import linear_args
-from fastfuse.ops.nf4_linear import linear
-from fastfuse.ops.nf4_linear_dx import LinearDxArgs, linear_dx
-from fastfuse.quant import NF4View
+from fastfuse.ops._op import Cost
+from fastfuse.ops._scratch import scratch_bytes
+from fastfuse.ops.lora_row_norms import RowNormsArgs, row_norms
+from fastfuse.ops.nf4_swiglu_mlp import SwiGLUArgs, _swiglu, _swiglu_bwd
+from fastfuse.quant.nf4 import Layout
 
-ROW_MAJOR = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": False})
-TRANSPOSED = tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "TRANSPOSED": True})
-SKINNY = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT_K": 3})
-TWO_SCALES_A_STEP = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "TRANSPOSED": False})
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_backend = pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
 
 
-def inputs(M, N, K, R=8, *, storage="nested", dtype=torch.float32, lora_dtype=None, bias=True, device="cpu", block_size=64):
-    weight = quantize(random_weight(N, K, dtype, device), storage, block_size)
-    leaf = {"device": device, "requires_grad": True}
-    x = torch.randn(M, K, dtype=dtype, **leaf)
-    a = torch.randn(R, K, dtype=lora_dtype or dtype, **leaf)
-    b = torch.randn(N, R, dtype=lora_dtype or dtype, **leaf)
-    return x, weight, a, b, (torch.randn(N, dtype=dtype, **leaf) if bias else None)
+def inputs(M: int, device: str, dtype: torch.dtype = F32, **options) -> tuple[torch.Tensor, Projection]:
+    """x and a layer of 64 by 64."""
+    return torch.randn(M, 64, dtype=dtype, device=device, requires_grad=True), layer(64, 64, dtype=dtype, device=device, **options)
 
 
-def run(fn, x, a, b, bias, dy):
-    leaves = [t for t in (x, a, b, bias) if t is not None]
-    y = fn(x, a, b, bias)
-    return [y, *torch.autograd.grad(y, leaves, dy)]
+def lora(x: torch.Tensor, p: Projection, **more) -> torch.Tensor:
+    return nf4_lora_linear(x, *p[:4], bias=p.bias, magnitude=p.magnitude, norms=p.norms, **more)
 
 
-def check_against_float64(x, weight, a, b, bias, scaling=1.5):
-    """y and every gradient of the op, of the formula in eager PyTorch, and of the same in float64."""
-    view = NF4View.of(weight)
-    # Where x A^T is a handful of numbers, one draw of their rounding decides everything: several draws are compared together.
-    xs = [x, *(torch.randn_like(x).requires_grad_() for _ in range(7 if x.shape[0] * a.shape[0] < 16 else 0))]
-    dys = [torch.randn(*x.shape[:-1], view.shape[0], dtype=x.dtype, device=x.device) for _ in xs]
-    wide = [None if t is None else t.detach().double().requires_grad_() for t in (a, b, bias)]
-    w = host_dequantize(weight, x.dtype)
-    low = torch.promote_types(x.dtype, a.dtype)
-
-    def eager(x, a, b, bias):
-        return (F.linear(x, w, bias) + F.linear(F.linear(x.to(low), a.to(low)), b.to(low)) * scaling).to(x.dtype)
-
-    def exact(x, a, b, bias):
-        y = F.linear(x, nf4_dequantize_ref(view, torch.float64), bias)
-        return y + F.linear(F.linear(x, a), b) * scaling
-
-    def fused(x, a, b, bias):
-        return nf4_lora_linear(x, weight, a, b, scaling, bias=bias)
-
-    def stacked(fn):
-        draws = [run(fn, x, a, b, bias, dy) for x, dy in zip(xs, dys, strict=True)]
-        return [torch.stack(values) for values in zip(*draws, strict=True)]
-
-    truth = [run(exact, x.detach().double().requires_grad_(), *wide, dy.double()) for x, dy in zip(xs, dys, strict=True)]
-    truth = [torch.stack(values) for values in zip(*truth, strict=True)]
-    plain = zip(*in_several_orders(stacked, eager), strict=True)
-    for what, *values in zip(["y", "dx", "da", "db", "dbias"], stacked(fused), plain, truth, strict=False):
-        assert_no_worse(*values, what)
+def mlp(K: int, H: int, device: str = "cpu") -> list[Projection]:
+    return [layer(N, taken, device=device) for N, taken in ((H, K), (H, K), (K, H))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("tile", [ROW_MAJOR, TRANSPOSED], ids=["row-major", "transposed"])
-def test_kernel(tile, storage, dtype, kernels, device):
-    with tune.pin("nf4_linear", tile):
-        check_against_float64(*inputs(17, 128, 128, storage=storage, dtype=dtype, device=device))
+@pytest.mark.parametrize("route, kernel", [("transposed", "nf4_linear_fwd_kernel"), ("skinny", "nf4_skinny_kernel")])
+def test_a_group_is_one_launch(route, kernel, device, launches):
+    x, p = inputs(3, device)
+    with ROUTES[route]():
+        nf4_lora_linears(x, [p, p, p])
+    assert [name for name, _ in launches].count(kernel) == 1
 
 
-@pytest.mark.parametrize("M, N, K, R", [(1, 64, 64, 1), (3, 65, 192, 16), (64, 127, 64, 20), (100, 33, 128, 64), (16, 256, 576, 8)])
-def test_kernel_odd_shapes(M, N, K, R, kernels, device):
-    for tile in (ROW_MAJOR, TRANSPOSED):
-        with tune.pin("nf4_linear", tile):
-            check_against_float64(*inputs(M, N, K, R, device=device))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("M, N, K, R", [(1, 65, 192, 20), (16, 100, 320, 8), (3, 64, 64, 64)])
-def test_skinny_kernel(M, N, K, R, storage, dtype, kernels, device):
-    """Splits of unequal length (5 steps by 3), more splits than steps (K = 64), tiles of A beside those of W (R = 64 of BLOCK_N = 64)."""
-    with tune.pin("nf4_linear", SKINNY):
-        check_against_float64(*inputs(M, N, K, R, storage=storage, dtype=dtype, device=device))
-
-
-@pytest.mark.parametrize("splits", [1, 2, 4])
-def test_skinny_kernel_without_adapter_and_with_wide_ones(splits, kernels, device):
-    tile = tune.Tile({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": splits})
-    with tune.pin("nf4_linear", tile):
-        check_against_float64(*inputs(5, 100, 512, 40, dtype=torch.float16, lora_dtype=torch.float32, device=device))
-        x, weight, _, _, bias = inputs(5, 100, 512, device=device)
-        w = host_dequantize(weight, torch.float32)
-        eager = in_several_orders(F.linear, x, w, bias)
-        assert_no_worse(nf4_linear(x, weight, bias), eager, F.linear(x.double(), w.double(), bias.double()))
-
-
-DX_TILES = {
-    "row-major": tune.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}),
-    "square": tune.Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}),
-    "dense": None,
-}
-
-
-@pytest.mark.parametrize("tile", DX_TILES)
-@pytest.mark.parametrize(
-    "M, N, K, R, storage, dtype",
-    [
-        (1, 64, 64, 1, "flat", torch.float32),
-        (17, 100, 192, 16, "nested", torch.float32),
-        (33, 65, 320, 20, "torchao", torch.bfloat16),
-        (20, 130, 128, 64, "torchao", torch.float16),
-    ],
-)
-def test_dx_kernel(M, N, K, R, storage, dtype, tile, kernels, device):
-    """N cut by BLOCK_N, K by BLOCK_K, several scales a tile."""
-    with tune.pin("nf4_linear", None), tune.pin("nf4_linear_dx", DX_TILES[tile]):
-        check_against_float64(*inputs(M, N, K, R, storage=storage, dtype=dtype, device=device))
-
-
-@pytest.mark.parametrize("block_size, K", [(32, 192), (128, 192), (256, 384), (128, 384)])
-def test_dx_kernel_scale_blocks(block_size, K, kernels, device):
-    """Blocks that cross rows under a cut tile take the dense route; a whole tile and blocks within rows do not."""
-    for tile in DX_TILES.values():
-        with tune.pin("nf4_linear_dx", tile):
-            check_against_float64(*inputs(5, 66, K, block_size=block_size, device=device))
-
-
-@pytest.mark.parametrize("block_size", [32, 64, 256])
-def test_kernel_scale_blocks(block_size, kernels, device):
-    """Several scales a step, one, and blocks that cross rows (256 does not divide K)."""
-    for tile in (TWO_SCALES_A_STEP, TRANSPOSED):
-        with tune.pin("nf4_linear", tile):
-            check_against_float64(*inputs(5, 64, 384, storage="nested", block_size=block_size, device=device))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", [TWO_SCALES_A_STEP, TRANSPOSED, None], ids=["row-major", "transposed", "dense"])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_factors_shared_by_200_blocks(backend, tile, dtype, device):
-    """torchao's scaler_block_size 200, as QLoRA of the vision encoder has it: two groups here, the border inside a row."""
-    x, _, a, b, bias = inputs(17, 100, 256, dtype=dtype, device=device)
-    weight = to_nf4(random_weight(100, 256, dtype, device), 64, 200)
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile):
-        check_against_float64(x, weight, a, b, bias)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("dtype, lora_dtype", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_adapters_in_another_dtype(backend, dtype, lora_dtype, storage, device):
-    """PEFT keeps adapters in fp32 over a 16-bit base: their gradients must stay fp32-accurate."""
-    with fastfuse.backend(backend):
-        check_against_float64(*inputs(20, 128, 128, storage=storage, dtype=dtype, lora_dtype=lora_dtype, bias=False, device=device))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M, N, K", [(1, 64, 64), (40, 96, 100), (33, 48, 256)])
-def test_dense_route(M, N, K, dtype, kernels, device):
-    """What large M takes: decode once, then the library's GEMM. Also any K, as K = 100 here."""
-    with tune.pin("nf4_linear", None):
-        check_against_float64(*inputs(M, N, K, dtype=dtype, storage="flat", device=device))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_reference(storage, dtype, device):
-    check_against_float64(*inputs(50, 128, 256, storage=storage, dtype=dtype, device=device))
-
-
-@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_plain_linear(backend, bias, device):
-    x, weight, _, _, b = inputs(9, 64, 128, bias=bias, device=device)
-    w = host_dequantize(weight, torch.float32)
-    with fastfuse.backend(backend):
-        y = nf4_linear(x, weight, b)
-        dx = torch.autograd.grad(y.sum(), x)[0]  # an expanded gradient
-    exact = F.linear(x.double(), w.double(), None if b is None else b.double())
-    assert_no_worse(y, F.linear(x, w, b), exact, "y")
-    assert_no_worse(dx, torch.ones(9, 64, device=device) @ w, torch.ones(9, 64, dtype=torch.float64, device=device) @ w.double(), "dx")
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_layouts_of_x(backend, device):
-    base, weight, a, b, bias = inputs(24, 64, 64, device=device)
-    wide = torch.randn(24, 128, device=device)
-    wide[:, ::2] = base.detach()
-    cases = {
-        "strided last dim": wide[:, ::2],
-        "row stride": torch.cat([base, base], 1).detach()[:, :64],
-        "leading dims": base.detach().view(2, 3, 4, 64),
-        "transposed leading dims": base.detach().view(4, 6, 64).transpose(0, 1),
-        "column major": base.detach().T.contiguous().T,
-        "expanded": base.detach()[:1].expand(24, 64),
-        "one row": base.detach()[0],
-    }
-    with fastfuse.backend(backend):
-        for name, x in cases.items():
-            y = nf4_lora_linear(x, weight, a, b, 0.5, bias=bias)
-            want = nf4_linear_ref(x.contiguous(), NF4View.of(weight), a, b, 0.5, bias)
-            assert y.shape == want.shape, name
-            assert_rounding_apart(y, want, K=64, products=2)
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
-def test_zero_rows(shape, backend, device):
-    _, weight, a, b, bias = inputs(1, 96, 64, device=device)
-    x = torch.empty(shape, device=device, requires_grad=True)
-    with fastfuse.backend(backend):
-        y = nf4_lora_linear(x, weight, a, b, 2.0, bias=bias)
-        grads = torch.autograd.grad(y.sum(), [x, a, b, bias])
-    assert y.shape == (*shape[:-1], 96)
-    assert grads[0].shape == shape and all(g.abs().sum() == 0 for g in grads[1:])
-
-
-def test_only_the_gradients_asked_for(kernels, device, monkeypatch):
-    """A frozen input needs no dX, so the weight is not decoded in the backward at all."""
-    x, weight, a, b, _ = inputs(4, 64, 64, bias=False, device=device)
-    y = nf4_lora_linear(x.detach(), weight, a, b, 1.0)
+def test_a_frozen_input_has_no_gradient_that_would_decode_the_weight(kernels, device, monkeypatch):
+    x, p = inputs(4, device)
+    y = lora(x.detach(), p)
     monkeypatch.setattr(nf4_linear_dx, "linear_dx", None)
-    y.sum().backward()
-    assert a.grad is not None and b.grad is not None
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), leaves(p)))
 
 
-@pytest.mark.parametrize("lora_dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tile", [None, TRANSPOSED], ids=["dense", "fused"])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_large_fp16_values_stay_finite(backend, tile, lora_dtype, device):
-    """Loss-scaled gradients and large activations: x A^T may be near the largest fp16, or past it in fp32 adapters."""
-    x, weight, a, b, _ = inputs(8, 64, 64, dtype=torch.float16, lora_dtype=lora_dtype, bias=False, device=device)
-    x = (x.detach() * 400).requires_grad_()
-    b = (b.detach() * 1e-3).requires_grad_()
-    if lora_dtype == torch.float32:
-        a, b = (a.detach() * 100).requires_grad_(), (b.detach() / 100).requires_grad_()
-    dy = torch.full((8, 64), 400.0, dtype=torch.float16, device=device)
-    with fastfuse.backend(backend), tune.pin("nf4_linear", tile):
-        y = nf4_lora_linear(x, weight, a, b, 16.0)
-        values = [y, *torch.autograd.grad(y, [x, a, b], dy)]
-    assert all(v.isfinite().all() for v in values[:2]), "y, dx"
-    if lora_dtype == torch.float32:
-        assert all(v.isfinite().all() for v in values[2:]), "da, db"
-
-
-def test_the_backward_runs_what_the_forward_ran(device, monkeypatch):
+def test_the_backward_runs_what_the_forward_ran(device, launches):
     """The gradient is usually taken after the block that chose the backend."""
-    x, weight, a, b, bias = inputs(4, 64, 64, device=device)
-    launched = []
-    real = nf4_linear_dx.nf4_linear_dx_kernel
-
-    class Counted:
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append(1) or real[grid](*args, **options)
-
-    monkeypatch.setattr(nf4_linear_dx, "nf4_linear_dx_kernel", Counted())
-    with fastfuse.backend("triton"), tune.pin("nf4_linear", TRANSPOSED):
-        y = nf4_lora_linear(x, weight, a, b, 1.0, bias=bias)
-    assert launched == []
+    with ROUTES["transposed"]():
+        y = lora(*inputs(4, device, bias=True))
+    launches.clear()
     y.sum().backward()
-    assert launched == [1]
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_gradients_of_gradients(backend, device):
-    x, weight, a, b, bias = inputs(7, 64, 128, device=device)
-    w = host_dequantize(weight, torch.float32)
-
-    def penalty(fn, *leaves):
-        grads = torch.autograd.grad(fn(*leaves).square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
-
-    def formula(w):
-        return lambda x, a, b, bias: F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * 0.5
-
-    with fastfuse.backend(backend):
-        got = penalty(lambda x, a, b, bias: nf4_lora_linear(x, weight, a, b, 0.5, bias=bias), x, a, b, bias)
-    eager = in_several_orders(lambda: penalty(formula(w), x, a, b, bias))
-    exact = penalty(formula(w.double()), *(t.detach().double().requires_grad_() for t in (x, a, b, bias)))
-    for what, *values in zip(["x", "a", "b", "bias"], got, zip(*eager, strict=True), exact, strict=True):
-        assert_no_worse(*values, what)
-
-
-def test_backward_keeps_no_dequantized_weight(device):
-    x, weight, a, b, _ = inputs(4, 256, 256, bias=False, device=device)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        nf4_lora_linear(x, weight, a, b, 1.0)
-    assert saved and max(saved) <= 256 * 256 // 2  # the packed bytes, which the module holds anyway
-
-
-CASES = ["plain", "strided", "expanded", "empty", "no adapter", "mixed dtypes", "magnitude", "dropout", "group", "dense"]
-
-
-@pytest.mark.parametrize("interpret", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_registered_op(case, interpret, device):
-    x, weight, a, b, bias = inputs(6, 64, 64, device=device)
-    if case == "strided":
-        x = torch.randn(6, 2, 64, device=device)[:, 0].requires_grad_()
-    if case == "expanded":
-        x = torch.randn(1, 64, device=device).expand(6, 64)
-    if case == "empty":
-        x = x.detach()[:0].requires_grad_()
-    if case == "no adapter":
-        a = b = None
-    if case == "mixed dtypes":
-        x, bias = x.detach().half().requires_grad_(), bias.detach().half().requires_grad_()
-    weight = NF4View.of(weight)
-    if case == "dense":
-        weight = nf4_dequantize(weight).requires_grad_()
-    lengths = torch.rand(2, 64, device=device) + 0.5
-    magnitude, norms = (lengths[0].requires_grad_(), lengths[1]) if case == "magnitude" else (None, None)
-    projections = [Projection(weight, a, b, 2.0, bias, magnitude, norms)]
-    if case == "group":
-        projections.append(Projection(NF4View.of(quantize(random_weight(32, 64, device=device), "nested")), a, b[:32].detach(), 0.5))
-    seeds = torch.randint(2**62, (1,), device=device) if case == "dropout" else None
-    args = linear_args("op", x, projections, seeds, 0.25, interpret)
-    assert args.keep_pre_scale == (case == "magnitude")
-    opcheck(linear, args)
-    ranks = sum(p.R for p in args.operands)
-    d_xa = torch.randn(x.shape[0], ranks, device=device).requires_grad_() if ranks else None
-    dy = tuple(torch.randn(x.shape[0], p.N, device=device, dtype=x.dtype).requires_grad_() for p in args.operands)
-    operands = tuple(p._replace(b=None, bias=None) for p in args.operands)
-    opcheck(linear_dx, LinearDxArgs(dy, operands, args.layout, 64, seeds, args.dropout_p, d_xa, interpret))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("storage", STORAGES)
-def test_compile_fullgraph(storage, backend, device):
-    x, weight, a, b, bias = inputs(6, 64, 256, storage=storage, device=device)
-
-    def fn(x, a, b, bias):
-        return nf4_lora_linear(x, weight, a, b, 2.0, bias=bias).square().sum()
-
-    want = fn(x, a, b, bias)
-    want_grads = torch.autograd.grad(want, [x, a, b, bias])
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    got = compiled(x, a, b, bias)
-    torch.testing.assert_close(got, want)
-    for g, w in zip(torch.autograd.grad(got, [x, a, b, bias]), want_grads, strict=True):
-        torch.testing.assert_close(g, w)
-
-
-def test_compile_dynamic_is_one_graph(device):
-    _, weight, a, b, _ = inputs(1, 64, 64, device=device)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: nf4_lora_linear(x, weight, a, b, 2.0), fullgraph=True, dynamic=True, backend=counter)
-    for M in (5, 9, 33):
-        x = torch.randn(M, 64, device=device)
-        torch.testing.assert_close(compiled(x), nf4_lora_linear(x, weight, a, b, 2.0))
-    assert counter.frame_count == 1
-
-
-def test_autocast_moves_x_and_never_the_tables(device):
-    x, weight, a, b, bias = inputs(6, 64, 64, device=device)
-    with torch.autocast(device, torch.bfloat16):
-        y = nf4_lora_linear(x, weight, a, b, 2.0, bias=bias)
-    assert y.dtype == torch.bfloat16
-    x16, a16, b16, bias16 = (t.detach().bfloat16() for t in (x, a, b, bias))
-    assert torch.equal(y, nf4_lora_linear(x16, weight, a16, b16, 2.0, bias=bias16))
-    y.sum().backward()
-    assert x.grad.dtype == a.grad.dtype == torch.float32
-
-
-def test_deterministic(kernels, device):
-    x, weight, a, b, bias = inputs(33, 64, 128, device=device)
-    first = run(lambda *t: nf4_lora_linear(t[0], weight, t[1], t[2], 2.0, bias=t[3]), x, a, b, bias, torch.ones(33, 64, device=device))
-    again = run(lambda *t: nf4_lora_linear(t[0], weight, t[1], t[2], 2.0, bias=t[3]), x, a, b, bias, torch.ones(33, 64, device=device))
-    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
-
-
-def test_cost_counts_each_tensor_once():
-    weight = NF4View.of(quantize(random_weight(128, 64), "flat"))
-    x, a, b = torch.empty(10, 64, device="meta"), torch.empty(4, 64, device="meta"), torch.empty(128, 4, device="meta")
-    cost = nf4_linear_cost(x, weight, a, b)
-    assert cost.bytes == 4 * (10 * 64 + 4 * 64 + 128 * 4 + 10 * 128) + 128 * 64 // 2 + 4 * 128 + 4 * 16
-    assert cost.flops == 2 * 10 * 128 * 64 + 2 * 10 * 4 * (64 + 128)
-    assert nf4_linear_bwd_cost(x, weight, a, b).flops == 2 * 10 * 128 * 64 + 4 * 10 * 4 * (64 + 128)
-
-
-def bad_calls():
-    x, w = torch.randn(2, 64), quantize(random_weight(96, 64), "flat")
-    a, b = torch.randn(4, 64), torch.randn(96, 4)
-    return {
-        "features": (lambda: nf4_linear(torch.randn(2, 63), w), ValueError, r"nf4_linear: x has shape \(2, 63\), weight takes 64 features"),
-        "lora_a": (lambda: nf4_lora_linear(x, w, torch.randn(4, 65), b, 1.0), ValueError, r"lora_a has shape \(4, 65\), expected \(R, 64\)"),
-        "lora_b": (lambda: nf4_lora_linear(x, w, a, torch.randn(96, 5), 1.0), ValueError, r"lora_b has shape \(96, 5\), expected \(96, 4\)"),
-        "rank 0": (lambda: nf4_lora_linear(x, w, a[:0], b[:, :0], 1.0), ValueError, r"lora_a has shape \(0, 64\), expected \(R, 64\) with R >= 1"),
-        "bias": (lambda: nf4_linear(x, w, torch.randn(95)), ValueError, r"bias has shape \(95,\), expected \(96,\)"),
-        "dtype": (lambda: nf4_linear(x.double(), w), fastfuse.Unsupported, "x is torch.float64, covered are bf16, fp16 and fp32"),
-        "adapter dtype": (lambda: nf4_lora_linear(x, w, a.double(), b, 1.0), fastfuse.Unsupported, "lora_a is torch.float64"),
-        "device": (lambda: nf4_linear(x.to("meta"), w), ValueError, "x is on meta, weight on cpu"),
-        "not a tensor": (lambda: nf4_linear([1.0], w), TypeError, "x is a list"),
-        "bias list": (lambda: nf4_linear(x, w, [1.0]), TypeError, "nf4_linear: bias is a list"),
-        "no lora_a": (lambda: nf4_lora_linear(x, w, None, b, 1.0), TypeError, "lora_a is a NoneType"),
-        "scaling": (lambda: nf4_lora_linear(x, w, a, b, torch.ones(1)), TypeError, "scaling is a Tensor, not a number"),
-        "sparse": (lambda: nf4_linear(x.to_sparse(), w), fastfuse.Unsupported, "x has layout torch.sparse_coo"),
-        "backend argument": (lambda: nf4_linear(x, w, backend="cuda"), ValueError, "nf4_linear: backend is 'cuda', not one of auto, triton, torch"),
-        "not quantized": (lambda: nf4_linear(x, nn.Linear(64, 96).weight), TypeError, "neither NF4View, Params4bit nor NF4Tensor"),
-        "backend": (lambda: fastfuse.backend("cuda").__enter__(), ValueError, "'cuda' is none of auto, triton, torch"),
-    }
-
-
-@pytest.mark.parametrize("case", bad_calls())
-def test_refusals(case):
-    call, error, message = bad_calls()[case]
-    with pytest.raises(error, match=message) as e:
-        call()
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_forward_mode_is_refused_not_zero(backend, device):
-    x, weight, _, _, _ = inputs(3, 64, 64, device=device)
-    with fastfuse.backend(backend), pytest.raises(fastfuse.Unsupported, match="forward-mode differentiation is not covered"):
-        torch.func.jvp(lambda x: nf4_linear(x, weight), (x,), (torch.ones_like(x),))
-    with fastfuse.backend("torch"):
-        tangent = torch.func.jvp(lambda x: nf4_linear(x, weight), (x,), (torch.ones_like(x),))[1]
-    torch.testing.assert_close(tangent, torch.ones_like(x) @ host_dequantize(weight, torch.float32).T)
+    assert [name for name, _ in launches].count("nf4_linear_dx_kernel") == 1
 
 
 def test_backend_argument_is_for_one_call(device):
-    x, weight, a, b, _ = inputs(3, 64, 64, device=device)
+    x, p = inputs(3, device)
     for backend in ("torch", "auto", "triton"):
-        y = nf4_lora_linear(x, weight, a, b, 1.0, backend=backend)
-        torch.testing.assert_close(y, nf4_linear_ref(x, NF4View.of(weight), a, b, 1.0))
-    torch.testing.assert_close(nf4_dequantize(weight, backend="triton"), nf4_dequantize(weight))
+        torch.testing.assert_close(lora(x, p, backend=backend), nf4_linear_ref(x, *p[:4]))
+    torch.testing.assert_close(nf4_dequantize(p.weight, backend="triton"), nf4_dequantize(p.weight))
 
 
 def test_backend_is_restored_after_an_error():
-    with pytest.raises(RuntimeError, match="inside"), fastfuse.backend("torch"):
-        raise RuntimeError("inside")
     from fastfuse.ops import _op
 
+    with pytest.raises(RuntimeError, match="inside"), fastfuse.backend("torch"):
+        raise RuntimeError("inside")
     assert _op._backend == "auto"
+    with pytest.raises(ValueError, match="'cuda' is none of auto, triton, torch"), fastfuse.backend("cuda"):
+        pass
+
+
+def test_forward_mode_by_the_formula(device):
+    x, p = inputs(3, device)
+    with fastfuse.backend("torch"):
+        tangent = torch.func.jvp(lambda x: nf4_linear(x, p.weight), (x.detach(),), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ nf4_dequantize(p.weight).T)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(dtype, device):
+    x, p = inputs(3, device, magnitude=True)
+    layers = [p, layer(32, 64, device=device)]
+    want = nf4_lora_linears(x, layers)
+    torch.set_default_dtype(dtype)
+    try:
+        got = nf4_lora_linears(x, layers)
+    finally:
+        torch.set_default_dtype(F32)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("low", [F16, F32], ids=str)
+@pytest.mark.parametrize("route", ["reference", "transposed", "dense"])
+def test_large_fp16_values_stay_finite(route, low, device):
+    """Loss-scaled gradients and large activations: x A^T may be near the largest fp16, or past it in fp32 adapters."""
+    x, p = inputs(8, device, F16, low=low)
+    larger, smaller = (100, 1e-5) if low == F32 else (1, 1e-3)
+    x, a, b = ((t.detach() * size).requires_grad_() for t, size in ((x, 400), (p.lora_a, larger), (p.lora_b, smaller)))
+    with ROUTES[route]():
+        y = nf4_lora_linear(x, p.weight, a, b, 16.0)
+        values = [y, *torch.autograd.grad(y, [x, a, b], torch.full_like(y, 400.0))]
+    assert all(v.isfinite().all() for v in (values[:2] if low == F16 else values))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("scaling, size", [(1 / 16, 1e-5), (1 / 4, 1e-5), (2000.0, 50.0)])
+def test_fp16_adapters_keep_their_digits(scaling, size, backend, device):
+    """Early in training B is tiny under a large loss scale: scaled by itself in fp16 it would be subnormal, or past the largest number."""
+    x, p = inputs(32, device, F16)
+    x, b, dy = x.detach(), p.lora_b.detach().float().mul(size).half(), torch.randn(32, 64, dtype=F16, device=device) * (64 if size < 1 else 1e-4)
+    (da,) = torch.autograd.grad(nf4_lora_linear(x, p.weight, p.lora_a, b, scaling, backend=backend), p.lora_a, dy)
+
+    def eager():
+        return (((dy * scaling) @ b) if size < 1 else (dy @ b) * scaling).T @ x
+
+    assert_no_worse(da, in_several_orders(eager), (scaling * dy.double() @ b.double()).T @ x.double())
+
+
+@every_backend
+def test_what_took_no_part_gets_no_gradient(backend, device):
+    """As in eager PyTorch: a zero would be decayed and stepped by an optimizer."""
+    x, p = inputs(3, device, bias=True, magnitude=True)
+    left_out, plain = layer(32, 64, bias=True, magnitude=True, device=device), layer(96, 64, device=device)
+    outs = nf4_lora_linears(x, [p, left_out, plain], dropout_p=0.3, training=True, backend=backend)
+    (outs[0].square().sum() + outs[2].sum()).backward()
+    assert all(t.grad is None for t in leaves(left_out))
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *leaves(p, plain)))
+
+
+@every_backend
+def test_dropout_follows_the_generator_and_training(backend, device):
+    x, p = inputs(20, device)
+
+    def dropped(training=True):
+        return lora(x, p, dropout_p=0.5, training=training, backend=backend)
+
+    torch.manual_seed(1)
+    plain, first, second = dropped(training=False), dropped(), dropped()
+    torch.manual_seed(1)
+    assert torch.equal(plain, lora(x, p, backend=backend)) and torch.equal(first, dropped())
+    assert not torch.equal(first, second) and not torch.equal(first, plain)
+
+
+def test_checkpointing_draws_the_same_mask(device):
+    x, p = inputs(20, device)
+
+    def run(x):
+        return lora(x, p, dropout_p=0.5, training=True).square().sum()
+
+    grads = []
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=False)):
+        torch.manual_seed(2)
+        grads.append(torch.autograd.grad(call(x), [x, *leaves(p)]))
+    assert all(map(torch.equal, *grads))
+
+
+def lengths(w: torch.Tensor, p: Projection) -> torch.Tensor:
+    return (w + 1.5 * p.lora_b.detach().to(w.dtype) @ p.lora_a.detach().to(w.dtype)).norm(dim=1)
+
+
+SIZES, DTYPES = [(1, 64, 1), (65, 192, 20), (33, 320, 64)], [F32, F16, BF16]  # 192 and 320: columns cut by the tile
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("size, dtype, storage", [(SIZES[i], DTYPES[j], STORAGES[(i + j) % 3]) for i in range(3) for j in range(3)], ids=str)
+def test_row_norms(size, dtype, storage, backend, device):
+    p = layer(*size, storage=storage, dtype=dtype, device=device)
+    with tune.pin("lora_row_norms", tune.Tile({"BLOCK_N": 16, "BLOCK_K": 128})):
+        got = lora_row_norms(*p[:4], backend=backend)
+    unrounded = backend == "triton" and dtype == BF16 and device == "cpu"  # the interpreter has no bf16
+    w = nf4_dequantize_ref(p.weight, F32 if unrounded else dtype)
+    assert_no_worse(got, in_several_orders(lengths, w.float(), p), lengths(w.double(), p))
+    assert not got.requires_grad
+
+
+@every_backend
+def test_row_norms_under_autocast_and_without_an_adapter(backend, device):
+    _, p = inputs(1, device)
+    w = nf4_dequantize_ref(p.weight, F32)
+    eager, exact = in_several_orders(lengths, w, p), lengths(w.double(), p)
+    with torch.autocast(device, BF16):
+        for given in (p.weight, w):
+            assert_no_worse(lora_row_norms(given, *p[1:4], backend=backend), eager, exact)
+            assert_no_worse(lora_row_norms(given, None, None, 1.0, backend=backend), in_several_orders(w.norm, dim=1), w.double().norm(dim=1))
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_registered_ops(interpret, device):
+    """Those that no public op's call shows to PyTorch's checks: they run inside of one."""
+    _, p = inputs(1, device)
+    adapter = p.lora_a.detach(), p.lora_b.detach(), 1.5
+    opcheck(row_norms, RowNormsArgs(p.weight.tensors(), Layout.of(p.weight), p.weight.shape, F32, *adapter, interpret))
+    e, g, dh = (torch.randn(5, 7, device=device).requires_grad_() for _ in range(3))
+    opcheck(_swiglu, SwiGLUArgs(e, g, None, interpret))
+    opcheck(_swiglu_bwd, SwiGLUArgs(e, g, dh, interpret))
+
+
+def test_exported_for_any_number_of_tokens(device):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.view, a, b, *_ = layer(64, 64, device=device)
+            self.a, self.b = torch.nn.Parameter(a.detach()), torch.nn.Parameter(b.detach())
+            self.register_buffer("packed", self.view.packed)
+
+        def forward(self, x):
+            return nf4_lora_linear(x, self.view, self.a, self.b, 2.0)
+
+    module = Module()
+    exported = torch.export.export(module, (torch.randn(5, 64, device=device),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
+    for M in (5, 9):
+        x = torch.randn(M, 64, device=device)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+def test_costs_count_each_tensor_once():
+    M, K, H, R = 10, 64, 128, 8
+    x, (gate, up, down) = torch.empty(M, K, device="meta"), mlp(K, H)
+    adapter, base, low = 4 * R * (H + K), 2 * M * H * K, 2 * M * R * (H + K)
+    assert gate.weight.nbytes == H * K // 2 + H * K // 64 + 4 * (256 + 1 + 1 + 16)  # codes, scales by the byte, and what those are scaled and coded by
+    assert nf4_linear_cost(x, *gate[:4]) == Cost(gate.weight.nbytes + adapter + 4 * M * (K + H), base + low)
+    assert nf4_linear_bwd_cost(x, *gate[:4]).flops == base + 2 * low
+    held = 3 * gate.weight.nbytes
+    assert nf4_swiglu_mlp_cost(x, gate, up, down) == Cost(held + 3 * adapter + 4 * 2 * M * K, 3 * (base + low))
+    # x and dy read, dx written; A and B read, dA and dB written
+    assert nf4_swiglu_mlp_bwd_cost(x, gate, up, down) == Cost(held + 6 * adapter + 4 * 3 * M * K, 3 * (base + 2 * low))
+
+
+def test_scratch_is_shared_and_freed(device):
+    with freeing_scratch():
+        pass  # what other tests have left
+    with freeing_scratch(), fastfuse.backend("triton"), tune.pin("nf4_linear", None):
+        for N in (64, 256, 128):
+            nf4_linear(torch.randn(3, 64, device=device), layer(N, 64, device=device).weight)
+        assert scratch_bytes(device) == 256 * 64 * 4
+    assert scratch_bytes(device) == 0
+
+
+def kept_beside(held: list[torch.Tensor], run) -> list[torch.Tensor]:
+    """What run() saves for its backward in memory that is not held anyway."""
+    saved, known = {}, {t.untyped_storage().data_ptr() for t in held}
+
+    def keep(t):
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
+    return [t for at, t in saved.items() if at not in known]
+
+
+def test_swiglu_mlp_keeps_nothing_of_its_width(device):
+    x, layers = torch.randn(256, 64, device=device, requires_grad=True), mlp(64, 256, device)
+    fresh = kept_beside([x, *leaves(*layers)], lambda: nf4_swiglu_mlp(x, *layers))  # of frozen weights nothing is saved
+    assert [t.shape for t in fresh] == [(256, 16), (256, 8)]  # x A^T of gate and up, h A^T of down
+
+
+def peak_bytes(run) -> int:
+    """The most that tensors made inside run() held at once, in and outside of ops, from the allocator's own record."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_accounting_sees_what_an_op_allocates_inside():
+    view = layer(1024, 1024).weight
+    assert peak_bytes(lambda: nf4_dequantize_ref(view, F32)) >= 1024 * 1024 * 4
+
+
+@pytest.mark.parametrize("magnitude, dropout_p", [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)])
+def test_memory_of_a_qlora_step(magnitude, dropout_p):
+    """Kept for the backward: x A^T (DoRA: and y before its scale) beside what the caller holds. On the way: nothing of W's size.
+
+    The weight is decoded some rows at a time on a CPU, 2^20 elements in fp32 with an index of half as many int32.
+    """
+    M, N, K, R = 8, 4096, 4096, 16
+    x, p = torch.randn(M, K, requires_grad=True), layer(N, K, R, magnitude=magnitude)
+    p = p._replace(norms=lora_row_norms(*p[:4]) if magnitude else None)
+
+    def forward():
+        return lora(x, p, dropout_p=dropout_p, training=True)
+
+    def step():
+        y = forward()
+        torch.autograd.grad(y, [x, *leaves(p)], torch.ones_like(y))
+
+    kept = kept_beside([x, *leaves(p), *([p.norms] if magnitude else [])], forward)
+    small = 4 * N if magnitude else 0  # magnitude / norms
+    assert sum(t.untyped_storage().nbytes() for t in kept) <= 4 * (M * R + (M * N if magnitude else 0)) + 2 * small + 8
+    step()
+    chunk = (1 << 20) * (4 + 2)
+    scales = 3 * 4 * N * K // 64  # nested scales in fp32, and two steps of making them
+    activations = 16 * 4 * M * max(N, K) + 4 * 4 * R * (N + K) + (100 * M * K if dropout_p else 0)  # Philox in int64
+    bound = chunk + scales + activations
+    assert bound < 2 * N * K  # less than half the weight in bf16 would already give a dequantized one away
+    assert peak_bytes(step) <= bound
