@@ -1,8 +1,9 @@
 """The stored figures of bench/codegen.py, one line a kernel and one file a target, and what got worse since. Needs no Triton.
 
-    op name | registers=168 stack=0 shared=98304 blocks=1 code=1184 | loop weight total=6.4 alu=2.9 ... HMMA=0.25 bound=66 by=alu | ...
+    kernel name | key=8d1f0c93ab52 registers=168 stack=0 shared=98304 warps=8 blocks=1 code=1184 | loop of weight: total=6.4 ... bound=66 by=alu | counts: STG.128=4
 
-Compilation is deterministic for one Triton and differs between two, so figures of another Triton are not compared.
+A key is of all that a kernel is compiled from: while it stays, so do the figures. Compilation is deterministic for one Triton and differs between two, so
+figures of another Triton are not compared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
 TOLERANCE = 0.05
+GENERAL = ("registers", "stack", "shared", "warps", "blocks", "code")
 
 
 def holds(name: str, words: str) -> bool:
@@ -18,24 +20,49 @@ def holds(name: str, words: str) -> bool:
 
 def line(report: Mapping) -> str:
     """A report's stored line. Zeros are left out."""
-    parts = [f"{report['op']} {report['name']}", " ".join(f"{k}={report[k]}" for k in ("registers", "stack", "shared", "blocks", "code"))]
-    for loop, figures in report["loops"].items():
-        parts.append(f"{loop} of {report['unit']}: " + " ".join(f"{k}={v if isinstance(v, str) else _short(v)}" for k, v in figures.items()))
-    return " | ".join(parts)
+    parts = [f"{report['op']} {report['name']}", f"key={report['key']} " + _pairs({k: report[k] for k in GENERAL})]
+    parts += [f"{loop} of {report['unit']}: {_pairs(figures)}" for loop, figures in report["loops"].items()]
+    return " | ".join(parts + ([f"counts: {_pairs(report['counts'])}"] if report["counts"] else []))
+
+
+def _pairs(figures: Mapping) -> str:
+    return " ".join(f"{k.replace(' ', '-')}={v if isinstance(v, (str, int)) else _short(v)}" for k, v in figures.items())
 
 
 def _short(figure: float) -> str:
     return f"{figure:.4g}" if figure < 10_000 else f"{figure:.0f}"
 
 
-def parse(text: str) -> tuple[str, dict[str, float]]:
-    """(kernel, its figures), those of a loop under "loop figure"."""
-    kernel, general, *loops = text.split(" | ")
-    figures = {k: float(v) for k, v in (pair.split("=") for pair in general.split())}
-    for loop in loops:
-        name, pairs = loop.split(": ", 1)
-        figures |= {f"{name.split(' of ')[0]} {k}": float(v) for k, v in (pair.split("=") for pair in pairs.split()) if k != "by"}
-    return kernel, figures
+def parse(text: str, arch: str) -> dict:
+    """The report that a line is of."""
+    kernel, general, *rest = text.split(" | ")
+    op, _, name = kernel.partition(" ")
+    found = {"arch": arch, "op": op, "name": name, "unit": "", "loops": {}, "counts": {}} | _read(general)
+    for part in rest:
+        title, pairs = part.split(": ", 1)
+        loop, _, unit = title.partition(" of ")
+        if unit:
+            found["loops"][loop], found["unit"] = _read(pairs), unit
+        else:
+            found["counts"] = _read(pairs)
+    return found
+
+
+def _read(pairs: str) -> dict:
+    split = (pair.split("=") for pair in pairs.split())
+    return {k.replace("-", " "): v if k in ("key", "by") else int(v) if v.isdecimal() else float(v) for k, v in split}
+
+
+def figures(report: Mapping) -> dict[str, float]:
+    """What is compared, as it is stored; of a loop under "loop figure"."""
+    report = parse(line(report), report["arch"])
+    return {k: report[k] for k in GENERAL if k != "warps"} | {
+        f"{loop} {k}": v for loop, of_loop in report["loops"].items() for k, v in of_loop.items() if k != "by"
+    }
+
+
+def _kernel(report: Mapping) -> str:
+    return f"{report['arch']} {report['op']} {report['name']}"
 
 
 def save(reports: Iterable[Mapping], triton: str, folder: Path = FOLDER) -> None:
@@ -46,34 +73,31 @@ def save(reports: Iterable[Mapping], triton: str, folder: Path = FOLDER) -> None
         (folder / f"codegen_{arch}.txt").write_text("\n".join([f"triton {triton}", *lines]) + "\n")
 
 
-def load(folder: Path = FOLDER) -> tuple[set[str], dict[str, dict[str, float]]]:
-    """(Tritons, "target kernel" -> figures)."""
-    versions, kernels = set(), {}
+def load(folder: Path = FOLDER) -> tuple[set[str], list[dict]]:
+    """(Tritons, reports)."""
+    versions, reports = set(), []
     for path in sorted(folder.glob("codegen_*.txt")):
         first, *lines = path.read_text().splitlines()
         versions.add(first.removeprefix("triton "))
-        for text in lines:
-            kernel, figures = parse(text)
-            kernels[f"{path.stem.removeprefix('codegen_')} {kernel}"] = figures
-    return versions, kernels
+        reports += [parse(text, path.stem.removeprefix("codegen_")) for text in lines]
+    return versions, reports
 
 
 def compare(reports: Iterable[Mapping], triton: str, words: str = "", folder: Path = FOLDER) -> tuple[list[str], list[str]]:
     """(what to say, what got worse)."""
-    versions, stored = load(folder)
+    versions, kept = load(folder)
     if versions != {triton}:
         return [f"nothing compared: this is Triton {triton}, the stored figures are of {', '.join(sorted(versions)) or 'none'}"], []
-    stored = {k: v for k, v in stored.items() if holds(k, words)}
-    fresh = {}
-    for r in reports:
-        kernel, figures = parse(line(r))
-        fresh[f"{r['arch']} {kernel}"] = figures
-    found = [f"{k}: not stored" for k in sorted(fresh.keys() - stored.keys())] + [
-        f"{k}: stored, but not compiled" for k in sorted(stored.keys() - fresh.keys())
-    ]
-    found += [f"{k}: {why}" for k in sorted(fresh.keys() & stored.keys()) for why in worse(stored[k], fresh[k])]
-    better = sum(any(worse(fresh[k], stored[k])) for k in fresh.keys() & stored.keys())
+    stored = {_kernel(r): r for r in kept if holds(_kernel(r), words)}
+    fresh = {_kernel(r): r for r in reports}
+    common = sorted(fresh.keys() & stored.keys())
+    found = [f"{k}: not stored" for k in sorted(fresh.keys() - stored.keys())]
+    found += [f"{k}: stored, but not compiled" for k in sorted(stored.keys() - fresh.keys())]
+    found += [f"{k}: {why}" for k in common for why in worse(figures(stored[k]), figures(fresh[k]))]
+    better = sum(any(worse(figures(fresh[k]), figures(stored[k]))) for k in common)
     said = [f"{len(fresh)} kernels compared with the stored figures, {len(found)} differences for the worse, {better} kernels better somewhere"]
+    if changed := sum(fresh[k]["key"] != stored[k]["key"] for k in common):
+        said.append(f"{changed} kernels have changed: until python -m bench.codegen --store they are compiled each time")
     return said + (["where that is meant: python -m bench.codegen --store, in the same commit"] if found else []), found
 
 
@@ -99,13 +123,12 @@ def worse(old: Mapping[str, float], new: Mapping[str, float]) -> Iterator[str]:
 
 def changes(reports: Iterable[Mapping], folder: Path = FOLDER) -> Iterator[tuple[str, str, float, float]]:
     """(target, kernel and loop, stored, now) of each loop's instructions a unit of work; AMD's, of which no loops are read, of the whole kernel."""
-    stored = load(folder)[1]
+    stored = {_kernel(r): figures(r) for r in load(folder)[1]}
     for r in reports:
-        kernel, new = parse(line(r))
-        old = stored.get(f"{r['arch']} {kernel}", {})
+        new, old = figures(r), stored.get(_kernel(r), {})
         for name in [n for n in new if n.endswith(" total")] or ["code"]:
             if name in old:
-                yield r["arch"], f"{kernel}: {name.removesuffix(' total')}", old[name], new[name]
+                yield r["arch"], f"{r['op']} {r['name']}: {name.removesuffix(' total')}", old[name], new[name]
 
 
 def section(reports: Iterable[Mapping], triton: str, folder: Path = FOLDER) -> str:

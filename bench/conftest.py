@@ -114,7 +114,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _codegen() -> str:
-    """Last of all: its two workers would disturb anything timed beside them. One target of five, which takes a minute on two cores and not five."""
+    """Last of all: where a kernel is not stored as it is, two workers compile, and would disturb anything timed beside them. One target of five."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
         done = subprocess.run(

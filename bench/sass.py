@@ -4,10 +4,11 @@ A bound is the floor's cycles over those of the busiest pipe, as if all pipes wo
 kernel can be slower than its bound, never faster.
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PIPES = ("tensor", "alu", "fma", "imad", "mufu", "lsu", "bulk", "other")
 
@@ -211,3 +212,71 @@ def blocks(arch: str, registers: int, shared: int, warps: int, tmem: int = 0) ->
     if tmem:
         fits.append(_TMEM_COLUMNS // tmem)
     return min(fits)
+
+
+@dataclass
+class Report:
+    """What the compiler made of a kernel."""
+
+    arch: str
+    op: str  # the kernel
+    name: str
+    key: str  # of everything that it was compiled from
+    shared: int
+    warps: int
+    unit: str  # of work, by which the figures of the loops are counted
+    registers: int = 0
+    stack: int = 0
+    blocks: int = 0  # resident on an SM
+    code: int = 0  # instructions of the whole kernel
+    loops: dict = field(default_factory=dict)  # main loop -> its figures; AMD: counts of the whole kernel
+    counts: dict = field(default_factory=dict)  # instruction that moves or multiplies much -> how often, in the whole kernel
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not ship: empty where it may."""
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack: registers were spilled")
+        limit = CHIPS[self.arch].shared - CHIPS[self.arch].reserved
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {limit}")
+        return found
+
+    def read_nvidia(self, usage: str, text: str, work: Work) -> None:
+        """Of cuobjdump's resource usage and nvdisasm's listing."""
+        self.registers = int(re.search(r"REG:(\d+)", usage).group(1))
+        self.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+        code, labels = parse(text)
+        self.code = sum(c.family != "NOP" for c in code)
+        self.counts = dict(collections.Counter(name for c in code if _COUNTED.match(name := _counted_as(c))))
+        main = main_loops(code, labels, work)
+        self.loops = {name: figures(loop, work, self.arch, self.warps) for name, loop in main.items()}
+        if loop := main.get("loop"):
+            own = {"HGMMA in loop": sum(c.family == "HGMMA" for c in loop)}
+            own["full waits in loop"] = sum(c.op.startswith("WARPGROUP.DEPBAR") and "0x0" in c.operands for c in loop)
+            self.counts |= {name: n for name, n in own.items() if own["HGMMA in loop"]}
+
+    def read_amd(self, text: str) -> None:
+        self.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+        self.stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+        self.counts = dict(collections.Counter(re.findall(r"^\s+(v_mfma|global_load_dwordx4|ds_read|ds_write)", text, re.M)))
+        ops = [op for op in re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M) if op != "s_nop"]
+        kinds = collections.Counter(next((kind for kind, start in _AMD.items() if re.match(start, op)), "other") for op in ops)
+        self.code, self.loops = kinds.total(), {"whole": dict(sorted(kinds.items()))}
+
+
+_COUNTED = re.compile(r"(LDG|STG|LDGSTS|STS|UTMALDG)\b|.*MMA")
+_AMD = {
+    "mfma": r"v_mfma",
+    "valu": r"v_",
+    "salu": r"s_",
+    "lds": r"ds_",
+    "memory": r"(global|buffer|flat|scratch)_",
+}  # by what executes them; the first match counts
+
+
+def _counted_as(c: Instruction) -> str:
+    if c.family in ("LDG", "STG", "LDGSTS") and ".128" in c.op:
+        return f"{c.family}.128"
+    # HGMMA with a register as its first source is what feeds a decoded weight to wgmma without shared memory.
+    return c.family + (" from registers" if c.family == "HGMMA" and re.match(r"\s*R\d+", c.operands.split(",")[1]) else "")

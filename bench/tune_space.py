@@ -1,6 +1,5 @@
-"""What bench.tune sweeps: for every tuned op the calls that stand for its rows, and the tiles that are tried there."""
+"""What bench.tune sweeps: for every tuned op the calls that stand for its rows."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -8,7 +7,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from bench import attention_peers, codegen
+from bench import attention_peers
 from bench.attention_peers import Call
 from bench.attention_peers import Size as Text
 from bench.bench_cross_attention import attention_case
@@ -17,42 +16,41 @@ from bench.bench_patch_embed import CLIP, embed_case
 from bench.harness import EAGER, OURS, Case
 from bench.nf4_peers import Layer, random_layer, short
 from bench.patch_peers import Size as Images
+from bench.work import TUNED
 from fastfuse import ops
 from fastfuse.ops import nf4_dequantize_ref
 from fastfuse.ops._attention_ref import AttentionGradArgs
 from fastfuse.ops._linear_group import Projection, linear_args
-from fastfuse.ops._op import Cost, nbytes
+from fastfuse.ops._op import Cost, nbytes, replaceable
 from fastfuse.ops.cross_attention import EVERYTHING, _attention_grad, attend, listed_tokens
 from fastfuse.ops.lora_row_norms import lora_row_norms_cost, lora_row_norms_ref
 from fastfuse.ops.low_rank import LoRAGradArgs, _kind, drop, lora_down, lora_grad, lora_up, scaled_product
 from fastfuse.ops.nf4_linear_dx import LinearDxArgs, linear_dx
 from fastfuse.quant.nf4 import NF4View
 
-OPS = codegen.OPS
-SCHEDULE = ("SPLIT_K", "PROGRAMS")  # how a launch is divided: one program's code is the same, as are its registers
+OPS = tuple(dict.fromkeys(TUNED.values()))
 SCALING = 2.0
-LARGEST_BLOCK = 128  # of attention: what a mask's lists hold in columns, and in rows
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
-    """One call of an op: what is run, what it asks tune.pick for, and what bench.codegen's builder takes to compile it."""
+class TuneCase:
+    """One call of an op: what is run, what it asks tune.pick for, and in words which kernels it launches: with one tile the same ones as every call of these."""
 
-    case: Case
+    bench: Case
     shape: Mapping
-    variant: tuple
+    words: str
 
 
 @dataclass(frozen=True)
-class Series:
+class Sweep:
     """Calls that differ in their number of tokens (or images) alone."""
 
-    at: Callable[[int], Point]
+    at: Callable[[int], TuneCase]
     counts: tuple[int, ...]
     bounds: tuple[int, ...] = ()  # where a boundary between two rows may be put
 
 
-def series(op: str, arch: str) -> list[Series]:
+def sweeps(op: str, arch: str) -> list[Sweep]:
     """An op's calls, at the shapes of Llama-3.2-Vision 11B and of SmolVLM, whose widths are odd multiples of 64."""
     if op == "nf4_linear":
         return list(_linears(arch))
@@ -60,9 +58,9 @@ def series(op: str, arch: str) -> list[Series]:
         return list(_dxs(arch))
     if op == "lora_row_norms":
         sizes = ((SQUARE, torch.bfloat16), ((14336, 4096), torch.bfloat16), ((1280, 1280), torch.bfloat16), (SQUARE, torch.float32))
-        return [Series(lambda _n, size=size, dtype=dtype: norms_point(arch, size, dtype), (0,)) for size, dtype in sizes]
+        return [Sweep(lambda _n, size=size, dtype=dtype: norms_case(arch, size, dtype), (0,)) for size, dtype in sizes]
     if op in LOW_RANK:
-        return [Series(partial(low_rank_point, op, *of), counts, LOW_RANK_BOUNDS) for of, counts in LOW_RANK[op]]
+        return [Sweep(partial(low_rank_case, op, *of), counts, LOW_RANK_BOUNDS) for of, counts in LOW_RANK[op]]
     if op == "patch_embed":
         return list(_images())
     return list(_texts(op))
@@ -73,7 +71,7 @@ BOUNDS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 500, 512, 700, 7
 LOW_RANK_BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def _linears(arch: str) -> Iterator[Series]:
+def _linears(arch: str) -> Iterator[Sweep]:
     few = (1, 16)
     for sizes, counts in (
         ([SQUARE], (*few, 32, 64, 256, 512, 1024, 4096)),
@@ -86,31 +84,35 @@ def _linears(arch: str) -> Iterator[Series]:
         ([(2560, 960)], (*few, 64)),
         ([(49152, 576)], few),
     ):
-        yield Series(partial(linear_point, arch, sizes), counts, BOUNDS if 64 in counts or len(counts) == 3 else ())
-    yield Series(partial(linear_point, arch, [SQUARE], dtype=torch.float32), (16, 4096))
+        yield Sweep(partial(linear_case, arch, sizes), counts, BOUNDS if 64 in counts or len(counts) == 3 else ())
+    yield Sweep(partial(linear_case, arch, [SQUARE], dtype=torch.float32), (16, 4096))
 
 
-def _dxs(arch: str) -> Iterator[Series]:
+def _dxs(arch: str) -> Iterator[Sweep]:
     for size, counts in ((SQUARE, (16, 64, 256, 500, 1024, 4096)), ((14336, 4096), (64, 256, 4096)), ((4096, 14336), (64, 256, 4096))):
-        yield Series(partial(dx_point, arch, size), counts, BOUNDS)
-    yield Series(partial(dx_point, arch, SQUARE, dtype=torch.float32), (16, 4096))
+        yield Sweep(partial(dx_case, arch, size), counts, BOUNDS)
+    yield Sweep(partial(dx_case, arch, SQUARE, dtype=torch.float32), (16, 4096))
 
 
-def linear_point(arch: str, sizes: list[tuple[int, int]], M: int, dtype: torch.dtype = torch.bfloat16) -> Point:
+def linear_case(arch: str, sizes: list[tuple[int, int]], M: int, dtype: torch.dtype = torch.bfloat16) -> TuneCase:
     case = layers_case(LINEARS if len(sizes) > 1 else LINEAR, M, sizes, dtype=dtype)
     shape = _linear_shape(arch, dtype, M, sum(N for N, _ in sizes), sizes[0][1])
-    return Point(case, shape, ("nested", short(dtype), short(dtype), len(sizes), False))
+    return TuneCase(case, shape, f"{short(dtype)} x{len(sizes)}")
 
 
 def _linear_shape(arch: str, dtype: torch.dtype, M: int, N: int, K: int) -> dict:
-    return {"dtype": _width(dtype), "decode": codegen._branch(arch, "nested", short(dtype)), "M": M, "N": N, "K": K, "R": RANK}
+    return {"dtype": _width(dtype), "decode": _decode(arch, dtype), "M": M, "N": N, "K": K, "R": RANK}
+
+
+def _decode(arch: str, dtype: torch.dtype) -> str:
+    return "prmt" if arch.startswith("sm_") and dtype != torch.float32 else "gather"
 
 
 def _width(dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "16-bit"
 
 
-def dx_point(arch: str, size: tuple[int, int], M: int, dtype: torch.dtype = torch.bfloat16) -> Point:
+def dx_case(arch: str, size: tuple[int, int], M: int, dtype: torch.dtype = torch.bfloat16) -> TuneCase:
     """dX of one layer with an adapter, alone."""
     N, K = size
 
@@ -133,14 +135,14 @@ def dx_point(arch: str, size: tuple[int, int], M: int, dtype: torch.dtype = torc
         return Cost(nbytes(i["dy"], i["dxa"], layer.lora_a) + layer.weight.nbytes + M * K * dtype.itemsize, 2 * M * K * (N + RANK))
 
     case = _case("nf4_linear_dx", f"M{M} N{N} K{K} R{RANK}", dtype, make, run, partial(run, op=linear_dx.reference), truth, cost)
-    return Point(case, _linear_shape(arch, dtype, M, N, K), ("nested", short(dtype), short(dtype), 1, False, False))
+    return TuneCase(case, _linear_shape(arch, dtype, M, N, K), short(dtype))
 
 
 def _case(op: str, shape: str, dtype: torch.dtype, make: Callable, ours: Callable, eager: Callable, truth: Callable, cost: Callable) -> Case:
     return Case(op, shape, dtype, make, {OURS: torch.no_grad()(ours), EAGER: eager}, truth, cost)
 
 
-def norms_point(arch: str, size: tuple[int, int], dtype: torch.dtype) -> Point:
+def norms_case(arch: str, size: tuple[int, int], dtype: torch.dtype) -> TuneCase:
     N, K = size
 
     def make(device: str, seed: int) -> dict:
@@ -158,8 +160,8 @@ def norms_point(arch: str, size: tuple[int, int], dtype: torch.dtype) -> Point:
     truth = partial(formula, layer=Layer.with_double_adapters, dtype=torch.float64)
     cost = lambda i: lora_row_norms_cost(i["layer"].weight, i["layer"].lora_a, i["layer"].lora_b)  # noqa: E731
     case = _case("lora_row_norms", f"N{N} K{K} R{RANK}", dtype, make, ours, formula, truth, cost)
-    shape = {"decode": codegen._branch(arch, "nested", short(dtype)), "N": N, "K": K, "R": RANK}
-    return Point(case, shape, ("nested", short(dtype), short(dtype)))
+    shape = {"decode": _decode(arch, dtype), "N": N, "K": K, "R": RANK}
+    return TuneCase(case, shape, short(dtype))
 
 
 # (activations, adapters, dropout, rank, products), counts of tokens
@@ -171,7 +173,7 @@ _GRADS += [(_BF16, _FP32, False, 16, 1), (_BF16, _FP32, False, 16, 2), (_BF16, _
 LOW_RANK = {"lora_down": _PASSES, "lora_up": _PASSES, "lora_grad": [(of, (256, 4096)) for of in _GRADS]}
 
 
-def low_rank_point(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: int, *rest: int, C: int = _C) -> Point:
+def low_rank_case(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: int, *rest: int, C: int = _C) -> TuneCase:
     """rest: the number of lora_grad's products, and that of tokens. C: features of the tall side."""
     *products, M = rest
     p = DROPOUT_P if dropout else 0.0
@@ -189,9 +191,9 @@ def low_rank_point(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: 
     def ours(i: dict) -> tuple[Tensor, ...]:
         seed = i.get("seed")
         if op == "lora_down":
-            return (lora_down(i["tall"], i["thin"], seed, p),)
+            return (replaceable(lora_down)(i["tall"], i["thin"], seed, p),)
         if op == "lora_up":
-            return (lora_up(i["low"], i["thin"], SCALING, x, seed, p),)
+            return (replaceable(lora_up)(i["low"], i["thin"], SCALING, x, seed, p),)
         return lora_grad(LoRAGradArgs(i["tall"], i["low"], i["thin"] if both else None, None, seed, p, SCALING, True, not i["low"].is_cuda))
 
     def formula(i: dict, wide: bool = False) -> tuple[Tensor, ...]:
@@ -213,22 +215,21 @@ def low_rank_point(op: str, x: torch.dtype, low: torch.dtype, dropout: bool, R: 
     notes = [f"{products[0]} products"] if products else []
     notes += ([f"{short(low)} A,B"] if low != x else []) + ([f"dropout {p}"] if dropout else [])
     case = _case(op, " ".join([f"M{M} C{C} R{R}", *notes]), x, make, ours, formula, partial(formula, wide=True), cost)
-    variant = (short(x), short(low), dropout, *(["both" if both else "outer"] if op == "lora_grad" else []))
-    return Point(case, shape, variant)
+    return TuneCase(case, shape, " ".join([short(x), short(low), f"R{R}", *notes]))
 
 
-def _images() -> Iterator[Series]:
+def _images() -> Iterator[Sweep]:
     # A quarter of a tile's pixels, so that one image has fewer rows than 4096.
-    yield Series(partial(images_point, Images(1, pixels=280)), (1, 2, 8), (1, 2, 3, 4, 6, 8, 16))
-    yield Series(partial(images_point, Images(1)), (1, 4, 16))
-    yield Series(partial(images_point, Images(1), dtype=torch.float32), (4,))
-    yield Series(partial(images_point, Images(1), tables=torch.float32), (4, 16))
-    yield Series(partial(images_point, Images(1, norm=True)), (4, 16))
+    yield Sweep(partial(images_case, Images(1, pixels=280)), (1, 2, 8), (1, 2, 3, 4, 6, 8, 16))
+    yield Sweep(partial(images_case, Images(1)), (1, 4, 16))
+    yield Sweep(partial(images_case, Images(1), dtype=torch.float32), (4,))
+    yield Sweep(partial(images_case, Images(1), tables=torch.float32), (4, 16))
+    yield Sweep(partial(images_case, Images(1, norm=True)), (4, 16))
     for clip in CLIP:
-        yield Series(partial(images_point, clip), (clip.images,))
+        yield Sweep(partial(images_case, clip), (clip.images,))
 
 
-def images_point(size: Images, images: int, dtype: torch.dtype = torch.bfloat16, tables: torch.dtype | None = None) -> Point:
+def images_case(size: Images, images: int, dtype: torch.dtype = torch.bfloat16, tables: torch.dtype | None = None) -> TuneCase:
     """tables: dtype of the positions where it is another one than the weight's: it is the result's then."""
     size, tables = replace(size, images=images), tables or dtype
     case = own = embed_case(size, dtype)
@@ -242,32 +243,32 @@ def images_point(size: Images, images: int, dtype: torch.dtype = torch.bfloat16,
         case = replace(own, shape=f"{own.shape} {short(tables)} positions", make=make)
     shape = {"dtype": _width(dtype), "out": _width(tables), "norm": int(size.norm)}
     shape |= {"M": images * size.tiles * size.tokens, "N": size.D, "K": 3 * size.patch**2, "PW": size.patch}
-    return Point(case, shape, (short(dtype), short(tables), short(dtype), False, bool(size.tables), size.patch))
+    return TuneCase(case, shape, f"{short(dtype)} {short(tables)} patch {size.patch}{'' if size.tables else ' untiled'}")
 
 
-def _texts(op: str) -> Iterator[Series]:
+def _texts(op: str) -> Iterator[Sweep]:
     wide = {"hq": 16, "hkv": 4, "d": 256}
     if op == "cross_attention":
         for text, counts in ((Text(1), (1024, 4096)), (Text(1, shown=(1,)), (4096,)), (Text(1, masked=False), (4096,)), (Text(1, **wide), (1024, 4096))):
-            yield Series(partial(text_point, text), counts)
-        yield Series(partial(text_point, Text(1), dtype=torch.float32), (256, 1024))
+            yield Sweep(partial(text_case, text), counts)
+        yield Sweep(partial(text_case, Text(1), dtype=torch.float32), (256, 1024))
         for text in (Text(1, batch=1), Text(1, batch=16, shown=(1, 2, 3, 4)), Text(1, batch=64, shown=(1,))):
-            yield Series(partial(step_point, text), (1,))
+            yield Sweep(partial(step_case, text), (1,))
         for text in (Text(1, batch=4), Text(1, batch=4, **wide)):
-            yield Series(partial(step_point, text), (32,), (1, 2, 4, 8, 16, 32))
+            yield Sweep(partial(step_case, text), (32,), (1, 2, 4, 8, 16, 32))
         return
-    point = partial(gradient_point, op)
+    case = partial(gradient_case, op)
     for text, counts in ((Text(1), (1024, 4096)), (Text(1, shown=(1,)), (4096,)), (Text(1, **wide), (1024, 4096))):
-        yield Series(partial(point, text), counts)
-    yield Series(partial(point, Text(1), dtype=torch.float32), (256, 1024))
+        yield Sweep(partial(case, text), counts)
+    yield Sweep(partial(case, Text(1), dtype=torch.float32), (256, 1024))
     for text in (Text(1), Text(1, **wide)):  # what TMA does not take
         text = replace(text, hq=3 * text.hkv) if op == "cross_attention_dkdv" else text
-        yield Series(partial(point, text, aligned=op == "cross_attention_dkdv"), (4096,))
+        yield Sweep(partial(case, text, aligned=op == "cross_attention_dkdv"), (4096,))
 
 
-def text_point(text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Point:
+def text_case(text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> TuneCase:
     text = replace(text, tokens=tokens)
-    return Point(attention_case(text, dtype, device), _text_shape(text, tokens, dtype, tma=1), _text_variant(text, dtype, "bits" if text.masked else "none"))
+    return TuneCase(attention_case(text, dtype, device), _text_shape(text, tokens, dtype, tma=1), _text_words(text, dtype, "bits" if text.masked else "none"))
 
 
 def _text_shape(text: Text, tokens: int, dtype: torch.dtype, tma: int) -> dict:
@@ -278,11 +279,11 @@ def _padded_group(text: Text) -> int:
     return 1 << (text.group - 1).bit_length()
 
 
-def _text_variant(text: Text, dtype: torch.dtype, mask: str) -> tuple:
-    return short(dtype), text.group, mask, text.d
+def _text_words(text: Text, dtype: torch.dtype, mask: str) -> str:
+    return f"{mask} {short(dtype)} d{text.d} group {text.group}"
 
 
-def step_point(text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Point:
+def step_case(text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> TuneCase:
     """Some new tokens of every sequence over a cache, which TMA would read beyond its lengths."""
     case = attention_case(text, dtype, device)
 
@@ -292,7 +293,7 @@ def step_point(text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, dev
         return inputs
 
     named = replace(case, shape=f"{case.shape} {tokens} new", make=make)
-    return Point(named, _text_shape(text, tokens, dtype, tma=0), _text_variant(text, dtype, "lengths"))
+    return TuneCase(named, _text_shape(text, tokens, dtype, tma=0), _text_words(text, dtype, "lengths"))
 
 
 class Gradient:
@@ -326,7 +327,7 @@ def _shifted(t: Tensor) -> Tensor:
     return room.as_strided(t.shape, t.stride(), off).copy_(t.detach())
 
 
-def gradient_point(op: str, text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, aligned: bool = True) -> Point:
+def gradient_case(op: str, text: Text, tokens: int, dtype: torch.dtype = torch.bfloat16, aligned: bool = True) -> TuneCase:
     """One of the two kernels of the backward alone, with the small pass before it that both need."""
     text, of_q = replace(text, tokens=tokens), op == "cross_attention_dq"
     mine = slice(0, 1) if of_q else slice(1, 3)
@@ -356,122 +357,4 @@ def gradient_point(op: str, text: Text, tokens: int, dtype: torch.dtype = torch.
 
     case = _case(op, f"{text}{'' if aligned else ' not aligned'}", dtype, make, ours, eager, truth, cost)
     tma = int(aligned and (of_q or text.group == _padded_group(text)))
-    return Point(case, _text_shape(text, tokens, dtype, tma), _text_variant(text, dtype, "bits" if text.masked else "none"))
-
-
-def specimens(arch: str, op: str, row: Mapping, variant: tuple) -> Iterator[codegen.Specimen]:
-    """The kernels that a point of this variant launches with the row's tile."""
-    tile = row["tile"]
-    if op == "nf4_linear":
-        # A tile with splits has a kernel without them too, which dropout alone takes.
-        yield from (s for s in codegen.linear_specimens(arch, tile, *variant) if "SPLIT_K" not in tile["constants"] or s.op != "nf4_linear")
-    elif op == "nf4_linear_dx":
-        yield codegen.dx_specimen(arch, tile, *variant)
-    elif op == "lora_row_norms":
-        yield codegen.row_norms_specimen(arch, tile, *variant)
-    elif op == "patch_embed":
-        yield codegen.patch_specimen(arch, tile, *variant)
-    elif op in LOW_RANK:
-        yield codegen.low_rank_specimen(arch, op, tile, *variant)
-    else:
-        # A row that is for any head_dim is compiled for its own; "lengths" are the forward's alone.
-        yield codegen.attention_specimen(arch, op, row, *variant)
-
-
-def candidates(op: str, rows: list[dict], row: Mapping, quick: bool) -> list[dict | None]:
-    """The tiles tried in a row's place: its own first, the unfused route where there is one, those of the other rows, and the space of the op.
-
-    quick: of the space those that differ from the row's own tile, or from another row's, in one value.
-    """
-    known = [row["tile"], *([] if op.startswith("cross") else [None]), *(r["tile"] for r in rows if r["tile"])]
-    spread = _space(op, rows, row["when"])
-    if quick:
-        near = [row["tile"]] if row["tile"] else [t for t in known if t]
-        spread = (t for t in spread if any(_apart(t, other) <= 1 for other in near))
-    found = []
-    for tile in [*known, *spread]:
-        if tile not in found and illegal(op, row["when"], tile) is None:
-            found.append(tile)
-    return found
-
-
-def _apart(one: dict, other: dict) -> int:
-    flat = [{**t["constants"], "num_warps": t["num_warps"], "num_stages": t["num_stages"]} for t in (one, other)]
-    return sum(flat[0].get(k) != flat[1].get(k) for k in flat[0].keys() | flat[1].keys())
-
-
-def illegal(op: str, when: Mapping, tile: dict | None) -> str | None:
-    """Why the launcher could not use this tile for every shape of a row, or would pass it over; None where it can."""
-    if tile is None:
-        return "there is no unfused route" if op.startswith("cross") else None
-    c, most = tile["constants"], when.get("M_max", float("inf"))
-    blocks = {k: v for k, v in c.items() if k.startswith("BLOCK_")}
-    for name, size in blocks.items():
-        if size < 16 or size & (size - 1):
-            return f"{name} is {size}, not a power of two from 16 on"
-    if tile["num_warps"] not in (1, 2, 4, 8, 16) or tile["num_stages"] < 1:
-        return f"{tile['num_warps']} warps, {tile['num_stages']} stages"
-    if op in ("nf4_linear", "nf4_linear_dx", "lora_row_norms") and c["BLOCK_K"] % 32:
-        return f"BLOCK_K is {c['BLOCK_K']}, no multiple of 32"
-    if op == "nf4_linear":
-        if when.get("K_multiple", 64) % c["BLOCK_K"]:
-            return f"BLOCK_K is {c['BLOCK_K']}, K a multiple of {when.get('K_multiple', 64)}"
-        if ("SPLIT_K" in c) == ("TRANSPOSED" in c):
-            return "SPLIT_K or TRANSPOSED, one of them"
-        if "SPLIT_K" in c and most > c["BLOCK_M"]:
-            return f"SPLIT_K with BLOCK_M {c['BLOCK_M']}, M up to {most}"
-    if op.startswith("cross"):
-        if max(c["BLOCK_M"], c["BLOCK_N"]) > LARGEST_BLOCK:
-            return f"blocks of {c['BLOCK_M']} x {c['BLOCK_N']}, a mask's are {LARGEST_BLOCK}"
-        if c["TMA"] and when.get("tma") != 1:
-            return "TMA where no row asks for it"
-    if op == "patch_embed" and c["BLOCK_N"] // c["SUBTILES"] < 16:
-        return f"BLOCK_N {c['BLOCK_N']} in {c['SUBTILES']}"
-    return None
-
-
-def _space(op: str, rows: list[dict], when: Mapping) -> Iterator[dict]:
-    """A small grid for each op. What does not compile, spills or does not fit is no concern here."""
-    fp32, tma = when.get("dtype") == "fp32", (when.get("tma") == 1,)
-    four, both = (4,), (4, 8)
-    if op == "nf4_linear" and when.get("M_max", 64) <= 32:
-        yield from _grid(four, (3, 4), BLOCK_M=_rows((16, 32), when)[-1:], BLOCK_N=(64, 128), BLOCK_K=(64, 128), SPLIT_K=(2, 4, 8, 16, 32))
-    elif op == "nf4_linear":
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((16, 32, 64, 128), when), BLOCK_N=(64, 128), BLOCK_K=(64,), TRANSPOSED=(False, True))
-    elif op == "nf4_linear_dx":
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((32, 64, 128), when), BLOCK_N=(32, 64), BLOCK_K=(64, 128))
-    elif op == "lora_row_norms":
-        yield from _grid((2, 4, 8), (2, 3, 4), BLOCK_N=(16, 32, 64), BLOCK_K=(64, 128))
-    elif op == "lora_down":
-        yield from _grid(four, (2, 3, 4), BLOCK_M=_rows((16, 32, 64, 128), when), BLOCK_R=(16,), BLOCK_K=(64, 128), SPLIT_K=(2, 4, 8, 16))
-    elif op == "lora_up":
-        yield from _grid(both, (2,), BLOCK_M=(32, 64, 128), BLOCK_C=(64, 128))
-    elif op == "lora_grad":
-        programs = next(r["tile"]["constants"]["PROGRAMS"] for r in rows if r["tile"])
-        rank = max(16, min(64, when.get("R_max", 64)))
-        yield from _grid(both, (2, 3), BLOCK_M=(32, 64), BLOCK_C=(64, 128), BLOCK_R=(rank,), PROGRAMS=(programs // 2, programs, 2 * programs))
-    elif op == "patch_embed" and fp32:
-        yield from _grid(both, (2, 3), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(32,), SUBTILES=(2, 4), DIRECT=(False,), FLATTEN=(False,))
-    elif op == "patch_embed":
-        gather = ("PW_multiple" in when,)
-        yield from _grid(both, (3, 4), BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), SUBTILES=(2, 4), DIRECT=gather, FLATTEN=(False, True))
-    elif fp32:
-        yield from _grid(both, (1, 2), BLOCK_M=(16, 32), BLOCK_N=(16, 32), TMA=tma)
-    elif "M_max" in when:
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((16, 32, 64), when), BLOCK_N=(32, 64, 128), TMA=tma)
-    elif op == "cross_attention_dkdv":
-        narrow = "D_max" in when
-        yield from _grid(both, (1, 2, 3), BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128) if narrow else (32, 64, 128), TMA=tma)
-    else:
-        yield from _grid(both, (2, 3), BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), TMA=tma)
-
-
-def _rows(sizes: tuple[int, ...], when: Mapping) -> tuple[int, ...]:
-    """The two largest blocks that M_max fills."""
-    most = when.get("M_max", sizes[-1])
-    return tuple(s for s in sizes if s == sizes[0] or s < 2 * most)[-2:]
-
-
-def _grid(warps: tuple[int, ...], stages: tuple[int, ...], **constants: tuple) -> Iterator[dict]:
-    for *values, w, s in itertools.product(*constants.values(), warps, stages):
-        yield {"constants": dict(zip(constants, values, strict=True)), "num_warps": w, "num_stages": s}
+    return TuneCase(case, _text_shape(text, tokens, dtype, tma), _text_words(text, dtype, "bits" if text.masked else "none"))

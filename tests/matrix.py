@@ -196,7 +196,7 @@ def run_tier(python: Path, tier: Tier, workers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / ("report.json" if tier.compiles else "report.xml")
         if tier.compiles:
-            command = ["-m", "bench.codegen", *tier.args, "--workers", str(workers), "--json", str(report)]
+            command = ["-m", "bench.codegen", "--all", *tier.args, "--workers", str(workers), "--json", str(report)]
         else:
             spread = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 and len(tier.args) > 1 else []
             command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, f"--junitxml={report}", *tier.args]

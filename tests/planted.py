@@ -7,6 +7,7 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
+from triton.compiler import ASTSource
 
 from bench import codegen
 from bench import codegen_store as store
@@ -28,31 +29,38 @@ def _visible_per_head(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.conste
     return (seen & 1) != 0
 
 
-def _specimen(op: str, words: str) -> codegen.Specimen:
-    return next(s for s in codegen.specimens() if s.arch == "sm_90" and s.op == op and store.holds(s.name, words))
+def build_of(op: str, words: str, of_name: str = "") -> codegen.KernelBuild:
+    """The kernel that calls of these words launch on sm_90."""
+    calls = [(each.words, lambda each=each, n=n: each.run(n)) for each in codegen.launches("sm_90") if each.words == words for n in each.counts]
+    return next(b for b in codegen.collect("sm_90", calls) if b.op == op and store.holds(b.name, of_name))
 
 
-def _report(specimen: codegen.Specimen) -> dict:
-    return asdict(codegen.report(specimen))
+def changed(build: codegen.KernelBuild, kernel: triton.JITFunction | None = None, **constants) -> codegen.KernelBuild:
+    source, kernel = build.source, kernel or build.source.fn
+    by_place = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return replace(build, source=ASTSource(kernel, source.signature, source.constants | by_place, source.attrs))
 
 
 def main() -> None:
-    decode = _specimen("nf4_skinny", "nested bf16 lora - 16x64x128")
-    masked = _specimen("cross_attention", "bits bf16 d128 tma")
-    product = _specimen("patch_embed", "gemm w fp32")
-    found = {}
+    decode = build_of("nf4_skinny", "nested bf16 lora -", "16x64x128")
+    masked = build_of("cross_attention_fwd", "bits bf16 d128 group 4", " tma")
+    product = build_of("patch_embed_fwd", "fp32 w fp32")
+    found, keys = {}, {decode.key, masked.key, product.key}
     with tempfile.TemporaryDirectory() as folder:
-        store.save([_report(s) for s in (decode, masked, product)], "here", Path(folder))
+        store.save([asdict(codegen.report(build)) for build in (decode, masked, product)], "here", Path(folder))
 
-        def compare(name: str, specimen: codegen.Specimen) -> None:
-            found[name] = store.compare([_report(specimen)], "here", f"{specimen.op} {specimen.name}", Path(folder))[1]
+        def compare(name: str, build: codegen.KernelBuild) -> None:
+            found[name] = store.compare([asdict(codegen.report(build))], "here", f"{build.op} {build.name}", Path(folder))[1]
+            keys.add(codegen.key_of(build))
 
         compare("as it is", masked)
         compare("registers withheld", replace(decode, options=decode.options | {"maxnreg": 64}))
-        compare("products off the matrix unit", replace(product, constants=product.constants | {"PRECISION": "ieee"}))
+        compare("products off the matrix unit", changed(product, PRECISION="ieee"))
         cross_attention._visible = _visible_per_head
-        compare("a mask read for each head", replace(masked, kernel=triton.jit(masked.kernel.fn)))  # a new one: the old one's hash is kept
-    print(json.dumps(found))
+        codegen._code.cache_clear()
+        compare("a mask read for each head", changed(masked, triton.jit(masked.source.fn.fn)))  # a new one: the old one's hash is kept
+        fault = codegen.report(replace(decode, options=decode.options | {"num_stages": 48})).problems()
+    print(json.dumps({"found": found, "keys": len(keys), "shared": fault}))
 
 
 if __name__ == "__main__":

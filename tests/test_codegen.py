@@ -1,6 +1,5 @@
 """What the compiler makes of every kernel, for every target, without a GPU."""
 
-import ast
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from fastfuse import tune
 
 ROOT = Path(__file__).parents[1]
 PROMISED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the best that a chip has; HMMA for the rest and for few rows
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
@@ -23,7 +23,9 @@ pytest.importorskip("triton", reason="Triton ships for Linux alone")
 def compiled(*args: str) -> subprocess.CompletedProcess:
     """A process of its own: here kernels were loaded for the interpreter, which cannot be compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 or "--json" in args, done.stderr[-2000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -34,83 +36,79 @@ def reports(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("arch", PROMISED)
-def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(reports, arch):
-    mine = [r for r in reports if r["arch"] == arch]
-    assert sum(r["op"] == "nf4_dequantize" for r in mine) == 13
-    for op, kernels in (("nf4_linear", ("nf4_linear", "nf4_skinny")), ("nf4_linear_dx", ("nf4_linear_dx",)), ("lora_row_norms", ("lora_row_norms",))):
-        tiles = [r["tile"] for r in tune.table(op) if r["arch"] == arch and r["tile"]]
-        assert tiles
-        for tile in tiles:
-            size = "x".join(str(tile["constants"][f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in tile["constants"])
-            size += f" w{tile['num_warps']} s{tile['num_stages']}"
-            assert sum(r["op"] in kernels and size in r["name"] for r in mine) >= 3, (op, size)
-    for op in ("nf4_skinny_reduce", "lora_down", "lora_up", "lora_grad", "swiglu"):
-        assert sum(r["op"] == op for r in mine) >= 2, op
-    assert {f"{r['op']} {r['name']}": r["found"] for r in mine if r["found"]} == {}
+def of(reports: list[dict], *ops: str, arch: str = "", words: str = "", without: str = "-") -> list[dict]:
+    found = [r for r in reports if r["op"] in ops and arch in r["arch"] and store.holds(r["name"], words) and without not in r["name"]]
+    assert found
+    return found
+
+
+def counts(r: dict, start: str) -> int:
+    return sum(n for name, n in r["counts"].items() if name.startswith(start))
+
+
+def test_every_kernel_and_row_compiles_without_spills_within_shared_memory(reports):
+    from bench.work import TUNED
+
+    assert {f"{r['arch']} {r['op']} {r['name']}": r["found"] for r in reports if r["found"]} == {}
+    kernels = {line.split("(")[0].removeprefix("def ") for f in ROOT.glob("kernels/*.py") for line in f.read_text().splitlines() if line.startswith("def ")}
+    kernels = {k.removesuffix("_kernel") for k in kernels if k.endswith("_kernel")}
+    assert {(r["arch"], r["op"]) for r in reports} == {(arch, kernel) for arch in PROMISED for kernel in kernels}
+    assert len(of(reports, "nf4_dequantize")) >= 13 * len(PROMISED)
+    for op in set(TUNED.values()):
+        for row in (row for row in tune.table(op) if row["arch"] in PROMISED and row["tile"]):
+            tile = row["tile"]
+            size = "x".join(str(v) for k, v in tile["constants"].items() if k.startswith("BLOCK_")) + f" w{tile['num_warps']} s{tile['num_stages']}"
+            assert any(r["arch"] == row["arch"] and TUNED.get(r["op"]) == op and size in r["name"] for r in reports), (op, row["arch"], row["when"], size)
 
 
 def test_sm_90_feeds_wgmma_from_registers(reports):
     """The decoded weight never goes through shared memory: a table or scale the compiler sees as a splat would undo it."""
-    transposed = [r for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_linear" and " 16x" not in r["name"]]
-    assert len(transposed) == 18
+    transposed = of(reports, "nf4_linear_fwd", arch="sm_90", words="transposed")
+    assert len(transposed) >= 18
     for r in transposed:
         assert r["counts"].get("HGMMA from registers", 0) >= 4, r["name"]
         assert r["counts"].get("STS", 0) <= 24, f"{r['name']}: {r['counts']}"
         # A wait for all after each would leave the matrix unit idle while the next weights are decoded.
-        assert r["counts"]["full waits in loop"] < r["counts"]["HGMMA in loop"] / 2, f"{r['name']}: {r['counts']}"
+        assert r["counts"].get("full waits in loop", 0) < r["counts"]["HGMMA in loop"] / 2, f"{r['name']}: {r['counts']}"
 
 
-@pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")])
-def test_matrix_units_are_used(reports, arch, instruction):
-    linear = [r for r in reports if r["arch"] == arch and r["op"] == "nf4_linear"]
-    used = [r for r in linear if any(k.startswith(instruction) for k in r["counts"])]
-    products = [
-        r
-        for r in reports
-        if r["arch"] == arch
-        and r["op"] not in ("nf4_dequantize", "swiglu", "patch_embed", "encoder_mask", "kv_cache_write", "cross_attention")
-        and " lora - " not in r["name"]
-    ]
-    assert used and all(any("MMA" in k or "mfma" in k for k in r["counts"]) for r in products)
+def test_matrix_units_are_used(reports):
+    """By every product, and by the best unit where there are rows for it."""
+    products = ("nf4_linear_fwd", "nf4_skinny", "nf4_linear_dx", "lora_down", "lora_up", "lora_grad", "patch_embed_fwd")
+    for r in of(reports, *products, "cross_attention_fwd", "cross_attention_dq", "cross_attention_dkdv"):
+        assert counts(r, "v_mfma") if r["arch"] == "gfx942" else any("MMA" in name for name in r["counts"]), (r["arch"], r["op"], r["name"])
+    for arch, instruction in (("sm_80", "HMMA"), ("sm_90", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")):
+        assert any(counts(r, instruction) for r in of(reports, "nf4_linear_fwd", "nf4_skinny", arch=arch)), (arch, instruction)
+    for r in of(reports, "patch_embed_fwd"):
+        assert counts(r, MATRIX.get(r["arch"], "HMMA")), (r["arch"], r["name"], r["counts"])
 
 
-def test_patch_embedding_multiplies_on_the_matrix_units_and_stores_16_bytes(reports):
-    mine = [r for r in reports if r["op"] == "patch_embed"]
-    products = [r for r in mine if r["name"].startswith(("gemm", "gather"))]
-    assert {r["name"].split()[0] for r in products if r["arch"] == "sm_90"} == {"gemm", "gather"}
-    for r in products:
-        unit = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}.get(r["arch"], "HMMA")
-        assert any(k.startswith(unit) for k in r["counts"]), (r["arch"], r["name"], r["counts"])
-        if r["arch"].startswith("sm_"):  # pixels too come straight to shared memory, or through the registers that convert them
+def test_patch_embedding_stores_16_bytes(reports):
+    assert of(reports, "patch_embed_fwd", arch="sm_90", words="direct") and of(reports, "patch_embed_fwd", arch="sm_90", without="direct")
+    for r in of(reports, "patch_embed_fwd", "patchify", "place", "norm_bwd", "place_bwd", arch="sm_", without="odd"):
+        if r["op"] == "patch_embed_fwd":  # pixels too come straight to shared memory, or through the registers that convert them
             assert r["counts"].get("LDGSTS.128"), (r["arch"], r["name"])
-    for r in mine:
-        if r["arch"].startswith("sm_") and not r["name"].startswith("tile rows"):
-            narrow = 3 if "backward" in r["name"] or "kept" in r["name"] else 0  # a row's statistics, a program's sums
-            assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, (r["arch"], r["name"], r["counts"])
+        narrow = 3 if r["op"].endswith("bwd") or "kept" in r["name"] else 0  # a row's statistics, a program's sums
+        assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, (r["arch"], r["op"], r["name"], r["counts"])
 
 
 def test_cross_attention_keeps_the_tensor_cores_fed(reports):
     """On sm_90 wgmma, with the softmax's weights from registers, and K and V by TMA; 16-byte copies where there is none."""
-    products = [r for r in reports if r["op"].startswith("cross_attention") and not r["name"].startswith(("merge", "delta"))]
-    assert {r["op"] for r in products} == {"cross_attention", "cross_attention_dq", "cross_attention_dkdv"}
-    for r in products:
-        few = " 16x" in r["name"]  # rows: too few for wgmma and tcgen05
-        unit = "v_mfma" if r["arch"] == "gfx942" else "HMMA" if few or " 32x" in r["name"] else {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(r["arch"], "HMMA")
-        assert any(k.startswith(unit) or k.startswith("HGMMA") or k.startswith("UTCHMMA") for k in r["counts"]), (r["arch"], r["name"], r["counts"])
+    ops = ("cross_attention_fwd", "cross_attention_dq", "cross_attention_dkdv")
+    for r in of(reports, *ops, without="odd"):
+        few = " 16x" in r["name"] or " 32x" in r["name"]  # rows: too few for wgmma and tcgen05
+        assert few or counts(r, MATRIX.get(r["arch"], "HMMA")) or counts(r, "HGMMA") or counts(r, "UTCHMMA"), (r["arch"], r["name"], r["counts"])
         if " tma" in r["name"]:
             assert r["counts"].get("UTMALDG"), (r["arch"], r["name"])
             assert r["arch"] != "sm_90" or r["counts"].get("HGMMA from registers"), r["name"]
-        elif r["arch"].startswith("sm_"):
+        elif r["arch"].startswith("sm_") and "not aligned" not in r["name"]:
             assert r["counts"].get("LDGSTS.128") or r["counts"].get("LDG.128"), (r["arch"], r["name"])
-    base = [r for r in products if r["arch"] == "sm_90" and " tma" in r["name"] and " d128 " in r["name"]]
-    assert {r["op"] for r in base} == {r["op"] for r in products}
+    assert {r["op"] for r in of(reports, *ops, arch="sm_90", words=" tma d128 ")} == set(ops)
 
 
 def test_wide_stores(reports):
-    for r in reports:
-        if r["op"] == "nf4_dequantize" and r["arch"].startswith("sm_"):
-            assert r["counts"].get("STG.128", 0) >= 4 and "STG" not in r["counts"], (r["arch"], r["name"])
+    for r in of(reports, "nf4_dequantize", arch="sm_", without="odd"):
+        assert r["counts"].get("STG.128", 0) >= 4 and "STG" not in r["counts"], (r["arch"], r["name"])
 
 
 def test_no_kernel_is_worse_than_its_stored_figures(reports):
@@ -123,13 +121,12 @@ def test_no_kernel_is_worse_than_its_stored_figures(reports):
 def test_every_nvidia_kernel_has_a_main_loop_and_a_bound_where_there_is_a_floor(reports):
     """Of sm_90 the bounds that were counted by hand: 2.9 .. 3.4 ALU instructions a weight, 55 .. 58% of what the memory allows."""
     for r in (r for r in reports if r["arch"].startswith("sm_")):
-        assert r["loops"] and all(0 < figures.get("bound", 100) <= 100 for figures in r["loops"].values()), r
-        assert r["blocks"] >= 1, r
-        if r["op"] in ("cross_attention_dq", "cross_attention_dkdv") or r["op"].startswith("nf4_linear"):
+        assert r["blocks"] >= 1 and r["loops"] and all(0 < figures.get("bound", 100) <= 100 for figures in r["loops"].values()), r
+        if r["op"] in ("cross_attention_dq", "cross_attention_dkdv", "nf4_linear_fwd", "nf4_linear_dx"):
             assert all(figures["bound"] and any("MMA" in k for k in figures) for figures in r["loops"].values()), r
             assert list(r["loops"]) == (["full", "masked"] if r["op"] == "cross_attention_dq" else ["loop"]), r
-    skinny = [r["loops"]["loop"] for r in reports if r["arch"] == "sm_90" and r["op"] == "nf4_skinny" and "nested" in r["name"] and " 16x64x128" in r["name"]]
-    assert skinny and all(2.9 < f["alu"] < 3.4 and 54 < f["bound"] < 59 and f["by"] == "issue" for f in skinny), skinny
+    skinny = [r["loops"]["loop"] for r in of(reports, "nf4_skinny", arch="sm_90", words="nested 16x64x128")]
+    assert all(2.9 < f["alu"] < 3.4 and 54 < f["bound"] < 59 and f["by"] == "issue" for f in skinny), skinny
 
 
 LISTING = """
@@ -176,40 +173,28 @@ def test_loops_are_found_and_counted_by_pipe():
     assert list(whole) == ["whole"] and sum(c.family == "NOP" for c in whole["whole"]) == 1
 
 
-@pytest.mark.parametrize(
-    "arch, registers, shared, warps, blocks",
-    [
+def test_occupancy():
+    for arch, registers, shared, warps, blocks in (
         ("sm_90", 168, 229_432, 8, 1),  # shared memory: 227 KB and the 1 KB a block costs
         ("sm_90", 255, 1024, 4, 2),  # registers
         ("sm_90", 32, 0, 4, 16),  # warps: 64
         ("sm_120", 32, 0, 4, 12),  # 48
         ("sm_90", 16, 0, 1, 32),  # blocks
         ("sm_80", 97, 0, 4, 4),  # registers go by eights: 104
-    ],
-)
-def test_occupancy(arch, registers, shared, warps, blocks):
-    assert sass.blocks(arch, registers, shared, warps) == blocks
+    ):
+        assert sass.blocks(arch, registers, shared, warps) == blocks, (arch, registers)
     assert sass.blocks("sm_100", 64, 1024, 4, tmem=256) == 2
 
 
 FIGURES = {"total": 14.56, "alu": 6.828, "fma": 4.094, "mufu": 1.031, "lsu": 0.4375, "HGMMA": 0.25, "bound": 95.0, "by": "issue"}
+REPORT = {"op": "cross_attention", "name": "bits", "arch": "sm_90", "key": "0a1b", "unit": "score", "counts": {"STG.128": 2, "HGMMA from registers": 4}}
+REPORT |= {"registers": 168, "stack": 0, "shared": 98_304, "warps": 8, "blocks": 2, "code": 1000}
 
 
 def a_report(**other) -> dict:
-    """As bench.codegen makes them; what is no field of a report is a figure of its loop."""
-    fields = {
-        "op": "cross_attention",
-        "name": "bits",
-        "arch": "sm_90",
-        "registers": 168,
-        "stack": 0,
-        "shared": 98_304,
-        "blocks": 2,
-        "code": 1000,
-        "unit": "score",
-    }
-    loop = FIGURES | {k: v for k, v in other.items() if k not in fields}
-    return fields | {k: v for k, v in other.items() if k in fields} | {"loops": {"masked": {k: v for k, v in loop.items() if v}}}
+    """What is no field of a report is a figure of its loop."""
+    loop = FIGURES | {k: v for k, v in other.items() if k not in REPORT}
+    return REPORT | {k: v for k, v in other.items() if k in REPORT} | {"loops": {"masked": {k: v for k, v in loop.items() if v}}}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +225,13 @@ def test_the_diff_names_what_got_worse(tmp_path, changed, found):
     assert worse == [] and said == ["nothing compared: this is Triton 3.8.0, the stored figures are of 3.7.1"]
 
 
+def test_what_is_stored_comes_back_with_its_key(tmp_path):
+    store.save([a_report()], "3.7.1", tmp_path)
+    assert store.load(tmp_path) == ({"3.7.1"}, [a_report()])
+    said, worse = store.compare([a_report(key="9")], "3.7.1", folder=tmp_path)
+    assert worse == [] and said[1] == "1 kernels have changed: until python -m bench.codegen --store they are compiled each time"
+
+
 def test_the_table_of_other_tritons_names_spills_and_longer_loops(tmp_path):
     store.save([a_report(), a_report(name="lengths"), a_report(arch="gfx942")], "3.7.1", tmp_path)
     path = tmp_path / "codegen_versions.md"
@@ -254,62 +246,36 @@ def test_the_table_of_other_tritons_names_spills_and_longer_loops(tmp_path):
 
 
 def test_planted_regressions_turn_the_diff_red():
-    """Real kernels with registers withheld, with a mask read for each head, and with their products off the matrix unit."""
-    done = compiled("-m", "tests.planted")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    """Real kernels with registers withheld, with a mask read for each head, with their products off the matrix unit, and with too many stages: each has a
+    key of its own, or a stored figure would hide it."""
+    made = json.loads(compiled("-m", "tests.planted").stdout)
+    found = made["found"]
     assert found.pop("as it is") == []
     for case, figure in (("registers withheld", "stack 0 -> "), ("a mask read for each head", "masked lsu "), ("products off the matrix unit", "loop HGMMA ")):
         worse = found.pop(case)
         assert any(f": {figure}" in w for w in worse), (case, worse)
-    assert not found
+    assert not found and made["keys"] == 6
+    assert "bytes of shared memory, sm_90 has 232448" in made["shared"][0]
 
 
-def test_the_gate_catches_too_much_shared_memory():
-    code = """
-from bench.codegen import linear_specimens, report
-tile = {"constants": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "TRANSPOSED": True}, "num_warps": 8, "num_stages": 12}
-print([report(s).problems() for s in linear_specimens("sm_90", tile, "nested", "bf16", "bf16")])
-"""
-    done = compiled("-c", code)
-    assert "bytes of shared memory, sm_90 has 232448" in done.stdout, done.stdout + done.stderr[-2000:]
+def test_a_key_holds_of_the_code_what_the_compiler_sees():
+    from bench.codegen import source_of
+
+    one = 'def f(x):\n    """Doc."""\n    return x + 1  # a comment\n'
+    assert source_of(one) == source_of("    # moved\n    def f(x):\n        return x + 1") != source_of(one.replace("1", "2"))
 
 
-@pytest.fixture(scope="module")
-def launches():
-    done = compiled("-m", "tests.launches")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def test_every_launch_binds_and_compiles(tmp_path):
+    """What a launch hands to Triton (nested tuples, None, a rank of 1, unaligned rows) must suit its binder, not the interpreter alone. A new number of tokens,
+    or of images, must compile nothing.
 
-
-def test_every_launch_says_whether_products_and_sums_become_fmas(launches):
-    """Triton 3.9 warns where a launch does not, and 3.10 turns them off. Off in nf4_dequantize: bitsandbytes rounds a nested scale's product, then its sum."""
-    assert launches["unnamed"] == []
-    assert launches["Triton warned"] == []
-    assert {name: set(fused) for name, fused in launches["fused"].items()} == {k: {k != "nf4_dequantize_kernel"} for k in launches["launched"]}
-
-
-def test_the_gate_compiles_fmas_as_launches_do():
-    code = """
-import triton
-from bench.codegen import compile_specimen, specimens
-triton.knobs.language.default_fp_fusion = False
-firsts = {(s.arch, s.op): s for s in specimens() if s.arch in ("sm_90", "gfx942") and s.op in ("nf4_dequantize", "swiglu")}
-print({key: compile_specimen(s).metadata.enable_fp_fusion for key, s in firsts.items()})
-"""
-    done = compiled("-c", code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert ast.literal_eval(done.stdout) == {(arch, op): op == "swiglu" for arch in ("sm_90", "gfx942") for op in ("nf4_dequantize", "swiglu")}
-
-
-def test_every_launch_binds_and_compiles(launches):
-    """What a launch hands to Triton (nested tuples, None, a rank of 1, unaligned rows) must suit its binder, not the interpreter alone.
-
-    A new number of tokens, or of images, must compile nothing.
+    Every launch says whether products and sums become fmas: Triton 3.9 warns where one does not, and 3.10 turns them off. Off in nf4_dequantize: bitsandbytes
+    rounds a nested scale's product, then its sum.
     """
-    found = launches
-    kernels = {line.split("(")[0].removeprefix("def ") for f in ROOT.glob("kernels/*.py") for line in f.read_text().splitlines() if line.startswith("def ")}
-    assert {k for k in kernels if k.endswith("_kernel")} == set(found["launched"])
-    assert found["compiled by other token counts"] == 0
-    assert found["compiled by other image counts"] == 0
-    assert found["compiled by other texts and encoder tokens"] == 0
+    path = tmp_path / "reports.json"
+    done = compiled("-m", "bench.codegen", "--only", "sm_90", "--json", str(path))
+    assert path.exists() and done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(compiled("-m", "tests.launches").stdout)
+    assert found["unnamed"] == [] and found["Triton warned"] == [] and found["compiled by others"] == []
+    assert found["cases without a kernel"] == []
+    assert found["fused"] == {op: [op != "nf4_dequantize"] for op in {r["op"] for r in json.loads(path.read_text())}}

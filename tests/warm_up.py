@@ -8,11 +8,13 @@ python -m tests.warm_up calls MODEL    warmup with calls of one's own, and with 
 import contextlib
 import json
 import sys
+from types import SimpleNamespace
 
 import torch
 import triton
 import triton.language as tl
 from torch import nn
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastfuse
@@ -20,10 +22,19 @@ from fastfuse import tune
 from fastfuse.generation import generate
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build_lora
 from fastfuse.ops import EncoderMask, StaticKVCache, _op, cross_attention_decode
-from tests.launches import NoDevice
 from tests.mllama import batch, config, qlora
 
 hits, names = [], set()
+
+
+class NoDevice:
+    """A driver that says sm_90 and has nothing to launch on."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_device_interface = staticmethod(lambda: SimpleNamespace(current_device=lambda: 0, set_device=lambda device: None))
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
 
 def listen(*, src, cache_hit: bool, **rest) -> None:

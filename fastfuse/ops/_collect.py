@@ -55,7 +55,10 @@ def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict
 
 
 def _on_meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    """As far off an aligned address as t is: kernels are compiled for that too."""
+    off = t.data_ptr() % 16 // t.element_size()
+    room = off + 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else off
+    return torch.empty(room, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride(), off)
 
 
 @contextlib.contextmanager

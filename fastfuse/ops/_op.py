@@ -197,7 +197,7 @@ def triton_dtype(dtype: torch.dtype):
 
 def precision() -> str:
     """How kernels multiply fp32: as three tf32 products on NVIDIA's matrix units, which keeps fp32's accuracy."""
-    return "ieee" if INTERPRET or torch.version.hip else "tf32x3"
+    return "ieee" if INTERPRET or tune.on_amd() else "tf32x3"
 
 
 def rows(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastfuse import tune
 from fastfuse.errors import Unsupported
 from fastfuse.kernels.arguments import NF4Weight
 from fastfuse.ops import _cpu_library
@@ -122,6 +123,6 @@ def dequantize_into(out: Tensor, weight: NF4Weight, layout: Layout, dtype: torch
 
 def decode_branch(weight: NF4Weight, layout: Layout, dtype: torch.dtype) -> str:
     """Byte permutes on NVIDIA for 16-bit results; of torchao's weights for those kernels/nf4.py holds the table of."""
-    if INTERPRET or torch.version.hip or dtype == torch.float32:
+    if INTERPRET or tune.on_amd() or dtype == torch.float32:
         return "gather"
     return "prmt" if len(weight.scales) != 3 or layout.dtype == dtype == torch.bfloat16 else "gather"

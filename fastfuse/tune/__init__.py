@@ -151,6 +151,10 @@ def arch_of(device: torch.device) -> str:
     return _assumed[0] if _assumed else _arch_of(device)
 
 
+def on_amd() -> bool:
+    return _assumed[0].startswith("gfx") if _assumed else bool(torch.version.hip)
+
+
 def processors_of(device: torch.device, interpreted: int = 2) -> int:
     """How many multiprocessors (compute units) the device has; `interpreted` for a CPU, where the interpreter runs one program after another."""
     return _assumed[1] if _assumed else _processors_of(device) if device.type == "cuda" else interpreted
