@@ -97,84 +97,97 @@ def _served(row: dict, triton: str = TRITON) -> dict:
     return row | row["since"][latest] if latest else row
 
 
+def _named(**types: str) -> dict:
+    """Arguments that the struct's fields are named like."""
+    return {name: f"{name} {kind}" for name, kind in types.items()}
+
+
+def _all(kind: type, of: str, prefix: str = "") -> tuple:
+    """A NamedTuple of kernels/arguments.py whose fields, all of one type, the struct's are named like."""
+    return kind(*(f"{prefix}{name} {of}" for name in kind._fields))
+
+
+_NOTHING = Operand(NF4Weight(None, None, FlatScales(None)), *[None] * 9)
+_LAYER = _NOTHING._replace(**_named(N="i32/16", R="i32", scaling="fp32"))
+_ONE = {"PROJECTIONS": 1, "DECODE": "prmt"}
+_STORED = _ONE | {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": SCALE_BLOCK}
+_SIZES = _named(M="i32", K="i32/16", stride_xm="i32/16")
+
+
 def _nf4(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
-    x, one = f"*{dtype}", {"PROJECTIONS": 1, "DECODE": "prmt"}
-    stored = one | {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": SCALE_BLOCK}
-    storages = {"FLAT": FlatScales("absmax *fp32"), "NESTED": NestedScales("index *u8", "code *fp32", "absmax *fp32", "offset *fp32/1")}
-    storages = {"NESTED": storages["NESTED"]} if small else storages
-    adapters = [dtype] if small else [dtype, "fp32"]
+    storages = {"FLAT": _all(FlatScales, "*fp32"), "NESTED": NestedScales("index *u8", "code *fp32", "absmax *fp32", "offset *fp32/1")}
     rows = list(_rows("nf4_linear", arch, dtype="16-bit", decode="prmt"))
     rows[-1][0].pop("M_max")  # where Python goes over to the library's product, the last fused kernel goes on
-    sizes = {"M": "M i32", "K": "K i32/16", "stride_xm": "stride_xm i32/16"}
-
-    def weight(scales: tuple) -> NF4Weight:
-        """The table of codes is a constant of the decode."""
-        return NF4Weight("packed *u8", None, scales)
-
-    nothing = Operand(NF4Weight(None, None, FlatScales(None)), *[None] * 9)
-    layer = nothing._replace(N="N i32/16", R="R i32", scaling="scaling fp32")
-
-    for storage, scales in storages.items():
+    adapters = [dtype] if small else [dtype, "fp32"]
+    for storage in ("NESTED",) if small else storages:
+        weight = NF4Weight("packed *u8", None, storages[storage])  # the table of codes is a constant of the decode
         yield Variant(
             "NF4_DEQUANTIZE", (IDS[dtype], storage), "nf4_arguments", nf4_dequantize_kernel,
-            {"weight": weight(scales), "out_ptr": f"out {x}", "n_elements": "n i64/16"},
+            {"weight": weight, "out_ptr": f"out *{dtype}", "n_elements": "n i64/16"},
             {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": SCALE_BLOCK, "BLOCKS": 128, "DECODE": "prmt", "CUT": True},
             {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
-        for when, tile, options in rows:
+        for row in rows:
             for low in adapters:
-                a, b = f"a *{low}", f"b *{low}"
-                if splits := tile.get("SPLIT_K"):
-                    yield Variant(
-                        "NF4_SKINNY", (IDS[dtype], storage, IDS[low]), "nf4_arguments", nf4_skinny_kernel,
-                        sizes | {"x_ptr": f"x {x}", "group": (layer._replace(weight=weight(scales), a=a),), "part_ptr": "part *fp32", "columns": "columns i32/16"},
-                        stored | tile, options, when | {"K_min": splits * tile["BLOCK_K"]},
-                    )  # fmt: skip
-                    continue
-                for biased in (False, True):
-                    yield Variant(
-                        "NF4_LINEAR", (IDS[dtype], storage, IDS[low], int(biased)), "nf4_arguments", nf4_linear_fwd_kernel,
-                        sizes | {"x_ptr": f"x {x}", "xa_ptr": f"xa *{low}", "stride_xam": "stride_xam i32",
-                                 "group": (layer._replace(weight=weight(scales), b=b, bias=f"bias {x}" if biased else None, out=f"out {x}"),)},
-                        stored | {"TRANSPOSED": False} | tile, options, when,
-                    )  # fmt: skip
+                yield from _products(dtype, storage, _LAYER._replace(weight=weight), low, *row)
     reduced = {(t["SPLIT_K"], t["BLOCK_M"], t["BLOCK_N"]) for _, t, _ in rows if "SPLIT_K" in t}
-    for splits, block_m, block_n in sorted(reduced):
-        for low in adapters:
+    for low in adapters:
+        for splits, block_m, block_n in sorted(reduced):
             for biased in (False, True):
+                layer = _LAYER._replace(b=f"b *{low}", bias=f"bias *{dtype}" if biased else None, out=f"out *{dtype}")
                 yield Variant(
                     "NF4_REDUCE", (IDS[dtype], IDS[low], int(biased), splits), "nf4_arguments", nf4_skinny_reduce_kernel,
-                    {"part_ptr": "part *fp32", "group": (layer._replace(b=f"b *{low}", bias=f"bias {x}" if biased else None, out=f"out {x}"),),
-                     "xa_ptr": f"xa *{low}", "stride_xam": "stride_xam i32/16", "M": "M i32", "columns": "columns i32/16"},
-                    one | {"SPLIT_K": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}, {"num_warps": 4},
+                    {"part_ptr": "part *fp32", "group": (layer,), "xa_ptr": f"xa *{low}"} | _named(stride_xam="i32/16", M="i32", columns="i32/16"),
+                    _ONE | {"SPLIT_K": splits, "BLOCK_M": block_m, "BLOCK_N": block_n}, {"num_warps": 4},
                 )  # fmt: skip
-    for low in adapters:
-        splits = set()
-        for when, tile, options in _rows("lora_down", arch, kind="kernel"):
-            splits.add(tile["SPLIT_K"])
-            yield Variant(
-                "LORA_DOWN", (IDS[dtype], IDS[low]), "nf4_arguments", lora_down_kernel,
-                sizes | {"x_ptr": f"x {x}", "a_ptr": f"a *{low}", "seed_ptr": None, "part_ptr": "part *fp32", "R": "R i32", "threshold": 0},
-                {"PRECISION": "tf32x3"} | tile, options, when,
-            )  # fmt: skip
-        # The splits' sums [M, R] are added up by the kernel that adds up few tokens' splits: as one token of M R features.
-        for count in sorted(splits):
-            yield Variant(
-                "LORA_SUM", (IDS[low], count), "nf4_arguments", nf4_skinny_reduce_kernel,
-                {"part_ptr": "part *fp32", "group": (nothing._replace(out=f"xa *{low}", N="columns i32"),),
-                 "xa_ptr": None, "stride_xam": None, "M": 1, "columns": "columns i32"},
-                one | {"SPLIT_K": count, "BLOCK_M": 1, "BLOCK_N": 1024}, {"num_warps": 4},
-            )  # fmt: skip
+        yield from _down(arch, dtype, low)
+
+
+def _products(dtype: str, storage: str, layer: Operand, low: str, when: dict, tile: dict, options: dict) -> Iterator[Variant]:
+    """By a row of nf4_linear: of few tokens, in splits, or of many."""
+    if splits := tile.get("SPLIT_K"):
+        yield Variant(
+            "NF4_SKINNY", (IDS[dtype], storage, IDS[low]), "nf4_arguments", nf4_skinny_kernel,
+            _SIZES | {"x_ptr": f"x *{dtype}", "group": (layer._replace(a=f"a *{low}"),), "part_ptr": "part *fp32"} | _named(columns="i32/16"),
+            _STORED | tile, options, when | {"K_min": splits * tile["BLOCK_K"]},
+        )  # fmt: skip
+        return
+    for biased in (False, True):
+        of_many = layer._replace(b=f"b *{low}", bias=f"bias *{dtype}" if biased else None, out=f"out *{dtype}")
+        yield Variant(
+            "NF4_LINEAR", (IDS[dtype], storage, IDS[low], int(biased)), "nf4_arguments", nf4_linear_fwd_kernel,
+            _SIZES | {"x_ptr": f"x *{dtype}", "xa_ptr": f"xa *{low}", "group": (of_many,)} | _named(stride_xam="i32"),
+            _STORED | {"TRANSPOSED": False} | tile, options, when,
+        )  # fmt: skip
+
+
+def _down(arch: int, dtype: str, low: str) -> Iterator[Variant]:
+    splits = set()
+    for when, tile, options in _rows("lora_down", arch, kind="kernel"):
+        splits.add(tile["SPLIT_K"])
+        yield Variant(
+            "LORA_DOWN", (IDS[dtype], IDS[low]), "nf4_arguments", lora_down_kernel,
+            _SIZES | {"x_ptr": f"x *{dtype}", "a_ptr": f"a *{low}", "seed_ptr": None, "part_ptr": "part *fp32", "R": "R i32", "threshold": 0},
+            {"PRECISION": "tf32x3"} | tile, options, when,
+        )  # fmt: skip
+    # The splits' sums [M, R] are added up by the kernel that adds up few tokens' splits: as one token of M R features.
+    for count in sorted(splits):
+        yield Variant(
+            "LORA_SUM", (IDS[low], count), "nf4_arguments", nf4_skinny_reduce_kernel,
+            {"part_ptr": "part *fp32", "group": (_NOTHING._replace(out=f"xa *{low}", N="columns i32"),),
+             "xa_ptr": None, "stride_xam": None, "M": 1, "columns": "columns i32"},
+            _ONE | {"SPLIT_K": count, "BLOCK_M": 1, "BLOCK_N": 1024}, {"num_warps": 4},
+        )  # fmt: skip
 
 
 # What a patch embedding adds: of tiled images, and of a ViT without and with a bias.
 _PLACED = {
     "NO_TABLES": lambda t: Placed(),
-    "TILED": lambda t: Placed(f"cls {t}", None, f"local_pos {t}", f"global_pos {t}", f"pre_pos {t}", "rows *i32", "factors *fp32"),
-    "PLAIN": lambda t: Placed(cls=f"cls {t}", local_pos=f"local_pos {t}"),
-    "BIASED": lambda t: Placed(cls=f"cls {t}", bias=f"bias {t}", local_pos=f"local_pos {t}"),
+    "TILED": lambda t: _all(Placed, t)._replace(bias=None, rows="rows *i32", factors="factors *fp32"),
+    "PLAIN": lambda t: Placed(**_named(cls=t, local_pos=t)),
+    "BIASED": lambda t: Placed(**_named(cls=t, bias=t, local_pos=t)),
 }
-_GEOMETRY = Geometry("padded i32", "tokens i32", "patches i32", "first i32", "cls_at i32")
+_GEOMETRY = _all(Geometry, "i32")
 
 
 def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
@@ -183,7 +196,7 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
         yield Variant(
             "TILE_ROWS", (IDS[dtype], int(ids)), "patch_arguments", tile_rows_kernel,
             {"aspect_ptr": "aspect *i64", "gate_ptr": f"gate {t}/1", "pre_gate_ptr": f"pre_gate {t}/1", "rows_ptr": "rows *i32", "factors_ptr": "factors *fp32",
-             "fits_ptr": "fits *i1/1", "n": "n i32", "n_tiles": "n_tiles i32", "side": "side i32", "entries": "entries i32"},
+             "fits_ptr": "fits *i1/1"} | _named(n="i32", n_tiles="i32", side="i32", entries="i32"),
             {"IDS": ids, "BLOCK": 1024}, four,
         )  # fmt: skip
     for patch in (14,) if small else (14, 16):
@@ -191,8 +204,8 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
             numbers = {name: tuple(f"{name}{c} fp32" for c in range(3)) if images == "u8" else None for name in ("scale", "shift")}
             yield Variant(
                 "PATCHIFY", (IDS[dtype], IDS[images], patch), "patch_arguments", patchify_kernel,
-                {"images_ptr": f"images *{images}/1", "a_ptr": f"a {t}", "image": Image("stride_tile i32", "stride_channel i32", "stride_line i32", 1, "across i32"),
-                 "shape": _GEOMETRY, "M": "M i32", "K": "K i32/16"} | numbers,
+                {"images_ptr": f"images *{images}/1", "a_ptr": f"a {t}", "image": _all(Image, "i32")._replace(stride_pixel=1),
+                 "shape": _GEOMETRY} | _named(M="i32", K="i32/16") | numbers,
                 {"CHANNELS": 3, "PATCH_H": patch, "PATCH_W": patch, "BLOCK_M": 32, "BLOCK_K": 128}, four,
             )  # fmt: skip
     # norm=0, as the product rounds to the result's dtype before a norm anyway; PW=1: pixels are gathered by a kernel of their own
@@ -202,8 +215,7 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
                 continue
             yield Variant(
                 "PATCH_EMBED", (IDS[dtype], tables), "patch_arguments", patch_embed_fwd_kernel,
-                {"x_ptr": f"a {t}", "w_ptr": f"weight {t}", "out_ptr": f"out {t}", "tables": kinds(t), "image": None, "shape": _GEOMETRY, "scale": None, "shift": None,
-                 "M": "M i32", "N": "N i32/16", "K": "K i32/16"},
+                {"x_ptr": f"a {t}", "w_ptr": f"weight {t}", "out_ptr": f"out {t}", "tables": kinds(t), "image": None, "shape": _GEOMETRY, "scale": None, "shift": None} | _named(M="i32", N="i32/16", K="i32/16"),
                 {"CHANNELS": 3, "PATCH_H": 1, "PATCH_W": 1, "LINE": 1, "PRECISION": "tf32x3"} | tile, options, when,
             )  # fmt: skip
     for columns in (2048,) if small else (1024, 2048):
@@ -211,17 +223,17 @@ def _patch_embed(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
             yield Variant(
                 "PLACE", (IDS[dtype], tables), "patch_arguments", place_kernel,
                 {"x_ptr": f"out {t}", "y_ptr": f"out {t}", "kept_ptr": None, "stats_ptr": None, "tables": _PLACED[tables](t), "norm_w_ptr": f"norm_weight {t}",
-                 "norm_b_ptr": f"norm_bias {t}", "shape": _GEOMETRY, "M": "M i32", "N": "N i32/16", "eps": "eps fp32"},
+                 "norm_b_ptr": f"norm_bias {t}", "shape": _GEOMETRY} | _named(M="i32", N="i32/16", eps="fp32"),
                 {"NORM": True, "BLOCK_M": 4096 // columns, "BLOCK_N": columns}, four, {"N_max": columns},
             )  # fmt: skip
 
 
 def _attention(arch: int, dtype: str, small: bool) -> Iterator[Variant]:
     t = f"*{dtype}"
-    sizes = {name: f"{name} i32" for name in ("s", "s_e", "key_heads", "masks")}
+    sizes = _named(**dict.fromkeys(("s", "s_e", "key_heads", "masks"), "i32"))
     masks = {"LENGTHS": Lengths("lengths *i32"), "INTERVALS": Mask("visible *i32", "empty *i1", "blocks *i32", "counts *i32")}
     masks["BITS"] = masks["INTERVALS"]
-    strides = ForwardStrides(*(Strides(*(f"{x}_{dim} i32/16" for dim in Strides._fields)) for x in ForwardStrides._fields))
+    strides = ForwardStrides(*(_all(Strides, "i32/16", f"{x}_") for x in ForwardStrides._fields))
     for D in (128,) if small else (64, 128):
         rows = list(_rows("cross_attention", arch, dtype="16-bit", tma=0, D=D))
         for G in (4,) if small else (1, 4, 8):
@@ -250,13 +262,13 @@ def _masks() -> Iterator[Variant]:
     four, made = {"num_warps": 4}, {"empty_ptr": "empty *i1"}
     yield Variant(
         "PACK_TILES", (), "mask_arguments", pack_tiles_kernel,
-        made | {"visible_ptr": "tiles *u8", "bits_ptr": "visible *i32", "s": "s i32", "n_tiles": "n_tiles i32", "tokens_per_tile": "tokens_per_tile i32", "NK": "NK i32"},
+        made | {"visible_ptr": "tiles *u8", "bits_ptr": "visible *i32"} | _named(s="i32", n_tiles="i32", tokens_per_tile="i32", NK="i32"),
         {"TILES_IN_A_WORD": 2, "BLOCK_S": 16, "BLOCK_W": 128}, four,
     )  # fmt: skip
     for bits in (False, True):
         yield Variant(
             "BLOCK_STATES", ("BITS" if bits else "INTERVALS",), "mask_arguments", block_states_kernel,
-            made | {"rows_ptr": "visible *i32", "states_ptr": "states *i8", "s": "s i32", "tokens": "tokens i32", "NK": "NK i32"},
+            made | {"rows_ptr": "visible *i32", "states_ptr": "states *i8"} | _named(s="i32", tokens="i32", NK="i32"),
             {"BITS": bits, "BLOCK_S": 32, "BLOCK_K": 32}, four,
         )  # fmt: skip
     yield Variant(
