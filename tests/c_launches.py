@@ -7,6 +7,7 @@ interpreter's bf16 is no bf16: the library thinks that it is, and both sides kee
 """
 
 import ctypes as C
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,35 +39,20 @@ class State(C.Structure):
     _fields_ = [(name, C.c_int) for name in ("ordinal", "major", "minor", "processors", "next_error", "loads", "launches")] + [("launch", Launch * 64)]
 
 
-class Weight(C.Structure):
-    _fields_ = [("N", I64), ("K", I64), *((name, P) for name in ("packed", "index", "code", "absmax", "offset"))]
+def struct(name: str) -> type[C.Structure]:
+    """As the header declares it."""
+    body, fields = re.search(rf"typedef struct {{([^}}]*)}} {name};", HEADER)[1], []
+    for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
+        for field in names.split(", "):
+            field, _, length = field.removesuffix("]").partition("[")
+            of = P if field[0] == "*" else KINDS[kind]
+            fields.append((field.lstrip("*"), of * int(length) if length else of))
+    return type(name, (C.Structure,), {"_fields_": fields})
 
 
-class Lora(C.Structure):
-    _fields_ = [("R", I64), ("scaling", C.c_float), ("dtype", C.c_int), ("a", P), ("b", P)]
-
-
-class Patches(C.Structure):
-    _fields_ = [
-        ("dtype", C.c_int), ("image_dtype", C.c_int), *((name, I64) for name in ("images", "tiles", "height", "width", "patch", "D")),
-        ("pixels", P), *((f"stride_{name}", I64) for name in ("tile", "channel", "line")), ("scale", C.c_float * 3), ("shift", C.c_float * 3),
-        ("weight", P), ("cls", P), ("append_cls", C.c_int), *((name, P) for name in ("bias", "local_pos", "global_pos", "pre_pos", "gate", "pre_gate", "aspect_ratio")),
-        ("aspect_ids", C.c_int), ("entries", I64), ("side", I64), *((name, P) for name in ("fits", "norm_weight", "norm_bias")),
-        ("eps", C.c_float), ("pad_tokens_to", I64), ("out", P),
-    ]  # fmt: skip
-
-
-class Mask(C.Structure):
-    _fields_ = [("kind", C.c_int), *((name, I64) for name in ("b", "s", "s_e", "group")), *((name, P) for name in ("visible", "empty", "blocks", "counts"))]
-
-
-class Attention(C.Structure):
-    _fields_ = [
-        ("dtype", C.c_int), *((name, I64) for name in ("b", "hq", "hkv", "s", "s_e", "d")), *((name, P) for name in ("q", "k", "v", "out")),
-        *((f"stride_{name}", I64 * 3) for name in ("q", "k", "v", "out")), ("lengths", P), ("mask", P), ("scale", C.c_float),
-    ]  # fmt: skip
-
-
+HEADER = re.sub(r"/\*.*?\*/", "", (Path(__file__).parents[1] / "c/fastfuse.h").read_text(), flags=re.DOTALL)
+KINDS = {"int64_t": I64, "float": C.c_float, "int": C.c_int, "ffs_dtype": C.c_int}
+Weight, Lora, Patches, Mask, Attention = map(struct, ("ffs_nf4", "ffs_lora", "ffs_patches", "ffs_mask", "ffs_attention"))
 fake = State.in_dll(fake_library, "fake")
 arena = torch.full((16 << 20,), 0xFF, dtype=torch.uint8)  # all memory that kernels see: NaN where nobody wrote
 used = -arena.data_ptr() % 256

@@ -1,6 +1,7 @@
 """The byte-permute decode, executed instruction by instruction on the CPU: the interpreter cannot run inline assembly."""
 
 import re
+from operator import and_, mul, rshift
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ def prmt(a, b, select):
         assert not (nibble & np.uint64(8)).any(), "a selector's sign bit is set"
         out |= (both >> nibble * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
     return out
+
+
+PLAIN = {"prmt.b32": prmt, "and.b32": and_, "shr.b32": rshift, "mul.rn.f32": mul}
 
 
 def halves(word, dtype):
@@ -56,19 +60,13 @@ def execute(asm, words, scales, dtype):
         op, operands = line.split(None, 1)
         dst, *args = [a.strip() for a in operands.split(",")]
         a = [get(x) for x in args]
-        if op == "prmt.b32":
-            r[dst] = prmt(*a)
-        elif op == "and.b32":
-            r[dst] = a[0] & a[1]
-        elif op == "shr.b32":
-            r[dst] = a[0] >> a[1]
+        if op in PLAIN:
+            r[dst] = PLAIN[op](*a)
         elif op == "lop3.b32":
             assert args[3] == "0xEA"  # (a & b) | c
             r[dst] = a[0] & a[1] | a[2]
         elif op == "mov.b32":
             r[dst] = torch.from_numpy(a[0].astype(np.uint32).view(np.float32)) if dst.startswith("f") else a[0]
-        elif op == "mul.rn.f32":
-            r[dst] = a[0] * a[1]
         elif op.startswith("cvt.rn."):
             r[dst] = packed(a[1], a[0], dtype)  # the first source goes to the high half
         elif op.startswith("fma.rn."):
@@ -89,21 +87,14 @@ def words_and_codes():
 
 
 @pytest.mark.parametrize("torchao, w_dtype, out", STORED)
-def test_exact_decode_of_every_byte_pair(torchao, w_dtype, out):
+def test_decode_of_every_byte_pair(torchao, w_dtype, out):
+    """The exact decode multiplies in fp32, the scaled one takes table and scale in the result's dtype."""
     words, codes = words_and_codes()
-    scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[w_dtype]).float()
-    got = execute(exact_asm(torchao, w_dtype, out), words, scales.tolist(), out)
-    want = torch.tensor(codebook_values(torchao, w_dtype))[codes] * scales.repeat_interleave(2)
-    assert torch.equal(got, want.to(TORCH[out]).float())
-
-
-@pytest.mark.parametrize("torchao, w_dtype, out", STORED)
-def test_scaled_decode_of_every_byte_pair(torchao, w_dtype, out):
-    words, codes = words_and_codes()
-    scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[out]).float()
-    got = execute(scaled_asm(torchao, w_dtype, out), words, scales.tolist(), out)
-    table = torch.tensor(codebook_values(torchao, w_dtype)).to(TORCH[out]).float()
-    assert torch.equal(got, (table[codes] * scales.repeat_interleave(2)).to(TORCH[out]).float())
+    table = torch.tensor(codebook_values(torchao, w_dtype))
+    for asm, scale_dtype, values in ((exact_asm, w_dtype, table), (scaled_asm, out, table.to(TORCH[out]).float())):
+        scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[scale_dtype]).float()
+        got = execute(asm(torchao, w_dtype, out), words, scales.tolist(), out)
+        assert torch.equal(got, (values[codes] * scales.repeat_interleave(2)).to(TORCH[out]).float()), asm.__name__
 
 
 @pytest.mark.parametrize("storage, out", [("nested", "bf16"), ("nested", "fp16"), ("torchao", "bf16")])
