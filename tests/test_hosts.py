@@ -86,7 +86,8 @@ def test_compiled_in_one_graph(name):
     assert_true(results(model, given, compiled), truth(name, F32))
     assert fastfuse.status(model).fallbacks == {}
     fastfuse.unpatch(model)
-    assert_true(results(model, given, compiled), truth(name, F32))
+    if name not in ("PEFT DoRA", "torchtune vision"):  # whose own forwards no graph holds
+        assert_true(results(model, given, compiled), truth(name, F32))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -106,15 +107,13 @@ def test_autocast(name, dtype):
 @pytest.mark.parametrize("name", [name for name in HOSTS if (BNB, "nf4_linear") not in HOSTS[name].patched])  # bitsandbytes' weights cannot go there
 def test_on_the_meta_device(name):
     model, given = built(name)
-    # transformers reads the values of an attention mask, and of positions where there are several samples.
-    given = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in given.items() if n != "attention_mask"}
-    want = tree_leaves(model(**given))
+    # transformers reads the values of an attention mask, and of positions where there are several samples or is no cache.
+    given = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in given.items() if n not in ("attention_mask", "use_cache")}
+    want = [t for t in tree_leaves(model(**given)) if isinstance(t, torch.Tensor)]
     model, given = model.to("meta"), {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     assert found(fastfuse.patch(model, verify=True)) == HOSTS[name].patched and not fastfuse.status(model).skipped
-    got = tree_leaves(model(**given))
-    assert [(t.shape, t.dtype) for t in got if t is not None] == [(t.shape, t.dtype) for t in want if t is not None] and all(
-        t is None or t.is_meta for t in got
-    )
+    got = [t for t in tree_leaves(model(**given)) if isinstance(t, torch.Tensor)]
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and all(t.is_meta for t in got)
     assert fastfuse.status(model).fallbacks == {}
 
 
