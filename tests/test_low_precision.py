@@ -2,10 +2,12 @@
 
 import copy
 import re
+import tempfile
 
 import pytest
 import torch
 from numerics import assert_no_worse, assert_rounding_apart
+from reference import DTYPES
 from torch import nn
 from torch.nn import functional as F
 from weights import NF4Tensor, to_nf4
@@ -20,7 +22,6 @@ from fastfuse.modules.low_precision import (
 from fastfuse.ops import nf4_dequantize_ref
 from fastfuse.quant import NF4View
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = {"256": (64, 256, {}), "200": (128, 200, {"scaler_block_size": 200}), "32, 64": (64, 64, {"block_size": 32, "scaler_block_size": 64})}
 
 
@@ -32,56 +33,44 @@ def test_torchtunes_values(bias, after, y):
     torch.testing.assert_close(m(torch.linspace(-1, 1, 128).view(2, 64))[1, ::100], torch.tensor(y), atol=2e-6, rtol=0)
 
 
-# (N, K), sizes: blocks of block_size, and the largest scaler_block_size up to 256 that divides them
-UNFIT = {
-    "64 x 64": ((64, 64), {}, "has 64 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=64 would do"),
-    "SigLIP's MLP": ((4304, 1152), {}, "has 77472 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=144 would do"),
-    "asked": ((64, 256), {"scaler_block_size": 200}, "has 256 scale blocks of 64, which scaler_block_size 200 does not divide: scaler_block_size=256 would do"),
-    "zero": ((64, 256), {"scaler_block_size": 0}, "has 256 scale blocks of 64, which scaler_block_size 0 does not divide: scaler_block_size=256 would do"),
-    "blocks": (
-        (100, 100),
-        {},
-        "block_size 64 does not divide the 10000 elements of a weight of shape (100, 100): no size that the kernels cover (32, 64, 128, ...) does",
-    ),
-    "half": (
-        (36, 8),
-        {},
-        "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 with scaler_block_size=9 would do",
-    ),
-    "half, blocks that divide": (
-        (36, 8),
-        {"scaler_block_size": 3},
-        "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 would do",
-    ),
-    "no block": ((64, 256), {"block_size": 0}, "block_size 0 does not divide the 16384 elements of a weight of shape (64, 256): block_size=64 would do"),
-    "neither": ((64, 256), {"block_size": 0, "scaler_block_size": 0}, "weight of shape (64, 256): block_size=64 with scaler_block_size=256 would do"),
-    "odd": ((3, 5), {"block_size": 5}, "a weight of shape (3, 5) has 15 elements, an odd number: NF4 keeps two in a byte"),
-}
+UNFIT = [  # shape (N, K), sizes, message: blocks of block_size, and the largest scaler_block_size up to 256 that divides them
+    ((64, 64), {}, "has 64 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=64 would do"),
+    # SigLIP's MLP
+    ((4304, 1152), {}, "has 77472 scale blocks of 64, which scaler_block_size 256 does not divide: scaler_block_size=144 would do"),
+    ((64, 256), {"scaler_block_size": 200}, "has 256 scale blocks of 64, which scaler_block_size 200 does not divide: scaler_block_size=256 would do"),
+    ((64, 256), {"scaler_block_size": 0}, "has 256 scale blocks of 64, which scaler_block_size 0 does not divide: scaler_block_size=256 would do"),
+    ((100, 100), {}, "64 does not divide the 10000 elements of a weight of shape (100, 100): no size that the kernels cover (32, 64, 128, ...) does"),
+    ((36, 8), {}, "64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 with scaler_block_size=9 would do"),
+    ((36, 8), {"scaler_block_size": 3}, "block_size 64 does not divide the 288 elements of a weight of shape (36, 8): block_size=32 would do"),
+    ((64, 256), {"block_size": 0}, "block_size 0 does not divide the 16384 elements of a weight of shape (64, 256): block_size=64 would do"),
+    ((64, 256), {"block_size": 0, "scaler_block_size": 0}, "weight of shape (64, 256): block_size=64 with scaler_block_size=256 would do"),
+    ((3, 5), {"block_size": 5}, "a weight of shape (3, 5) has 15 elements, an odd number: NF4 keeps two in a byte"),
+]
 
 
-@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("shape, sizes, message", UNFIT)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sizes_that_do_not_divide_the_weight(case, device):
-    (N, K), sizes, message = UNFIT[case]
-    with torch.device(device), pytest.raises(ValueError) as error:
+def test_sizes_that_do_not_divide_the_weight(shape, sizes, message, device):
+    """What the message says would do, does."""
+    N, K = shape
+    with torch.device(device), pytest.raises(AssertionError) as error:  # what torchao raises
         FrozenNF4Linear(K, N, **sizes)
-    assert message in str(error.value) and str((N, K)) in str(error.value) and "\n" not in str(error.value)
-    assert isinstance(error.value, AssertionError)  # what torchao raises
-    if fits := re.findall(r"(\w*block_size)=(\d+)", str(error.value)):
-        m = FrozenNF4Linear(K, N, **sizes | {name: int(size) for name, size in fits})
-        check(m, torch.randn(2, K))
+    assert isinstance(error.value, ValueError)
+    assert message in str(error.value) and str(shape) in str(error.value) and "\n" not in str(error.value)
+    if device == "cpu" and (fits := re.findall(r"(\w*block_size)=(\d+)", message)):
+        check(FrozenNF4Linear(K, N, **sizes | {name: int(size) for name, size in fits}), torch.randn(2, K))
 
 
 def check(m, x):
     """y and dx no worse than eager PyTorch's, and nothing but x has a gradient."""
-    x = x.detach().requires_grad_()
+
+    def formula(x):
+        return F.linear(x, nf4_dequantize_ref(NF4View.of(m.weight), x.dtype), None if m.bias is None else m.bias.to(x.dtype))
+
     results = []
-    for dtype in (None, x.dtype, torch.float64):
-        leaf = x if dtype is None else x.detach().to(dtype).requires_grad_()
-        if dtype is None:
-            y = m(leaf)
-        else:
-            y = F.linear(leaf, nf4_dequantize_ref(NF4View.of(m.weight), dtype), None if m.bias is None else m.bias.to(dtype))
+    for call, dtype in ((m, x.dtype), (formula, x.dtype), (formula, torch.float64)):
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = call(leaf)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         results.append((y, *torch.autograd.grad(y, leaf, dy)))
     for what, *values in zip(("y", "dx"), *results, strict=True):
@@ -89,73 +78,50 @@ def check(m, x):
     assert m.weight.grad is None and (m.bias is None or m.bias.grad is None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes, bias, dtype", [(name, i > j, dtype) for i, name in enumerate(SIZES) for j, dtype in enumerate(DTYPES)])
 def test_forward_and_input_gradient(sizes, bias, dtype):
     K, N, kwargs = SIZES[sizes]
-    m = FrozenNF4Linear(K, N, bias=bias, dtype=dtype, **kwargs)
-    check(m, torch.randn(7, K, dtype=dtype))
+    check(FrozenNF4Linear(K, N, bias=bias, dtype=dtype, **kwargs), torch.randn(7, K, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes, dtype", [*zip(SIZES, DTYPES, strict=True)])
 def test_kernels(sizes, dtype, kernels, device):
     K, N, kwargs = SIZES[sizes]
-    m = FrozenNF4Linear(K, N, bias=True, device=device, dtype=dtype, **kwargs)
-    check(m, torch.randn(5, K, dtype=dtype, device=device))
+    check(FrozenNF4Linear(K, N, bias=True, device=device, dtype=dtype, **kwargs), torch.randn(5, K, dtype=dtype, device=device))
 
 
-def test_output_dtype_is_promotion():
-    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
-    plain = FrozenNF4Linear(64, 256)
-    assert plain(x).dtype == torch.bfloat16
-    m = FrozenNF4Linear(64, 256, bias=True)
-    y = m(x)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, (x @ m.weight.to(torch.bfloat16).T) + m.bias)
-    y.sum().backward()
-    assert x.grad.dtype == torch.bfloat16
-    bf16 = FrozenNF4Linear(64, 256, bias=True, dtype=torch.bfloat16)
-    assert bf16(x).dtype == torch.bfloat16 and bf16(x.float()).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert m(x.float()).dtype == torch.float32 and plain(x.float()).dtype == torch.bfloat16
-
-
-def test_every_output_feature_is_its_own():
-    """Not shifted: feature n is row n of the weight, for one-hot inputs that read single elements."""
-    m = FrozenNF4Linear(64, 256)
-    w = m.weight.get_original_weight()
-    assert torch.equal(m(torch.eye(64)), w.T)
-    assert not torch.equal(w[:-1], w[1:])
-
-
-def test_bias_is_added():
+@pytest.fixture
+def m():
+    """A layer whose output features are told apart by their bias."""
     m = FrozenNF4Linear(64, 256, bias=True)
     with torch.no_grad():
         m.bias.copy_(torch.arange(256.0))
+    return m
+
+
+def test_output_dtype_is_promotion(m):
+    fp32, bf16, plain = torch.float32, torch.bfloat16, FrozenNF4Linear(64, 256)
+    x, low = torch.randn(3, 64, dtype=bf16, requires_grad=True), FrozenNF4Linear(64, 256, bias=True, dtype=bf16)
+    y = m(x)
+    eager, exact = (x.to(dtype) @ m.weight.to(bf16).to(dtype).T + m.bias for dtype in (bf16, torch.float64))
+    assert_no_worse(y, eager, exact)
+    y.sum().backward()
+    assert [t.dtype for t in (y, x.grad, plain(x), low(x), low(x.float()))] == [fp32, bf16, bf16, bf16, fp32]
+    with torch.autocast("cpu", bf16):
+        assert m(x.float()).dtype == fp32 and plain(x.float()).dtype == bf16
+
+
+def test_every_output_feature_is_its_own_and_nothing_is_trainable(m):
+    """Not shifted: feature n is row n of the weight, for one-hot inputs that read single elements, and gets bias n."""
+    plain = FrozenNF4Linear(64, 256)
+    w = plain.weight.get_original_weight()
+    assert torch.equal(plain(torch.eye(64)), w.T) and not torch.equal(w[:-1], w[1:])
     assert torch.equal(m(torch.zeros(2, 64)), torch.arange(256.0).expand(2, 256))
-    assert FrozenNF4Linear(64, 256).bias is None
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_nothing_is_trainable(bias):
-    m = FrozenNF4Linear(64, 256, bias=bias)
-    assert [n for n, _ in m.named_parameters()] == ["weight", *["bias"] * bias] == list(m.state_dict())
-    assert not any(p.requires_grad for p in m.parameters())
-    assert isinstance(m.weight, NF4Tensor) and isinstance(m.weight, nn.Parameter) and isinstance(m, nn.Linear)
-    assert m.in_features == 64 and m.out_features == 256
-    assert not m(torch.randn(2, 64)).requires_grad
-    x = torch.randn(2, 64, requires_grad=True)
-    m(x).sum().backward()
-    torch.testing.assert_close(x.grad, m.weight.get_original_weight().sum(0).expand(2, 64))
-    assert m.weight.grad is None
-
-
-def test_layouts_of_x():
-    m = FrozenNF4Linear(64, 256, bias=True)
-    for x in (torch.randn(6, 128)[:, ::2], torch.randn(2, 3, 64), torch.randn(1, 64).expand(6, 64), torch.randn(64), torch.empty(2, 0, 64)):
-        torch.testing.assert_close(m(x), F.linear(x, m.weight.get_original_weight(), m.bias))
+    for layer, names in ((m, ["weight", "bias"]), (plain, ["weight"])):
+        assert [n for n, _ in layer.named_parameters()] == names == list(layer.state_dict())
+        assert not any(p.requires_grad for p in layer.parameters()) and not layer(torch.randn(2, 64)).requires_grad
+    assert plain.bias is None and isinstance(m.weight, NF4Tensor) and isinstance(m.weight, nn.Parameter) and isinstance(m, nn.Linear)
+    assert (m.in_features, m.out_features) == (64, 256)
 
 
 def test_meta_device():
@@ -163,9 +129,9 @@ def test_meta_device():
     assert m.weight.is_meta and m.bias.is_meta and m(torch.empty(3, 64, device="meta", dtype=torch.bfloat16)).shape == (3, 256)
 
 
-def test_none_is_the_default_block_size_and_refusals():
-    m = FrozenNF4Linear(64, 256, block_size=None, scaler_block_size=None)
-    assert (m.weight.block_size, m.weight.scaler_block_size) == (64, 256)
+def test_none_is_the_default_block_size_and_refusals(m):
+    default = FrozenNF4Linear(64, 256, block_size=None, scaler_block_size=None).weight
+    assert (default.block_size, default.scaler_block_size) == (64, 256)
     with pytest.raises(TypeError, match="foo"):
         FrozenNF4Linear(64, 256, foo=1)
     with pytest.raises(Unsupported, match=r"x is torch\.float64"):
@@ -175,13 +141,12 @@ def test_none_is_the_default_block_size_and_refusals():
 @pytest.mark.parametrize("sizes", SIZES)
 def test_state_dict_round_trips(sizes):
     K, N, kwargs = SIZES[sizes]
-    m, other = FrozenNF4Linear(K, N, bias=True, **kwargs), FrozenNF4Linear(K, N, bias=True, **kwargs)
-    x = torch.randn(3, K)
+    m, other = (FrozenNF4Linear(K, N, bias=True, **kwargs) for _ in range(2))
+    x, dense = torch.randn(3, K), torch.randn(N, K)
     other.load_state_dict(m.state_dict())
-    assert torch.equal(other(x), m(x)) and torch.equal(other.weight.quantized_data, m.weight.quantized_data)
-    twin = copy.deepcopy(m)
-    assert torch.equal(twin(x), m(x)) and twin.weight.scaler_block_size == m.weight.scaler_block_size
-    dense = torch.randn(N, K)
+    for twin in (other, copy.deepcopy(m)):
+        assert torch.equal(twin(x), m(x)) and torch.equal(twin.weight.quantized_data, m.weight.quantized_data)
+        assert twin.weight.scaler_block_size == m.weight.scaler_block_size
     other.load_state_dict({"weight": dense, "bias": m.bias})
     want = to_nf4(dense, m.weight.block_size, m.weight.scaler_block_size)
     assert isinstance(other.weight, NF4Tensor) and torch.equal(other.weight.quantized_data, want.quantized_data)
@@ -189,15 +154,12 @@ def test_state_dict_round_trips(sizes):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_fullgraph(backend):
+def test_compile_fullgraph(m, backend):
     torch._dynamo.reset()
-    m = FrozenNF4Linear(64, 256, bias=True)
-    x = torch.randn(5, 64, requires_grad=True)
+    x, dy = torch.randn(5, 64, requires_grad=True), torch.randn(5, 256)
     y = torch.compile(m, fullgraph=True, backend=backend)(x)
     torch.testing.assert_close(y, m(x))
-    dy = torch.randn(5, 256)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    torch.testing.assert_close(dx, dy @ m.weight.get_original_weight())
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dy @ m.weight.get_original_weight())
 
 
 class Model(nn.Module):
@@ -212,47 +174,38 @@ class Model(nn.Module):
 @pytest.mark.parametrize("low_ram", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hook_saves_numbers(dtype, low_ram, monkeypatch):
+    """The model itself keeps its NF4 weight."""
     monkeypatch.setattr(_state_dict_hooks, "_use_low_cpu_ram", low_ram)
-    model = Model(dtype)
+    model, other = Model(dtype), Model(dtype)
     plain = model.state_dict()
     _register_reparametrize_state_dict_hooks(model, dtype=dtype)
     state = model.state_dict()
     assert list(state) == list(plain)
     for name, value in state.items():
         want = plain[name].get_original_weight() if name == "frozen.weight" else plain[name]
-        assert not isinstance(value, NF4Tensor) and value.dtype == want.dtype and torch.equal(value, want), name
-    other = Model(dtype)
+        assert not isinstance(value, NF4Tensor) and value.dtype == want.dtype and torch.equal(value, want) and value.device.type == "cpu", name
     other.load_state_dict(state)
-    assert torch.equal(other.frozen.weight.quantized_data, model.frozen.weight.quantized_data)
-    assert isinstance(model.frozen.weight, NF4Tensor), "the model itself keeps its NF4 weight"
-    assert all(value.device.type == "cpu" for value in state.values())
+    assert isinstance(model.frozen.weight, NF4Tensor) and torch.equal(other.frozen.weight.quantized_data, model.frozen.weight.quantized_data)
 
 
 def test_hook_edits_in_place_and_leaves_other_values():
-    model = Model()
+    model, hook = Model(), reparametrize_as_dtype_state_dict_post_hook
     state = model.state_dict() | {"extra": "text"}
     norm = state["norm.weight"]
-    assert reparametrize_as_dtype_state_dict_post_hook(model, state, "prefix", dtype=torch.float32, offload_to_cpu=False, other=1) is None
-    assert state["frozen.weight"].dtype == torch.float32 and state["norm.weight"] is norm and state["extra"] == "text"
-    assert torch.equal(state["frozen.weight"], model.frozen.weight.to(torch.float32))
-    state = model.state_dict()
-    reparametrize_as_dtype_state_dict_post_hook(model, state)
-    assert state["frozen.weight"].dtype == torch.bfloat16
-    state = model.state_dict()
-    reparametrize_as_dtype_state_dict_post_hook(model, state, dtype=torch.float64)
-    assert torch.equal(state["frozen.weight"], model.frozen.weight.to(torch.float64))
+    assert hook(model, state, "prefix", dtype=torch.float32, offload_to_cpu=False, other=1) is None
+    assert state["norm.weight"] is norm and state["extra"] == "text"
+    for dtype, kwargs in ((torch.bfloat16, {}), (torch.float32, {"dtype": torch.float32}), (torch.float64, {"dtype": torch.float64})):
+        state = model.state_dict()
+        hook(model, state, **kwargs)
+        assert state["frozen.weight"].dtype == dtype and torch.equal(state["frozen.weight"], model.frozen.weight.to(dtype))
 
 
 def test_low_ram_hook_maps_files_that_have_no_name(monkeypatch, tmp_path):
-    import tempfile
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model = Model()
-    state = model.state_dict() | {"extra": "text"}
-    hook = _state_dict_hooks._low_ram_reparametrize_as_dtype_state_dict_post_hook
+    model, hook = Model(), _state_dict_hooks._low_ram_reparametrize_as_dtype_state_dict_post_hook
+    state, kept = model.state_dict() | {"extra": "text"}, model.state_dict()
     hook(model, state)
     assert state["extra"] == "text" and state["norm.weight"].is_shared() and list(tmp_path.iterdir()) == []
-    kept = model.state_dict()
     weight = kept["norm.weight"]
     hook(model, kept, offload_to_cpu=False)
     assert kept["norm.weight"] is weight and torch.equal(kept["frozen.weight"], model.frozen.weight.get_original_weight())

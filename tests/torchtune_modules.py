@@ -7,7 +7,6 @@ import types
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchtune_tiles import place_images
 from weights import quantize, to_nf4
 
 
@@ -278,6 +277,14 @@ class TokenPositionalEmbedding(nn.Module):
         return x + self.positional_embedding
 
 
+def _place(x: Tensor, table: Tensor, gate: Tensor, aspect_ratio: Tensor) -> Tensor:
+    """Adds each image's entries to it, in place, one image after another."""
+    for image, (h, w) in enumerate(aspect_ratio):
+        n = int(h * w)
+        x[image, :n] += table[:h, :w].reshape(n, *table.shape[2:]) * gate.tanh()
+    return x
+
+
 @_of("models.clip._position_embeddings")
 class TiledTokenPositionalEmbedding(nn.Module):
     def __init__(self, max_num_tiles: int, dim: int, tile_size: int, patch_size: int):
@@ -289,7 +296,7 @@ class TiledTokenPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, aspect_ratio: Tensor) -> Tensor:
         x = x + self.local_token_positional_embedding * (1 - self.gate.tanh())
-        return place_images(x, self.global_token_positional_embedding, self.gate, aspect_ratio)
+        return _place(x, self.global_token_positional_embedding, self.gate, aspect_ratio)
 
 
 @_of("models.clip._position_embeddings")
@@ -299,7 +306,7 @@ class TilePositionalEmbedding(nn.Module):
         self.embedding, self.gate = nn.Parameter(torch.randn(max_num_tiles, max_num_tiles, 1, dim)), nn.Parameter(torch.tensor([-0.5]))
 
     def forward(self, x: Tensor, aspect_ratio: Tensor) -> Tensor:
-        return place_images(x, self.embedding, self.gate, aspect_ratio)
+        return _place(x, self.embedding, self.gate, aspect_ratio)
 
 
 @_of("modules.vision_transformer")
