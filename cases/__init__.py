@@ -91,8 +91,8 @@ class Op:
     dynamic: tuple[Mapping[str, Sequence[int]], Sequence[dict]] | None = None  # dims that may change under torch.compile, by tensor; options that change them
     small_gradients: bool = False  # gradients of a few hundred numbers, whose largest error is a matter of luck: weighed together
     result_is_read_again: bool = False  # by the backward, so that nobody may change it in place
-    differentiable_twice: bool = True
-    waits_by_formula: bool = False  # backend="torch" reads values on the host
+    second_gradients: tuple[int, int] = (12, 64)  # how many sums they are made of, and of how many terms
+    reads_on_cpu: bool = False  # values, which are at hand there
     in_16_bits: bool = True  # whether `make` takes a dtype
     in_float64: bool = True  # whether the op takes it, on a CPU
     refusals: Sequence[Refusal] = ()

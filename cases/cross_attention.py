@@ -33,13 +33,15 @@ def front(lengths: tuple[int, ...], s_e: int) -> Tensor:
     return (torch.arange(s_e) < torch.tensor(lengths)[:, None])[:, None]
 
 
-def laid_out(b: int, heads: int, tokens: int, d: int, dtype: torch.dtype, device: str, layout: str) -> Tensor:
-    """[b, heads, tokens, d], with tokens before heads in memory as modules have them, or not."""
+def laid_out(b: int, heads: int, n: int, d: int, dtype: torch.dtype, device: str, layout: str) -> Tensor:
+    """[b, heads, n tokens, d]; "tokens first" in memory is what modules give."""
+    shape = {"tokens first": (b, n, heads, d), "last dim apart": (b, heads, d, n), "same batch": (1, heads, n, d), "gaps": (b, heads + 1, 2 * n, d + 5)}
+    x = torch.randn(shape.get(layout, (b, heads, n, d)), device=device).to(dtype)
     if layout == "tokens first":
-        return torch.randn(b, tokens, heads, d, device=device).to(dtype).transpose(1, 2)
+        return x.transpose(1, 2)
     if layout == "gaps":
-        return torch.randn(b, heads + 1, tokens + 3, d + 5, device=device).to(dtype)[:, 1:, 1:-2, 3:-2]
-    return torch.randn(b, heads, tokens, d, device=device).to(dtype)
+        return x[:, 1:, 1::2, 3:-2]
+    return x.mT if layout == "last dim apart" else x.expand(b, -1, -1, -1)
 
 
 def make(device, shape=None, heads=(1, 4, 16), *, mask=None, b=None, dtype=torch.float32, layout="tokens first", kind=None, **options) -> Call:
@@ -73,8 +75,9 @@ def dense(t: Tensors, scale=None, empty_rows="zero", return_lse=False):
         mask = torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
     blind = ~mask.any(-1, keepdim=True)
     seen = mask | blind
-    # In float64 by the kernel that has a second derivative.
-    with sdpa_kernel([SDPBackend.MATH] if q.dtype == torch.float64 else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    # By the one of PyTorch's kernels that is right for every mask on a GPU, and that has a second derivative; in fp32 by a CPU's own, too.
+    own = [SDPBackend.FLASH_ATTENTION] if q.dtype != torch.float64 and not q.is_cuda else []
+    with sdpa_kernel([*own, SDPBackend.MATH]):
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale)
     if empty_rows != "uniform":
         o = o.masked_fill(blind[:, None], 0)
@@ -125,6 +128,7 @@ CASES = {
     "large scores": {"mask": IMAGES, "heads": (1, 4, 32), "scale": 40.0},  # exp would overflow in fp32 from 88 on; a row's largest score is taken off first
     "heads first": {"mask": IMAGES, "heads": (1, 4, 32), "layout": "plain"},
     "gaps": {"mask": IMAGES, "heads": (1, 4, 32), "layout": "gaps"},
+    "last dim apart": {"mask": IMAGES, "heads": (1, 4, 32), "layout": "last dim apart"},
     "no batch": {"shape": (0, 5, 9), "heads": (1, 2, 16)},
     "no tokens": {"mask": torch.ones(1, 0, 9, dtype=torch.bool), "heads": (1, 2, 16)},
     "no columns": {"mask": torch.ones(1, 5, 0, dtype=torch.bool), "heads": (1, 2, 16), "return_lse": True},
@@ -229,15 +233,19 @@ OPS = [
             {"q": (0, 2), "k": (0,), "v": (0,), "mask": (0, 1)},
             [{"mask": scattered(b, s, 173, (0,)), "heads": (1, 4, 32)} for b, s in ((2, 19), (3, 23), (4, 31))],
         ),
+        second_gradients=(20, 160),
         small_gradients=True,
         result_is_read_again=True,
+        reads_on_cpu=True,
         refusals=_refusals(),
     ),
     Op(
         "cross_attention_decode", make_decode, DECODE_CASES, ("lengths", "three tokens"), ("a mask in place of lengths",), ROUTES, _KERNELS | {"kv_cache_write_kernel"},
         {"cross_attention_dq_kernel": {"q"}},
         autocast=("q", "k", "v"),
+        second_gradients=(20, 160),
         small_gradients=True,
         result_is_read_again=True,
+        reads_on_cpu=True,
     ),
 ]  # fmt: skip

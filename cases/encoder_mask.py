@@ -1,93 +1,82 @@
-"""EncoderMask from dense masks and from tiles, and its lists of blocks; loops over single rows, words and blocks as the formula."""
+"""EncoderMask from dense masks and from tiles, and its lists of blocks, against the dense mask."""
 
-from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cases import Call, Op, Tensors, route
 from fastfuse.ops import EncoderMask, _mask_ops
-from fastfuse.ops._mask_ops import COLUMNS, Blocks
+from fastfuse.ops._mask_ops import COLUMNS, WORD, Blocks
 
 
-def words_by_loop(dense: Tensor) -> Tensor:
+def words_of(dense: Tensor) -> Tensor:
+    """int32 [b, s, W]"""
     b, s, s_e = dense.shape
-    n_words = 4 * -(-s_e // 128)
-    rows = []
-    for row in dense.flatten(0, 1).tolist():
-        words = [sum(1 << (n % 32) for n in range(32 * w, min(32 * w + 32, s_e)) if row[n]) for w in range(n_words)]
-        rows.append([w - 2**32 if w >= 2**31 else w for w in words])
-    return torch.tensor(rows, dtype=torch.int32).view(b, s, n_words)
+    n = -(-s_e // COLUMNS) * COLUMNS
+    flags = F.pad(dense, (0, n - s_e)).reshape(b, s, n // WORD, WORD)
+    return (flags.long() << torch.arange(WORD)).sum(-1).to(torch.int32)  # the last bit is the sign
 
 
-def intervals_by_loop(dense: Tensor) -> Tensor | None:
-    """[b, s, 2]; None where a row has a hole."""
-    b, s, _ = dense.shape
-    rows = []
-    for row in dense.flatten(0, 1).tolist():
-        seen = [n for n, visible in enumerate(row) if visible]
-        if seen and seen != list(range(seen[0], seen[-1] + 1)):
-            return None
-        rows.append([seen[0], seen[-1] + 1] if seen else [0, 0])
-    return torch.tensor(rows, dtype=torch.int32).view(b, s, 2)
+def intervals_of(dense: Tensor) -> Tensor | None:
+    """int32 [b, s, 2]; None where a row has a hole."""
+    n = torch.arange(dense.shape[2])
+    past = F.pad(torch.where(dense, n + 1, 0), (0, 1)).amax(-1)
+    rows = torch.stack([past - dense.sum(-1), past], -1).to(torch.int32)
+    return rows if torch.equal(between(rows, dense.shape[2]), dense) else None
 
 
-def blocks_by_loop(dense: Tensor, tokens: int) -> Blocks:
+def between(rows: Tensor, s_e: int) -> Tensor:
+    """bool [b, s, s_e]: row t sees columns rows[:, t, 0] to rows[:, t, 1]."""
+    n = torch.arange(s_e)
+    return (rows[..., :1] <= n) & (n < rows[..., 1:])
+
+
+def blocks_of(dense: Tensor, tokens: int) -> Blocks:
     b, s, s_e = dense.shape
     nq, nk = -(-s // tokens), -(-s_e // COLUMNS)
+    seen = F.pad(dense, (0, nk * COLUMNS - s_e, 0, nq * tokens - s)).reshape(b, nq, tokens, nk, COLUMNS)
+    sees_nothing = ~seen.any(-1).any(-1, keepdim=True)
+    some, full = seen.any(-1).any(2), (seen.all(-1) | sees_nothing).all(2)
 
-    def state(i: int, q: int, k: int) -> str:
-        rows = dense[i, q * tokens : (q + 1) * tokens]
-        seeing = [row[k * COLUMNS : (k + 1) * COLUMNS] for row in rows if row.any()]
-        if not any(part.any() for part in seeing):
-            return "empty"
-        return "full" if all(len(part) == COLUMNS and part.all() for part in seeing) else "partial"
+    def lists(some: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+        listed, counts = torch.zeros(some.shape, dtype=torch.int32), torch.zeros(*some.shape[:2], 2, dtype=torch.int32)
+        for i, o in product(*map(range, some.shape[:2])):
+            whole, cut = (some[i, o] & full[i, o]).nonzero().flatten(), (some[i, o] & ~full[i, o]).nonzero().flatten()
+            listed[i, o, : len(whole) + len(cut)] = torch.cat([whole, cut])
+            counts[i, o] = torch.tensor([len(whole), len(whole) + len(cut)])
+        return listed, counts
 
-    def lists(outer: int, inner: int, at: Callable) -> tuple[Tensor, Tensor]:
-        listed, counts = [], []
-        for i in range(b):
-            for o in range(outer):
-                states = [at(i, o, n) for n in range(inner)]
-                full, partial = ([n for n in range(inner) if states[n] == what] for what in ("full", "partial"))
-                listed.append(full + partial + [0] * (inner - len(full) - len(partial)))
-                counts.append([len(full), len(full) + len(partial)])
-        return torch.tensor(listed, dtype=torch.int32).view(b, outer, inner), torch.tensor(counts, dtype=torch.int32).view(b, outer, 2)
-
-    return Blocks(*lists(nq, nk, state), *lists(nk, nq, lambda i, k, q: state(i, q, k)))
+    return Blocks(*lists(some, full), *lists(some.mT, full.mT))
 
 
-def tiles_by_loop(visible: Tensor, tokens_per_tile: int) -> Tensor:
-    b, s, n_img, n_tiles = visible.shape
-    dense = torch.zeros(b, s, n_img * n_tiles * tokens_per_tile, dtype=torch.bool)
-    for image in range(n_img):
-        for tile in range(n_tiles):
-            first = (image * n_tiles + tile) * tokens_per_tile
-            dense[:, :, first : first + tokens_per_tile] = visible[:, :, image, tile].cpu()[..., None] != 0
-    return dense
+def from_tiles(visible: Tensor, tokens_per_tile: int) -> Tensor:
+    return (visible.flatten(2) != 0).repeat_interleave(tokens_per_tile, 2)
 
 
 def make(device, mask: Tensor, kind: str = "bits", tokens: int = 4, tokens_per_tile: int | None = None) -> Call:
     """mask: bool [b, s, s_e], or of tiles [b, s, n_img, n_tiles] with their tokens_per_tile. tokens: of a token block."""
 
     def run(t: Tensors):
-        of_tiles = tokens_per_tile is not None
-        em = EncoderMask.from_tiles(t["mask"], tokens_per_tile, kind=kind) if of_tiles else EncoderMask.from_dense(t["mask"], kind=kind)
+        if tokens_per_tile is None:
+            em = EncoderMask.from_dense(t["mask"], kind=kind)
+        else:
+            em = EncoderMask.from_tiles(t["mask"], tokens_per_tile, kind=kind)
         return em.rows, em.rows_empty, *em.blocks(tokens), em.filled().rows
 
     def formula(t: Tensors):
-        dense = (t["mask"] if tokens_per_tile is None else tiles_by_loop(t["mask"], tokens_per_tile)).cpu()
-        by_loop = words_by_loop if kind == "bits" else intervals_by_loop
-        blind = ~dense.any(-1)
-        return tuple(part.to(t["mask"].device) for part in (by_loop(dense), blind, *blocks_by_loop(dense, tokens), by_loop(dense | blind[..., None])))
+        dense = (t["mask"] if tokens_per_tile is None else from_tiles(t["mask"], tokens_per_tile)).cpu()
+        rows, blind = words_of if kind == "bits" else intervals_of, ~dense.any(-1)
+        return tuple(part.to(t["mask"].device) for part in (rows(dense), blind, *blocks_of(dense, tokens), rows(dense | blind[..., None])))
 
     return Call(run, formula, {"mask": mask.to(device)})
 
 
-def between(*bounds: tuple[int, int], s_e: int = 260) -> Tensor:
-    """bool [1, s, s_e]: row i sees columns bounds[i][0] to bounds[i][1]."""
-    n = torch.arange(s_e)
-    return torch.stack([(lo <= n) & (n < hi) for lo, hi in bounds])[None]
+def seeing(*bounds: tuple[int, int]) -> Tensor:
+    """bool [1, s, 260]: row i sees columns bounds[i][0] to bounds[i][1]."""
+    return between(torch.tensor([bounds]), 260)
 
 
 def random(*shape: int) -> Tensor:
@@ -95,11 +84,11 @@ def random(*shape: int) -> Tensor:
 
 
 # A column more or less than a block, each in a token block of its own.
-EDGES = between(
+EDGES = seeing(
     (0, 128), (0, 127), (1, 128), (0, 129), (127, 129), (127, 128), (128, 129), (0, 1), (128, 256), (129, 256), (0, 255), (255, 260), (256, 260), (0, 260), (9, 9)
 )  # fmt: skip
 # Rows that see nothing have no say in what is full: 0 and 4 to 7 of these.
-SOME = between((9, 9), (0, 128), (0, 256), (0, 128), *[(9, 9)] * 4)
+SOME = seeing((9, 9), (0, 128), (0, 256), (0, 128), *[(9, 9)] * 4)
 HOLES = torch.cat([random(2, 7, 300), torch.zeros(2, 1, 300, dtype=torch.bool)], 1)
 CASES = {
     "holes": {"mask": HOLES},

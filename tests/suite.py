@@ -8,6 +8,7 @@ from reference import assert_gradients_no_worse
 from torch import Tensor
 
 from cases import Call
+from fastfuse import tune
 
 
 def check(call: Call, *, small_gradients: bool = False, layout: Callable[[Tensor], Tensor] = lambda dy: dy) -> None:
@@ -29,7 +30,7 @@ def check(call: Call, *, small_gradients: bool = False, layout: Callable[[Tensor
 
     exact = call.double()
     (ys, got), (want, true) = results(call, call), results(exact, exact.by_formula)
-    eager = in_several_orders(results, call, call.by_formula)
+    eager = in_several_orders(results, call, call.by_formula) if any(y.is_floating_point() for y in ys) else []
     for i, (y, w) in enumerate(zip(ys, want, strict=True)):
         _compare(f"result {i}", y, [values[i] for values, _ in eager], w)
     together = {name for name, gradients in true.items() if small_gradients or gradients[0].numel() == 1}
@@ -50,3 +51,31 @@ def _compare(what: str, got: Tensor, eager: list[Tensor], exact: Tensor) -> None
         return
     assert_no_worse(got, eager, exact, what)
     assert not got[exact == 0].any(), f"{what}: not zero where it should be"
+
+
+def rows_of_this_chip(op: str, not_for: str | None = "fp32") -> list[tune.Tile]:
+    """The tiles of this GPU's rows, but of those for one dtype; none without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    arch = tune.covering_arch(op, tune.arch_of(torch.device("cuda", 0)))
+    rows = [row for row in tune.table(op) if row["arch"] == arch and row["tile"] and (not_for is None or row["when"].get("dtype") != not_for)]
+    return [tune.Tile(row["tile"]["constants"], row["tile"]["num_warps"], row["tile"]["num_stages"]) for row in rows]
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the call, and its result there."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, call()
+
+
+def without_waiting(call: Callable[[], object]) -> None:
+    """The second time, when everything is compiled."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
