@@ -35,6 +35,7 @@ OPS = [
         backwards={"lora_grad_kernel": {"x", "a0", "b0"}},
         autocast=("x", "weight0", "a0", "b0", "bias0"),
         dynamic=({"x": (0,)}, [{"layer": PLAIN, "lead": (M,)} for M in (5, 9, 33)]),
+        second_gradients=(12, 128),
         in_float64=False,
         refusals=[
             (lambda: lora_linear(X, quantize(random_weight(64, 64), "nested"), A, B, 1.0), TypeError, "weight is a Params4bit"),

@@ -143,6 +143,7 @@ OPS = [
         backwards={"lora_grad_kernel": {"x", *ADAPTERS}},
         autocast=("x", *ADAPTERS, "bias0", "bias1"),
         dynamic=({"x": (0,)}, [CASES["q, k and v"] | {"lead": (M,)} for M in (5, 9, 33)]),
+        second_gradients=(12, 128),
         in_float64=False,
         refusals=_refusals(),
     )

@@ -50,6 +50,7 @@ OPS = [
         backwards={"lora_grad_kernel": {"x", *ADAPTERS}},
         autocast=("x", *ADAPTERS),
         dynamic=({"x": (0,)}, [{"lead": (M,)} for M in (5, 9, 33)]),
+        second_gradients=(12, 128),
         in_float64=False,
         refusals=[
             (lambda: nf4_swiglu_mlp(torch.randn(2, 64), WIDE, NARROW, WIDE), ValueError, r"gate, up and down are \(64, 64\), \(32, 64\), \(64, 64\)"),
