@@ -60,10 +60,10 @@ class Call:
         return replace(self, tensors={name: t if t is None else t.detach().requires_grad_(name in names) for name, t in self.tensors.items()})
 
     def grads(self, results: tuple[Tensor, ...], upstream: Sequence[Tensor] | None = None, **options) -> dict[str, Tensor]:
-        """The leaves' gradients, of the sum of all results where upstream is None."""
+        """The leaves' gradients, of the sum of all results where upstream is None; zeros for what took no part."""
         leaves = self.leaves()
         upstream = [torch.ones_like(y) for y in results] if upstream is None else [dy.to(y.dtype) for y, dy in zip(results, upstream, strict=True)]
-        return dict(zip(leaves, torch.autograd.grad(results, leaves.values(), upstream, **options), strict=True))
+        return dict(zip(leaves, torch.autograd.grad(results, leaves.values(), upstream, materialize_grads=True, **options), strict=True))
 
 
 def as_tuple(results: Results) -> tuple[Tensor, ...]:
