@@ -60,11 +60,11 @@ class Call:
         return replace(self, tensors={name: t if t is None else t.detach().requires_grad_(name in names) for name, t in self.tensors.items()})
 
     def grads(self, results: tuple[Tensor, ...], upstream: Sequence[Tensor] | None = None, **options) -> dict[str, Tensor]:
-        """The leaves' gradients, of the sum of all results where upstream is None. Not every result has to depend on a leaf."""
+        """The leaves' gradients, of the sum of all results where upstream is None; zeros for what took no part. Not every result has to depend on a leaf."""
         leaves = self.leaves()
         upstream = [torch.ones_like(y) for y in results] if upstream is None else [dy.to(y.dtype) for y, dy in zip(results, upstream, strict=True)]
         ys, dys = zip(*((y, dy) for y, dy in zip(results, upstream, strict=True) if y.requires_grad), strict=True)
-        return dict(zip(leaves, torch.autograd.grad(ys, leaves.values(), dys, **options), strict=True))
+        return dict(zip(leaves, torch.autograd.grad(ys, leaves.values(), dys, materialize_grads=True, **options), strict=True))
 
 
 def as_tuple(results: Results) -> tuple[Tensor, ...]:

@@ -94,6 +94,8 @@ RANDOM = scattered(2, 19, 173, (0, 1, 17))
 NOTHING, EVERYTHING = torch.zeros(1, 11, 70, dtype=torch.bool), torch.ones(1, 11, 256, dtype=torch.bool)
 BLIND = {"mask": tiles(33, 150, (7, 33, 1)), "heads": (1, 4, 32)}
 CASES = {
+    "a few tokens": {"mask": scattered(2, 5, 67, (0,))},
+    "a few tokens, no mask": {"shape": (1, 5, 67), "heads": (2, 2, 16)},
     "holes": {"mask": HOLES, "heads": (1, 3, 16)},
     "random": {"mask": RANDOM, "heads": (1, 4, 32)},
     "no mask": {"shape": (2, 13, 173), "heads": (1, 4, 24)},
@@ -119,6 +121,7 @@ CASES = {
     "uniform, one image": {**BLIND, "empty_rows": "uniform"},
     "uniform, random": {"mask": RANDOM, "heads": (1, 4, 32), "empty_rows": "uniform"},
     "uniform, nothing is seen": {"mask": NOTHING, "empty_rows": "uniform"},
+    "lse of a few tokens": {"mask": scattered(2, 5, 67, (0,)), "return_lse": True},
     "lse, two images": {"mask": IMAGES, "heads": (1, 4, 32), "return_lse": True},
     "lse, random": {"mask": RANDOM, "heads": (1, 4, 32), "return_lse": True},
     "lse, no mask, groups of three": {"shape": (1, 21, 67), "heads": (1, 3, 32), "return_lse": True},
@@ -145,8 +148,8 @@ def tiled(BLOCK_M: int, BLOCK_N: int, TMA: bool = False, splits: int | None = No
 ROUTES = {
     "reference": partial(route, "auto"),  # on a CPU: PyTorch's kernel run by run
     "kernels": partial(route, "triton"),
-    "small tiles, 3 splits": tiled(16, 16, splits=3),
-    "wide tiles, 5 splits": tiled(128, 32, splits=5),
+    "small tiles, 3 splits": tiled(32, 64, splits=3),
+    "wide tiles, 5 splits": tiled(128, 64, splits=5),
     "large tiles": tiled(128, 128),
     "torch": partial(route, "torch"),
 }
@@ -227,7 +230,7 @@ _KERNELS = {"pack_mask_kernel", "block_states_kernel", "block_list_kernel"} | {n
 _BACKWARDS = {"cross_attention_dq_kernel": {"q"}, "cross_attention_dkdv_kernel": {"k", "v"}}
 OPS = [
     Op(
-        "cross_attention", make, CASES, ("holes", "random", "no mask"), ("no mask, groups of three", "gaps", "lse, random", "head_dim 256"), ROUTES, _KERNELS, _BACKWARDS,
+        "cross_attention", make, CASES, ("a few tokens", "a few tokens, no mask"), ("holes", "lse of a few tokens", "head_dim 256"), ROUTES, _KERNELS, _BACKWARDS,
         autocast=("q", "k", "v"),
         dynamic=(
             {"q": (0, 2), "k": (0,), "v": (0,), "mask": (0, 1)},

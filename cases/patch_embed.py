@@ -59,7 +59,7 @@ def loop(
         aspect_ratio = torch.ones(lead.numel(), 2, dtype=torch.int64, device=images.device)
     elif aspect_ratio.dim() == len(lead):
         aspect_ratio, place = aspect_ratio.reshape(-1), place_ids
-    aspect_ratio = aspect_ratio.reshape(lead.numel(), -1) if place is place_images else aspect_ratio
+    aspect_ratio = aspect_ratio.reshape(lead.numel(), 2) if place is place_images else aspect_ratio
     if pre_pos is not None:
         x = place(x, pre_pos, pre_gate, aspect_ratio)
     if cls is not None:
@@ -109,7 +109,7 @@ def make(
         "images": images.requires_grad_(images.is_floating_point()),
         "weight": (torch.randn(D, C, *patch, device=device) * (C * patch[0] * patch[1]) ** -0.5).to(dtype).requires_grad_(),
         "cls": leaf(cls, D),
-        "aspect_ratio": None if ratios is None else torch.tensor(ratios, device=device).reshape((*lead, *([] if ids else [2]))),
+        "aspect_ratio": None if ratios is None else torch.tensor(ratios, dtype=torch.int64, device=device).reshape((*lead, *([] if ids else [2]))),
         "local_pos": leaf(local, n, D),
         "global_pos": leaf(table, entries, T, n, D),
         "gate": None,

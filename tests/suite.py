@@ -1,6 +1,7 @@
 """A call of an op held to the rule of numerics.py: what tests/test_ops.py does with every case, for tests with cases of their own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from numerics import assert_no_worse, in_several_orders
@@ -24,8 +25,8 @@ def check(call: Call, *, small_gradients: bool = False, layout: Callable[[Tensor
         found = {n: (g,) for n, g in call.grads(ys, [*map(layout, upstream[0])], retain_graph=True).items()} if leaves else {}
         single = [n for n, t in leaves.items() if t.numel() == 1]
         for dy in upstream[1:] if single else ():
-            again = torch.autograd.grad(ys, [leaves[n] for n in single], [u.to(y.dtype) for u, y in zip(dy, ys, strict=True)], retain_graph=True)
-            found |= {n: (*found[n], g) for n, g in zip(single, again, strict=True)}
+            again = replace(call, tensors={n: leaves[n] for n in single}).grads(ys, dy, retain_graph=True)
+            found |= {n: (*found[n], g) for n, g in again.items()}
         return [y.detach() for y in ys], found
 
     exact = call.double()

@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 from numerics import assert_no_worse, assert_rounding_apart
+from suite import captured, rows_of_this_chip, without_waiting
 from torch.nn import functional as F
 from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
+from cases import as_tuple
 from fastfuse import tune
 from fastfuse.ops import (
     freeing_scratch,
@@ -38,6 +40,22 @@ def layer(N, K, storage, dtype, R=16, lora_dtype=None):
     return weight_of(N, K, storage, dtype), a.requires_grad_(), b.requires_grad_()
 
 
+def check(run, formula, weights, leaves) -> None:
+    """run() and its gradients by the rule; formula: (weights, *leaves), with the weights as the host library decodes them, and exactly."""
+    results, dtype, upstream = as_tuple(run()), leaves[0].dtype, []
+
+    def with_gradients(ys, leaves):
+        upstream.extend(torch.randn_like(y) for y in ys[len(upstream) :])
+        return [*ys, *torch.autograd.grad(ys, leaves, [dy.to(y.dtype) for y, dy in zip(ys, upstream, strict=True)])]
+
+    got = with_gradients(results, leaves)
+    eager = with_gradients(as_tuple(formula([host_dequantize(w, dtype) for w in weights], *leaves)), leaves)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = with_gradients(as_tuple(formula([nf4_dequantize_ref(NF4View.of(w), torch.float64) for w in weights], *wide)), wide)
+    for i, values in enumerate(zip(got, eager, exact, strict=True)):
+        assert_no_worse(*values, f"result {i}")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_dequantize_equals_the_host_library_to_the_bit(storage, dtype):
@@ -52,36 +70,24 @@ PAIRS = [*((s, torch.bfloat16, d) for s in STORAGES for d in (torch.bfloat16, to
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 64, 100, 256, 700, 701, 2048])
 @pytest.mark.parametrize("storage, dtype, lora_dtype", PAIRS, ids=str)
 def test_forward_and_backward(storage, dtype, lora_dtype, M):
+    def formula(w, x, a, b):
+        return (F.linear(x, w[0]) + F.linear(F.linear(x.to(a.dtype), a), b) * 2.0).to(x.dtype)
+
     for N, K in SHAPES if M in (1, 100) else SHAPES[:1]:
         weight, a, b = layer(N, K, storage, dtype, lora_dtype=lora_dtype)
         x = torch.randn(M, K, device="cuda", dtype=dtype, requires_grad=True)
-        dy = torch.randn(M, N, device="cuda", dtype=dtype)
-        w, w64 = host_dequantize(weight, dtype), nf4_dequantize_ref(NF4View.of(weight), torch.float64)
-
-        def grads(y, x, a, b, dy):
-            return [y, *torch.autograd.grad(y, [x, a, b], dy)]
-
-        got = grads(nf4_lora_linear(x, weight, a, b, 2.0), x, a, b, dy)
-        low = F.linear(F.linear(x.to(lora_dtype), a), b) * 2.0
-        eager = grads((F.linear(x, w) + low).to(dtype), x, a, b, dy)
-        x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
-        exact = grads(F.linear(x64, w64) + F.linear(F.linear(x64, a64), b64) * 2.0, x64, a64, b64, dy.double())
-        for what, *values in zip(["y", "dx", "da", "db"], got, eager, exact, strict=True):
-            assert_no_worse(*values, f"{what} at {N}x{K}")
+        check(functools.partial(nf4_lora_linear, x, weight, a, b, 2.0), formula, [weight], [x, a, b])
 
 
 def test_every_row_of_this_chip_agrees():
-    arch = tune.covering_arch("nf4_linear", tune.arch_of(torch.device("cuda", 0)))
     weight, a, b = layer(512, 1024, "nested", torch.bfloat16)
     x = torch.randn(50, 1024, device="cuda", dtype=torch.bfloat16)
     with tune.pin("nf4_linear", None):
         dense = nf4_lora_linear(x, weight, a, b, 1.0)
     exact = x.double() @ nf4_dequantize_ref(NF4View.of(weight), torch.float64).T + (x.double() @ a.double().T) @ b.double().T
-    for row in tune.table("nf4_linear"):
-        if row["arch"] == arch and row["tile"]:  # those with SPLIT_K take 50 tokens without splits; 16 and fewer are tested above
-            tile = tune.Tile(row["tile"]["constants"], row["tile"]["num_warps"], row["tile"]["num_stages"])
-            with tune.pin("nf4_linear", tile):
-                assert_no_worse(nf4_lora_linear(x, weight, a, b, 1.0), dense, exact, str(row))
+    for tile in rows_of_this_chip("nf4_linear", None):  # those with SPLIT_K take 50 tokens without splits; 16 and fewer are tested above
+        with tune.pin("nf4_linear", tile):
+            assert_no_worse(nf4_lora_linear(x, weight, a, b, 1.0), dense, exact, str(tile))
 
 
 @pytest.mark.parametrize("M", [1, 64, 1024])
@@ -89,10 +95,7 @@ def test_cuda_graph_replays_on_new_input(M):
     weight, a, b = layer(1024, 4096, "nested", torch.bfloat16)
     x = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        nf4_lora_linear(x, weight, a, b, 1.0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = nf4_lora_linear(x, weight, a, b, 1.0)
+        graph, y = captured(lambda: nf4_lora_linear(x, weight, a, b, 1.0))
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, nf4_lora_linear(x, weight, a, b, 1.0))
@@ -110,13 +113,7 @@ def test_no_host_synchronisation():
     weight, a, b = layer(1024, 1024, "nested", torch.bfloat16)
     for M in (1, 64, 2048):
         x = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        nf4_lora_linear(x, weight, a, b, 1.0).sum().backward()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            nf4_lora_linear(x, weight, a, b, 1.0).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        without_waiting(lambda x=x: nf4_lora_linear(x, weight, a, b, 1.0).sum().backward())
 
 
 def test_patched_layer_on_the_gpu():
@@ -153,28 +150,19 @@ def test_group_dropout_and_dora_at_the_models_shapes(M):
     m = (torch.rand(1024, device="cuda") + 0.5).requires_grad_()
     torch.manual_seed(1)
     masks = [keep_mask(s, p, M, 4096) for s in torch.randint(2**62, (3,), device="cuda")]
-    leaves = [x, aq, bq, av, bv, m]
     norms = lora_row_norms(wv, av, bv, 2.0, dtype)
+
+    def run():
+        torch.manual_seed(1)
+        return tuple(nf4_lora_linears(x, [(wq, aq, bq, 2.0), (wk,), (wv, av, bv, 2.0, None, m)], dropout_p=p, training=True))
 
     def formula(w, x, aq, bq, av, bv, m):
         def delta(a, b, mask):
             return F.linear(F.linear(x * mask / (1 - p), a), b) * 2.0
 
-        q = F.linear(x, w[0]) + delta(aq, bq, masks[0])
-        return [q, F.linear(x, w[1]), ((F.linear(x, w[2]) + delta(av, bv, masks[2])) * (m / norms)).to(x.dtype)]
+        return F.linear(x, w[0]) + delta(aq, bq, masks[0]), F.linear(x, w[1]), ((F.linear(x, w[2]) + delta(av, bv, masks[2])) * (m / norms)).to(x.dtype)
 
-    dys = [torch.randn(M, n, device="cuda", dtype=dtype) for n in (4096, 1024, 1024)]
-    torch.manual_seed(1)
-    outs = nf4_lora_linears(x, [(wq, aq, bq, 2.0), (wk,), (wv, av, bv, 2.0, None, m)], dropout_p=p, training=True)
-    got = [*outs, *torch.autograd.grad(outs, leaves, dys)]
-    weights = [host_dequantize(w, dtype) for w in (wq, wk, wv)]
-    eager = formula(weights, *leaves)
-    eager = [*eager, *torch.autograd.grad(eager, leaves, dys)]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    exact = formula([nf4_dequantize_ref(NF4View.of(w), torch.float64) for w in (wq, wk, wv)], *wide)
-    exact = [*exact, *torch.autograd.grad(exact, wide, [d.double() for d in dys])]
-    for i, values in enumerate(zip(got, eager, exact, strict=True)):
-        assert_no_worse(*values, f"result {i}")
+    check(run, formula, [wq, wk, wv], [x, aq, bq, av, bv, m])
 
 
 @pytest.mark.parametrize("M", [1, 64, 2048])
@@ -182,23 +170,14 @@ def test_swiglu_mlp_at_the_models_shapes(M):
     dtype = torch.bfloat16
     x = torch.randn(M, 4096, device="cuda", dtype=dtype, requires_grad=True)
     layers = [layer(n, k, "nested", dtype) for n, k in ((14336, 4096), (14336, 4096), (4096, 14336))]
-    leaves = [x, *(t for _, a, b in layers for t in (a, b))]
 
     def formula(weights, x, *factors):
         e, g = (F.linear(x, weights[i]) + F.linear(F.linear(x, factors[2 * i]), factors[2 * i + 1]) for i in range(2))
         h = F.silu(e) * g
         return F.linear(h, weights[2]) + F.linear(F.linear(h, factors[4]), factors[5])
 
-    dy = torch.randn(M, 4096, device="cuda", dtype=dtype)
-    y = nf4_swiglu_mlp(x, *((w, a, b, 1.0) for w, a, b in layers))
-    got = [y, *torch.autograd.grad(y, leaves, dy)]
-    y = formula([host_dequantize(w, dtype) for w, _, _ in layers], *leaves)
-    eager = [y, *torch.autograd.grad(y, leaves, dy)]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    y = formula([nf4_dequantize_ref(NF4View.of(w), torch.float64) for w, _, _ in layers], *wide)
-    exact = [y, *torch.autograd.grad(y, wide, dy.double())]
-    for i, values in enumerate(zip(got, eager, exact, strict=True)):
-        assert_no_worse(*values, f"result {i}")
+    leaves = [x, *(t for _, a, b in layers for t in (a, b))]
+    check(lambda: nf4_swiglu_mlp(x, *((w, a, b, 1.0) for w, a, b in layers)), formula, [w for w, _, _ in layers], leaves)
 
 
 def test_scratch_on_two_streams_and_in_graphs():
@@ -215,9 +194,7 @@ def test_scratch_on_two_streams_and_in_graphs():
             with torch.cuda.stream(other if i % 2 else torch.cuda.current_stream()):
                 results.append(nf4_linear(x, large) if i % 2 else nf4_lora_linear(x, weight, a, b, 1.0))
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = nf4_lora_linear(x, weight, a, b, 1.0)
+        graph, y = captured(lambda: nf4_lora_linear(x, weight, a, b, 1.0))
     nf4_linear(x, large)
     graph.replay()
     torch.cuda.synchronize()
@@ -228,10 +205,7 @@ def test_dropout_in_a_graph_draws_anew_at_every_replay():
     weight, a, b = layer(1024, 4096, "nested", torch.bfloat16)
     x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        nf4_lora_linear(x, weight, a, b, 1.0, dropout_p=0.5, training=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = nf4_lora_linear(x, weight, a, b, 1.0, dropout_p=0.5, training=True)
+        graph, y = captured(lambda: nf4_lora_linear(x, weight, a, b, 1.0, dropout_p=0.5, training=True))
         graph.replay()
         first = y.clone()
         graph.replay()

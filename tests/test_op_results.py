@@ -1,14 +1,11 @@
-"""What ops return belongs to the caller: it may be changed in place, with gradients flowing through.
-
-Not cross_attention's, which its backward needs, as that of PyTorch's attention does.
-"""
+"""What NF4's ops return belongs to the caller: it may be changed in place, with gradients flowing through. test_ops.py has this of the others."""
 
 import pytest
 import torch
 from weights import STORAGES, quantize, random_weight
 
 import fastfuse
-from fastfuse.ops import lora_linear, nf4_linear, nf4_lora_linear, nf4_lora_linears, nf4_swiglu_mlp, patch_embed
+from fastfuse.ops import lora_linear, nf4_linear, nf4_lora_linear, nf4_lora_linears, nf4_swiglu_mlp
 from fastfuse.quant import NF4View
 
 
@@ -27,7 +24,6 @@ CALLS = {
     "nf4_lora_linears": lambda x: nf4_lora_linears(x, [(weight(), *adapter()), (weight(),)])[1],
     "nf4_swiglu_mlp": lambda x: nf4_swiglu_mlp(x, *((weight(), *adapter()) for _ in range(3))),
     "lora_linear": lambda x: lora_linear(x, torch.randn(64, 64), *adapter()),
-    "patch_embed": lambda x: patch_embed(x.view(2, 1, 1, 8, 24), torch.randn(16, 1, 4, 4), torch.randn(16), norm=(torch.ones(16), torch.zeros(16), 1e-5)),
 }
 
 
