@@ -24,7 +24,7 @@ ROUTES = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("plain", "tokens first", "gaps", "last dim apart", "same batch")
 every_route = pytest.mark.parametrize("route", ROUTES)
-route_and_dtype = pytest.mark.parametrize("route, dtype", zip(ROUTES, DTYPES, strict=True))
+route_and_dtype = pytest.mark.parametrize("route, dtype", [*zip(ROUTES, DTYPES, strict=True)])
 
 
 def tokens(b: int, heads: int, n: int, d: int, dtype=torch.float32, layout: str = "plain") -> Tensor:
