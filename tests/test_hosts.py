@@ -204,7 +204,9 @@ def test_hooks_run(name, kind):
         for module in handles.keys() - set(outermost(model) if kind != "global" else []):
             handles[module].remove()
         assert_true(results(model, given), truth(name, F32))
-        assert fastfuse.status(model).fallbacks == hindered and (kind == "global" or len(ran) > 2 * count)
+        assert fastfuse.status(model).fallbacks == hindered
+        silent = kind == "global" or (kind == "backward" and name.startswith("Mllama"))  # PyTorch runs none of an output that is no tensor
+        assert silent == (len(ran) == 2 * count)
     finally:
         for handle in handles.values():
             handle.remove()
