@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
 from unittest import mock
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 import fastfuse
 from fastfuse import tune
 
-FILES = ("patch_embed", "cross_attention", "encoder_mask", "nf4_linear", "lora_linear", "nf4_swiglu_mlp")
 Tensors = dict[str, Tensor | None]
 Results = Tensor | tuple[Tensor, ...]
 
@@ -115,4 +115,6 @@ def route(backend: str, tiles: Mapping[str, tune.Tile | None] | None = None, con
 
 @cache
 def ops() -> dict[str, Op]:
-    return {op.name: op for file in FILES for op in import_module(f"cases.{file}").OPS}
+    """Of every file here."""
+    modules = [import_module(f"cases.{file.name}") for file in iter_modules(__path__)]
+    return {op.name: op for module in modules for op in getattr(module, "OPS", ())}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from weights import quantize, random_weight, to_nf4
 
 from cases import Call, Tensors, route
+from cases.weights import quantize, random_weight, to_nf4
 from fastfuse import tune
 from fastfuse.ops import Projection, lora_row_norms_ref, nf4_dequantize_ref
 from fastfuse.ops.low_rank import keep_mask

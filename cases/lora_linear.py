@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from weights import quantize, random_weight
 
 from cases import Call, Op
 from cases.linear import BF16, F16, F32, KERNELS, ROUTES, Layer, call, linear
+from cases.weights import quantize, random_weight
 from fastfuse.ops import Projection, lora_linear
 
 

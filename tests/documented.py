@@ -6,8 +6,8 @@ import mllama
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from weights import quantize
 
+from cases.weights import quantize
 from fastfuse.checkpoints import save_checkpoint
 from fastfuse.demo.mllama import build
 from fastfuse.demo.show import Size

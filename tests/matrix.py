@@ -62,7 +62,7 @@ TIERS = {
             "tests/test_rope.py", "tests/test_small_modules.py", "tests/test_vision_transformer.py",
         ),
     ),
-    "kernels": Tier("the kernels themselves through Triton's interpreter", ("tests/test_nf4_dequantize.py", "tests/test_low_rank.py", "tests/test_patch_embed.py")),
+    "kernels": Tier("the kernels themselves through Triton's interpreter", ("tests/test_ops.py", "tests/test_nf4_dequantize.py", "tests/test_low_rank.py")),
     "launches": Tier("every launch of every kernel bound and compiled as a GPU would be asked to", ("tests/test_codegen.py::test_every_launch_binds_and_compiles",)),
     "quick codegen": Tier("kernels of one layout and dtype compiled for sm_90: nothing spilled, shared memory within the chip's", ("--only", "sm_90 nested bf16"), True),
     "codegen": Tier("every kernel and launch row compiled for sm_90: nothing spilled, shared memory within the chip's", ("--only", "sm_90"), True),
@@ -249,7 +249,7 @@ def run_row(row: Row, envs: Path, workers: int) -> dict:
 def _commit() -> str:
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "fastfuse", "kernels", "tests", "bench"], capture_output=True).returncode
+    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "fastfuse", "kernels", "tests", "bench", "cases"], capture_output=True).returncode
     return commit + ("+" if dirty else "")
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessorPil
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
-from weights import quantize
 
+from cases.weights import quantize
 from fastfuse.models.llama3_2_vision import llama3_vision_hf_to_tune
 
 VOCAB, IMAGE, TILE = 96, 96, 56

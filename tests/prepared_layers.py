@@ -7,9 +7,9 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from qlora import HOSTS, Doubling, lora, quantized
 from torch import nn
-from weights import quantize
 
 import fastfuse
+from cases.weights import quantize
 from fastfuse.modules._prepared import PreparedLinear
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear

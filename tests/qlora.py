@@ -6,7 +6,8 @@ from accelerate.hooks import ModelHook
 from numerics import assert_rounding_apart
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from weights import quantize
+
+from cases.weights import quantize
 
 HOSTS = ("bitsandbytes", "torchao")
 

@@ -8,8 +8,8 @@ from dense_vision import Dense, assert_formula, leaves, parameters, randomize
 from numerics import assert_no_worse, assert_same
 from torch import nn
 from torch.nn import functional as F
-from weights import NF4Tensor
 
+from cases.weights import NF4Tensor
 from fastfuse.models.clip import clip_mlp, clip_vision_encoder, lora_clip_attention, lora_clip_mlp, lora_clip_vision_encoder
 from fastfuse.models.llama3_1 import llama3_mlp, lora_llama3_attention, lora_llama3_mlp, scale_hidden_dim_for_mlp
 from fastfuse.modules import (

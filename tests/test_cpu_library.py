@@ -13,8 +13,8 @@ import pytest
 import torch
 from numerics import assert_no_worse, in_several_orders
 from torch.nn import functional as F
-from weights import STORAGES, quantize, random_weight
 
+from cases.weights import STORAGES, quantize, random_weight
 from fastfuse.info import info
 from fastfuse.ops import _cpu_library, nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_lora_linear
 from fastfuse.quant import NF4View

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_no_worse
-from weights import quantize, random_weight
 
+from cases.weights import quantize, random_weight
 from fastfuse.kernels.nf4 import codebook_values, exact_asm, scaled_asm
 from fastfuse.ops import nf4_dequantize_ref
 from fastfuse.quant import NF4View

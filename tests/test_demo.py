@@ -239,7 +239,7 @@ import sys
 sys.modules.update(dict({}))
 sys.path.insert(0, "tests")
 import torch, fastfuse
-from weights import quantize
+from cases.weights import quantize
 w, x = quantize(torch.randn(64, 64), "nested"), torch.randn(3, 64, requires_grad=True)
 for backend in ("auto", "triton"):
     try:

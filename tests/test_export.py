@@ -13,9 +13,9 @@ import torch
 from hosts import HOSTS, SMALL, built, conversation, text
 from numerics import assert_rounding_apart
 from torch import nn
-from weights import quantize, random_weight
 
 import fastfuse
+from cases.weights import quantize, random_weight
 from fastfuse import ops
 from fastfuse.models.clip import clip_vision_encoder
 from fastfuse.modules.low_precision import FrozenNF4Linear

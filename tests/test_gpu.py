@@ -7,10 +7,10 @@ import torch
 from numerics import assert_no_worse, assert_rounding_apart
 from suite import captured, rows_of_this_chip, without_waiting
 from torch.nn import functional as F
-from weights import STORAGES, host_dequantize, quantize, random_weight
 
 import fastfuse
 from cases import as_tuple
+from cases.weights import STORAGES, host_dequantize, quantize, random_weight
 from fastfuse import tune
 from fastfuse.ops import (
     freeing_scratch,

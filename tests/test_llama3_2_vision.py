@@ -34,8 +34,8 @@ from small_vision import (
     with_adapters,
 )
 from torch import nn
-from weights import NF4Tensor
 
+from cases.weights import NF4Tensor
 from fastfuse.models.llama3_2_vision import (
     CONFIGS,
     PROFILES,

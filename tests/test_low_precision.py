@@ -10,8 +10,8 @@ from numerics import assert_no_worse, assert_rounding_apart
 from reference import DTYPES
 from torch import nn
 from torch.nn import functional as F
-from weights import NF4Tensor, to_nf4
 
+from cases.weights import NF4Tensor, to_nf4
 from fastfuse.errors import Unsupported
 from fastfuse.modules.low_precision import (
     FrozenNF4Linear,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from numerics import assert_no_worse
-from weights import STORAGES, quantize, random_weight
 
+from cases.weights import STORAGES, quantize, random_weight
 from fastfuse.ops import _cpu_library, _nf4_cpu, nf4_dequantize_ref
 from fastfuse.quant import NF4View
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from numerics import assert_no_worse, opcheck
 from torch import nn
-from weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
 
 import fastfuse
+from cases.weights import STORAGES, host_dequantize, quantize, random_weight, to_nf4
 from fastfuse.ops import nf4_dequantize
 from fastfuse.ops.nf4_dequantize import DequantizeArgs, _dequantize
 from fastfuse.quant import NF4View

@@ -4,10 +4,10 @@ import pytest
 import torch
 from numerics import assert_no_worse, in_several_orders, opcheck
 from torch.utils.checkpoint import checkpoint
-from weights import STORAGES
 
 import fastfuse
 from cases.linear import BF16, F16, F32, ROUTES, layer, leaves
+from cases.weights import STORAGES
 from fastfuse import tune
 from fastfuse.ops import (
     Projection,

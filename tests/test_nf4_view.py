@@ -6,8 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from weights import STORAGES, quantize, random_weight, requantized, to_nf4
 
+from cases.weights import STORAGES, quantize, random_weight, requantized, to_nf4
 from fastfuse import Unsupported
 from fastfuse.kernels.nf4 import BITSANDBYTES, codebook_values
 from fastfuse.ops import nf4_dequantize

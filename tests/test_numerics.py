@@ -7,8 +7,8 @@ import torch
 from numerics import in_several_orders, worse_than_eager
 from reference import assert_gradients_no_worse
 from torch.nn import functional as F
-from weights import quantize, random_weight
 
+from cases.weights import quantize, random_weight
 from fastfuse.ops import nf4_dequantize
 from fastfuse.quant.nf4 import NF4View
 

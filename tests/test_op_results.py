@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from weights import STORAGES, quantize, random_weight
 
 import fastfuse
+from cases.weights import STORAGES, quantize, random_weight
 from fastfuse.ops import lora_linear, nf4_linear, nf4_lora_linear, nf4_lora_linears, nf4_swiglu_mlp
 from fastfuse.quant import NF4View
 

@@ -17,9 +17,9 @@ from accelerate.hooks import add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from qlora import HOSTS, UNREAD, Block, Doubling, lora, quantized, said
 from torch import nn
-from weights import quantize, random_weight
 
 import fastfuse
+from cases.weights import quantize, random_weight
 from fastfuse.ops import _op
 from fastfuse.patching import hosts
 from fastfuse.patching.hosts import _host

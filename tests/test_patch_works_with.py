@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from qlora import assert_same, gradients, in_order, lora, said
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from weights import quantize
 
 import fastfuse
+from cases.weights import quantize
 
 LINEARS = 14  # of the two layers below, q, k, v, o, gate, up and down each
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=97)

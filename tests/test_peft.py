@@ -12,9 +12,9 @@ from prepared_layers import HOOKS
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.nn import functional as F
-from weights import to_nf4
 
 import fastfuse
+from cases.weights import to_nf4
 from fastfuse.errors import InvalidArgument, Unsupported
 from fastfuse.modules.peft import DoRALinear, LoRALinear, lora
 from fastfuse.ops import nf4_dequantize_ref

@@ -28,8 +28,8 @@ from prepared_layers import (
 from qlora import HOSTS, lora
 from torch import nn
 from torch.nn.modules import module as nn_module
-from weights import quantize, requantized
 
+from cases.weights import quantize, requantized
 from fastfuse.modules import _prepared
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.quant import NF4View

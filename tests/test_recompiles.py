@@ -4,9 +4,9 @@ import pytest
 import torch
 from numerics import assert_rounding_apart
 from qlora import HOSTS, lora
-from weights import quantize, random_weight
 
 import fastfuse
+from cases.weights import quantize, random_weight
 from fastfuse.modules.peft import LoRALinear
 from fastfuse.ops import nf4_dequantize, nf4_lora_linear, nf4_swiglu_mlp
 from fastfuse.quant import NF4View

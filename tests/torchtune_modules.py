@@ -7,7 +7,8 @@ import types
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from weights import quantize, to_nf4
+
+from cases.weights import quantize, to_nf4
 
 
 def _of(path: str):
