@@ -226,9 +226,8 @@ def outermost(model: nn.Module) -> list[nn.Module]:
 
 
 def everything(model: nn.Module) -> list[dict]:
-    """What there is of every module: attributes, parameters, buffers, children, hooks; not what PEFT's own forward of DoRA keeps for its backward."""
-    held = [{k: v for k, v in m.__dict__.items() if k != "_dora_cache"} for m in model.modules()]
-    return [{k: dict(v) if isinstance(v, dict) and k.startswith("_") else v for k, v in attributes.items()} for attributes in held]
+    """What there is of every module: attributes, parameters, buffers, children, hooks."""
+    return [{k: dict(v) if isinstance(v, dict) and k.startswith("_") else v for k, v in m.__dict__.items()} for m in model.modules()]
 
 
 def exchanged(module: nn.Module, given: dict[str, Any], dtype: torch.dtype = torch.float32, **options) -> fastfuse.PatchReport:
