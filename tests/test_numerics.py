@@ -42,7 +42,7 @@ def one_wrong_scale(weight):
     return nf4_dequantize(NF4View(view.packed, view.code, (absmax,), view.block_size, view.shape, view.dtype))
 
 
-@pytest.mark.parametrize("shape, dtype", [*itertools.product(SHAPES, DTYPES)], ids=str)
+@pytest.mark.parametrize("shape, dtype", list(itertools.product(SHAPES, DTYPES)), ids=str)
 def test_what_passes_and_what_is_caught(shape, dtype):
     M, N, K = shape
     weight = quantize(random_weight(N, K, torch.float32), "flat")
