@@ -24,7 +24,12 @@ import fastfuse
 from fastfuse.patching import hosts
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-RUNS = [(F32, "auto"), (BF16, "auto"), (F16, "torch"), *([] if GPU else [(F32, "triton")])]  # the interpreter is for machines without a GPU
+RUNS = [
+    pytest.param(F32, "auto", marks=pytest.mark.quick),
+    (BF16, "auto"),
+    (F16, "torch"),
+    *([] if GPU else [(F32, "triton")]),
+]  # the interpreter is for machines without a GPU
 every_host = pytest.mark.parametrize("name", HOSTS)
 every_kind = pytest.mark.parametrize("name", [name for name in HOSTS if name != "Mllama QLoRA"])  # whose layers are PEFT's and Mllama's
 

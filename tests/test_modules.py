@@ -189,7 +189,10 @@ def inputs(case: Case) -> list[Tensor]:
     return [torch.randn(shape) for shape in case.shapes]
 
 
-@pytest.mark.parametrize(("case", "dtype"), [(name, dtype) for i, name in enumerate(CASES) for dtype in (DTYPES[0], DTYPES[1 + i % 2])])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*(pytest.param(name, DTYPES[0], marks=pytest.mark.quick) for name in CASES), *((name, DTYPES[1 + i % 2]) for i, name in enumerate(CASES))],
+)
 def test_value_and_every_gradient(case, dtype):
     """In fp32 and, by turns, in bf16 or fp16."""
     case = CASES[case]

@@ -31,8 +31,9 @@ def runs(op) -> list[tuple]:
     return [*once, *((case, formula, None) for case in op.typical), *((case, route, dtype) for case, (route, dtype) in low)]
 
 
-def of(op, pairs):
-    return [pytest.param(op, *pair, id="-".join([op.name, *map(str, pair)])) for pair in pairs]
+def of(op, pairs, quick: int = 0):
+    """quick: how many of the first run with `pytest -m quick`."""
+    return [pytest.param(op, *pair, id="-".join([op.name, *map(str, pair)]), marks=[pytest.mark.quick] * (i < quick)) for i, pair in enumerate(pairs)]
 
 
 def each(routes=lambda op: op.routes, where=lambda op: True, cases=lambda op: op.typical):
@@ -80,7 +81,7 @@ def assert_equal(got, want) -> None:
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("op, case, route, dtype", list(chain.from_iterable(of(op, runs(op)) for op in OPS.values())))
+@pytest.mark.parametrize("op, case, route, dtype", list(chain.from_iterable(of(op, runs(op), quick=2) for op in OPS.values())))
 def test_results_and_gradients(op, case, route, dtype, device):
     with op.routes[route]():
         check(op.call(case, device, **({} if dtype is None else {"dtype": dtype})), small_gradients=op.small_gradients)
