@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pkgutil import iter_modules
 from unittest import mock
@@ -99,6 +99,10 @@ class Op:
 
     def call(self, case: str, device: str, **more) -> Call:
         return self.make(device, **self.cases[case] | more)
+
+    @cached_property
+    def differentiable(self) -> bool:
+        return bool(self.call(self.typical[0], "cpu").leaves())
 
 
 @contextlib.contextmanager

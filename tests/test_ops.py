@@ -112,7 +112,7 @@ def cases_in_float64(op) -> list[str]:
     return [case for case in op.typical if "pixels" not in op.cases[case]]
 
 
-@each(lambda op: [registered(op)[0], "torch"], lambda op: op.backwards and op.in_float64, cases_in_float64)
+@each(lambda op: [registered(op)[0], "torch"], lambda op: op.differentiable and op.in_float64, cases_in_float64)
 def test_float64_by_the_references(op, case, route, device):
     """Pixels of another dtype than the weight's become fp32 first."""
     if CUDA and route != "torch":
@@ -125,7 +125,7 @@ def test_float64_by_the_references(op, case, route, device):
         torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
 
 
-@each(one_of_each, where=lambda op: op.backwards)
+@each(one_of_each, where=lambda op: op.differentiable)
 def test_gradients_of_gradients(op, case, route, device):
     """A penalty on gradients; of all, and of the last two leaves alone, where the others are frozen."""
     call = op.call(case, device)
@@ -165,13 +165,16 @@ def recorded(call: Call) -> list[tuple]:
 
 @each(lambda op: registered(op)[:2], cases=varied)
 def test_registered_ops_by_pytorchs_own_checks(op, case, route, device):
-    """Schemas, strides of what is faked; symbolic sizes and gradients on the first route."""
+    """Schemas, strides of what is faked, of tensors in any layout; symbolic sizes and gradients on the first route."""
+    call = op.call(case, device)
     with op.routes[route]():
-        calls = recorded(op.call(case, device))
+        calls = recorded(call)
         assert calls
         for func, args in calls:
             more = ("test_autograd_registration", "test_aot_dispatch_dynamic") if route == registered(op)[0] and case == op.typical[0] else ()
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor", *more))
+        for func, args in recorded(call.mapped(strided)):
+            torch.library.opcheck(func, args, test_utils=("test_faketensor",))
 
 
 @each(kernels, cases=varied)
@@ -227,7 +230,7 @@ def test_autocast(op, case, route, device):
         assert all(g.dtype == call.tensors[name].dtype and g.isfinite().all() for name, g in call.grads(ys).items())
 
 
-@each(one_of_each, where=lambda op: op.backwards)
+@each(one_of_each, where=lambda op: op.differentiable)
 def test_checkpointing(op, case, route, device):
     call = op.call(case, device)
     with op.routes[route]():
@@ -260,7 +263,7 @@ def test_shapes_without_memory(op, case, route):
         assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in call.leaves().values()]
 
 
-@each(where=lambda op: op.backwards)
+@each(where=lambda op: op.differentiable)
 def test_only_what_requires_a_gradient_is_computed_and_is_the_same(op, case, route, device, launches):
     call = op.call(case, device)
     with op.routes[route]():
@@ -279,7 +282,7 @@ def test_only_what_requires_a_gradient_is_computed_and_is_the_same(op, case, rou
                 assert kernel in launched or name not in names or route not in kernels(op), kernel
 
 
-@each(one_of_each, where=lambda op: op.backwards)
+@each(one_of_each, where=lambda op: op.differentiable)
 def test_nothing_is_saved_without_gradients(op, case, route, device):
     call, kept = op.call(case, device), []
     with op.routes[route](), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -310,7 +313,7 @@ def test_waiting_is_found_out(device):
             call(t)
 
 
-@each(one_of_each, where=lambda op: op.backwards and not op.result_is_read_again)
+@each(one_of_each, where=lambda op: op.differentiable and not op.result_is_read_again)
 def test_results_may_be_changed_in_place(op, case, route, device):
     call = op.call(case, device)
     with op.routes[route]():
@@ -319,7 +322,7 @@ def test_results_may_be_changed_in_place(op, case, route, device):
     assert_close(got.values(), want.values())
 
 
-@each(one_of_each, where=lambda op: op.backwards)
+@each(one_of_each, where=lambda op: op.differentiable)
 def test_tensors_that_are_negated_when_they_are_read(op, case, route, device):
     """conj().imag is a view whose sign is in a flag: PyTorch's dispatcher resolves it, and so must a call that goes past it."""
     call = op.call(case, device).only()
@@ -331,7 +334,7 @@ def test_tensors_that_are_negated_when_they_are_read(op, case, route, device):
         assert_close(call.mapped(negated)(), call())
 
 
-@each(registered, lambda op: op.backwards)
+@each(registered, lambda op: op.differentiable)
 def test_forward_mode_and_transforms_are_refused(op, case, route, device):
     call = op.call(case, device)
     with op.routes[route]():

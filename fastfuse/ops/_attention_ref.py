@@ -176,7 +176,7 @@ def backward_on_cpu(args: AttentionGradArgs) -> tuple[Tensor, ...]:
 
 def _laid_out(q: Tensor, x: Tensor) -> Tensor:
     """_like(q, x), x itself where it is that. No view: autograd forbids to change one of several views that a function returns in place."""
-    fits = x.stride() == q.stride() or (x.is_contiguous() and q.is_contiguous())
+    fits = (x.stride() == q.stride() and q.stride(-1) == 1) or (x.is_contiguous() and q.is_contiguous())
     return x if fits and not x._is_view() else _like(q, x)
 
 
