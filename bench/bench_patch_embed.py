@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bench.harness import EAGER, OURS, Case, compile_once
 from bench.nf4_peers import double, short
-from bench.patch_peers import Embedding, Size, eager, fused, torchtune
+from cases.embedding import Embedding, Size, eager, fused, torchtune
 from fastfuse import tune
 from fastfuse.models.llama3_2_vision._component_builders import ASPECT_RATIOS
 from fastfuse.ops import patch_embed_bwd_cost, patch_embed_cost

@@ -35,17 +35,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+from bench.host_case import BACKWARD, NO_GRAD, Case
 
 STORED = Path(__file__).parent / "results" / "host.json"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastfuse-bench-host"
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao")
 SLACK = 1.10  # how much a count may grow
-NO_GRAD, FORWARD, BACKWARD = "no grad", "grad forward", "forward + backward"
-MODES = (NO_GRAD, FORWARD, BACKWARD)
 LINEARS = 32 * 7 + 8 * 5  # of the 11B decoder: k and v of its 8 cross-attention layers are computed once, from the image
 launches: ctypes.c_longlong  # of the stub driver, since the process began
 
@@ -142,17 +141,6 @@ class Row(NamedTuple):
     launches: float  # of Triton kernels, a call
     calls: int
     us: float | None
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is called: make() gives the function and its x, which asks for a gradient where the mode has one."""
-
-    name: str
-    make: Callable[[], tuple[Callable, object]]
-    modes: tuple[str, ...] = MODES
-    quick: bool = False  # in the set that tests check
-    own: bool = False  # the host library's way, where no kernel of fastfuse runs
 
 
 def measure(case: Case, mode: str, timed: bool) -> Row:

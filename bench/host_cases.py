@@ -12,7 +12,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 import fastfuse
-from bench.host import FORWARD, NO_GRAD, Case
+from bench.host_case import FORWARD, NO_GRAD, Case
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.ops import EncoderMask, StaticKVCache, cross_attention, cross_attention_decode, nf4_lora_linear, nf4_lora_linears, patch_embed

@@ -18,8 +18,8 @@ from bench.bench_cross_attention import attention_case
 from bench.bench_nf4_lora import DENSE, DROPOUT, LINEAR, LINEARS, PLAIN, SWIGLU, _cost, dequantize_case, layers_case
 from bench.bench_patch_embed import ROUTES, conv_case, embed_case
 from bench.nf4_peers import random_layer
-from bench.patch_peers import Size
 from bench.peaks import DATA_SHEET
+from cases.embedding import Size
 from fastfuse import ops, tune
 from fastfuse.ops import nf4_linear_bwd_cost, nf4_linear_cost, patch_embed_bwd_cost, patch_embed_cost
 

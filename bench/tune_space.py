@@ -15,8 +15,8 @@ from bench.bench_nf4_lora import DROPOUT_P, LINEAR, LINEARS, QKV, RANK, SQUARE, 
 from bench.bench_patch_embed import CLIP, embed_case
 from bench.harness import EAGER, OURS, Case
 from bench.nf4_peers import Layer, random_layer, short
-from bench.patch_peers import Size as Images
 from bench.work import TUNED
+from cases.embedding import Size as Images
 from fastfuse import ops
 from fastfuse.ops import nf4_dequantize_ref
 from fastfuse.ops._attention_ref import AttentionGradArgs

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.patch_peers import SCALE, SHIFT, Embedding
-from bench.patch_peers import Size as Images
+from cases.embedding import SCALE, SHIFT, Embedding
+from cases.embedding import Size as Images
 from fastfuse import ops, tune
 from fastfuse.ops._linear_group import Projection
 from fastfuse.quant.nf4 import NF4View
