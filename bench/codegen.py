@@ -43,6 +43,7 @@ from fastfuse.ops._launch import _settle_cache_keys
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}  # of the chips that bench/sass.py describes
 ARCHS = tuple(PROCESSORS)
+SPILLS = Path(__file__).with_name("spills.json")
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,12 @@ def _reader() -> str:
     return source_of(Path(sass.__file__).read_text())
 
 
+def problems(report: Report) -> list[str]:
+    """Why a kernel must not ship. spills.json has the launches that spill, as their rows have no tile of their own yet: they may not get worse."""
+    known = json.loads(SPILLS.read_text()).get(f"{report.arch} {report.op} {report.name}", 0)
+    return report.problems() if report.stack > known else replace(report, stack=0).problems()
+
+
 def report(build: KernelBuild) -> Report:
     compiled = build.compile()
     made = Report(build.arch, build.op, build.name, build.key, compiled.metadata.shared, build.options["num_warps"], build.work.unit)
@@ -198,7 +205,7 @@ def _nth(i: int) -> Report:
 
 def table(made: list[Report]) -> str:
     lines = ["thread instructions a unit of work, by pipe; bound: percent of the floor that the busiest pipe allows at most"]
-    lines += [f"{r.arch:7} {store.line(asdict(r))} | warps={r.blocks * r.warps} {'; '.join(r.problems())}".rstrip() for r in made]
+    lines += [f"{r.arch:7} {store.line(asdict(r))} | warps={r.blocks * r.warps} {'; '.join(problems(r))}".rstrip() for r in made]
     return "\n".join(lines)
 
 
@@ -219,7 +226,7 @@ def main() -> None:
     made = reports(a.only, a.all, a.workers)
     found, worse = [asdict(r) for r in made], []
     if a.json:
-        a.json.write_text(json.dumps([{**asdict(r), "found": r.problems()} for r in made]))
+        a.json.write_text(json.dumps([{**asdict(r), "found": problems(r)} for r in made]))
     if a.diff:
         said, worse = store.compare(found, triton.__version__, a.only)
         print("\n".join(said + worse))
@@ -229,7 +236,7 @@ def main() -> None:
         store.save_section(store.section(found, triton.__version__))
     if not (a.json or a.diff or a.store or a.versions):
         print(table(made))
-    if worse or any(r.problems() for r in made):
+    if worse or any(map(problems, made)):
         sys.exit(1)
 
 

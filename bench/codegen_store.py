@@ -107,7 +107,7 @@ def worse(old: Mapping[str, float], new: Mapping[str, float]) -> Iterator[str]:
     Registers and shared memory count where fewer blocks fit, and a matrix instruction counts both ways: for the same work fewer of
     them mean that some of it is done elsewhere.
     """
-    if new["stack"]:
+    if new["stack"] > old["stack"]:
         yield f"stack {old['stack']:g} -> {new['stack']:g}"
     if new["blocks"] < old["blocks"]:
         grew = ", ".join(f"{k} {old[k]:g} -> {new[k]:g}" for k in ("registers", "shared") if new[k] > old[k])
