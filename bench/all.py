@@ -168,7 +168,7 @@ def _gpu_tests(log: Path, seconds: float) -> str:
     """Run the tests that need a GPU; in words, how they ended."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with open(log, "w") as f:
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         tests = subprocess.Popen(command, cwd=harness.ROOT, env=env, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = tests.wait(seconds)
