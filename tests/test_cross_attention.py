@@ -302,3 +302,12 @@ def test_a_one_tile_image_holds_a_quarter_of_the_tokens_and_reads_a_quarter_of_t
 def test_the_row_that_shapes_pick(arch, shape, want):
     tile = tune.pick("cross_attention", arch, **{"dtype": "16-bit", "D": 128, "M": 4096, "N": 6404} | shape)
     assert (tile["BLOCK_M"], tile["BLOCK_N"], tile["TMA"]) == want
+
+
+@pytest.mark.parametrize("route", ["kernels", "reference"])
+def test_large_scores_below_0_stay_finite(route, device):
+    """A row's largest score is its smallest product there."""
+    call = make(device, **CASES["large scores"] | {"scale": -40.0}).only()
+    with ROUTES[route]():
+        (y,) = call()
+    assert_no_worse(y, *call.by_formula(), *call.double().by_formula())
