@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastfuse
-from fastfuse.patching import hosts
+from fastfuse.patching import engine, hosts
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RUNS = [
@@ -159,14 +159,25 @@ def test_copies_and_files(name):
 def test_verify(name, dtype, monkeypatch):
     """It finds nothing in the right ones and the fault in wrong ones, draws no random number and leaves nothing."""
     model, _ = built(name, dtype)
-    before, state, n = everything(model), torch.get_rng_state(), sum(HOSTS[name].patched.values())
+    before, state, n, allowed = everything(model), torch.get_rng_state(), sum(HOSTS[name].patched.values()), []
+
+    def apart(got, want, probe):
+        allowed.append(probe.steps * max(torch.finfo(dtype).eps, torch.finfo(F32).eps * probe.depth**0.5))
+        return judged(got, want, probe)
+
+    def as_it_was():
+        if name == "PEFT DoRA":  # PEFT's own forward puts an equal parameter in the place of the base's weight, when it decodes it on a CPU
+            return all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+        return everything(model) == before
+
+    judged, values = engine._apart, {n: p.clone() for n, p in model.named_parameters()}
+    monkeypatch.setattr(engine, "_apart", apart)
     assert fastfuse.patch(model, verify=True).counts == {"patched": n}
     assert torch.equal(torch.get_rng_state(), state)
     fastfuse.unpatch(model)
-    assert name == "PEFT DoRA" or everything(model) == before  # PEFT's own forward of DoRA leaves tensors behind
+    assert as_it_was()
 
-    # What may be rounding in bf16 adds up over a whole layer.
-    fault = 1.2 if dtype == BF16 and name.startswith(("torchtune", "Mllama")) else 1.03
+    fault = 1 + 2.6 * max(allowed)  # more than is allowed, where right results are as far apart the other way and the faulty one is rounded, half an epsilon
 
     def wrong(host):
         return dataclasses.replace(host, fused=lambda *args: tree_map(lambda t: t * fault if isinstance(t, torch.Tensor) else t, host.fused(*args)))
@@ -176,9 +187,9 @@ def test_verify(name, dtype, monkeypatch):
     assert len(report.patched) == HOSTS[name].unverified and len(report.skipped) == n - HOSTS[name].unverified
     assert {(e.code, e.reason.split(" by ")[0]) for e in report.skipped} == {("MISMATCH", "differs from its own forward")}
     fastfuse.unpatch(model)
-    with pytest.raises(fastfuse.Unsupported, match=r"differs from its own forward by \d\.\d*e-0[12] relative"):
+    with pytest.raises(fastfuse.Unsupported, match=r"differs from its own forward by \d\.\de-0\d relative"):
         fastfuse.patch(model, verify=True, on_unsupported="raise")
-    assert name == "PEFT DoRA" or everything(model) == before  # PEFT's own forward of DoRA leaves tensors behind
+    assert as_it_was()
 
 
 HOOKS = {
