@@ -19,6 +19,34 @@ import pytest  # noqa: E402
 import fastfuse  # noqa: E402
 
 
+def _remember_what_the_interpreter_looks_up() -> None:
+    """Triton's interpreter lists all of triton.language whenever a kernel calls a function, and builds a table of dtypes for every value: a third of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builtins = {}
+    for pkg in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
+        builtins[pkg] = [name for name in dir(pkg) if tl.core.is_builtin(getattr(pkg, name))]
+
+    def patch(pkg, *rest):
+        for name in builtins[pkg]:
+            if tl.core.is_builtin(member := getattr(pkg, name)):
+                interpreter._patch_attr(pkg, name, member, *rest)
+
+    dtypes, look_up = {}, interpreter._get_np_dtype
+
+    def np_dtype(of):
+        if of.name not in dtypes:
+            dtypes[of.name] = look_up(of)
+        return dtypes[of.name]
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch, np_dtype
+
+
+if not GPU:
+    _remember_what_the_interpreter_looks_up()
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if GPU else "cpu"

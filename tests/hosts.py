@@ -4,7 +4,7 @@ import copy
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import mllama
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchtune_modules as tt
 from fronts import PatchEmbed, made, photos, shaken
-from numerics import assert_no_worse, exactly, in_several_orders
+from numerics import Orders, assert_no_worse, exactly
 from peft import LoraConfig
 from qlora import lora, quantized
 from reference import assert_gradients_no_worse
@@ -177,15 +177,19 @@ def results(model: nn.Module, given: dict[str, Any], call: Callable | None = Non
 
 
 class Truth(NamedTuple):
-    eager: list  # results as the host sums, and in other orders
+    eager: Iterable[tuple]  # results as the host sums, and in other orders
     exact: tuple  # results in float64
 
 
 def truth_of(model: nn.Module, given: dict[str, Any], dtype: torch.dtype, autocast: bool = False) -> Truth:
     wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        eager = in_several_orders(results, model, given)
-    return Truth(eager, results(in_float64(model, dtype), wide))
+    own = copy.deepcopy(model)
+
+    def eager():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return results(own, given)
+
+    return Truth(Orders(eager), results(in_float64(model, dtype), wide))
 
 
 @functools.cache
@@ -196,12 +200,11 @@ def truth(name: str, dtype: torch.dtype, seed: int = 0, autocast: bool = False) 
 def assert_true(got: tuple, true: Truth) -> None:
     """Each result and each gradient by the rule of numerics.py; a gradient that is exactly zero is zero."""
     for i, exact in enumerate(true.exact[0]):
-        assert_no_worse(got[0][i], [outs[i] for outs, _ in true.eager], exact, f"result {i}")
+        assert_no_worse(got[0][i], (outs[i] for outs, _ in true.eager), exact, f"result {i}")
     grads = {n.removeprefix("_orig_mod."): draws for n, draws in got[1].items()}
     zero = {n for n, draws in true.exact[1].items() if not any(d is not None and d.any() for d in draws)}
     assert not any(g is not None and g.any() for n in zero for g in grads[n])
-    rest = [{n: draws for n, draws in found.items() if n not in zero} for found in (true.exact[1], *(grads for _, grads in true.eager))]
-    assert_gradients_no_worse(grads, rest[1:], rest[0])
+    assert_gradients_no_worse(grads, (found for _, found in true.eager), {n: draws for n, draws in true.exact[1].items() if n not in zero})
 
 
 def assert_equal(got: tuple, want: tuple) -> None:

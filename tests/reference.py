@@ -6,9 +6,10 @@ assert_no_worse, in another dtype the eager one: norms, rotation and softmax in 
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
-from numerics import assert_no_worse, in_several_orders
+from numerics import Orders, assert_no_worse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -235,35 +236,39 @@ def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], d
         return out.detach(), dict(zip(leaves, zip(*grads, strict=True), strict=True))
 
     got = results(run, module, dtype)
-    eager = in_several_orders(lambda: results(formula, module, dtype))
+    eager = Orders(lambda: results(formula, module, dtype))
     assert_results_no_worse(got, eager, results(formula, copy.deepcopy(module).double(), torch.float64))
 
 
 Gradients = dict[str, tuple]
 
 
-def assert_results_no_worse(got: tuple[Tensor, Gradients], eager: list[tuple[Tensor, Gradients]], exact: tuple[Tensor, Gradients]) -> None:
-    """assert_no_worse for a value and assert_gradients_no_worse for its gradients; eager: those of in_several_orders."""
-    assert_no_worse(got[0], [value for value, _ in eager], exact[0], "value")
-    assert_gradients_no_worse(got[1], [grads for _, grads in eager], exact[1])
+def assert_results_no_worse(got: tuple[Tensor, Gradients], eager: Iterable[tuple[Tensor, Gradients]], exact: tuple[Tensor, Gradients]) -> None:
+    """assert_no_worse for a value and assert_gradients_no_worse for its gradients; eager: Orders of both."""
+    assert_no_worse(got[0], (value for value, _ in eager), exact[0], "value")
+    assert_gradients_no_worse(got[1], (grads for _, grads in eager), exact[1])
 
 
-def assert_gradients_no_worse(got: Gradients, eager: Gradients | list[Gradients], exact: Gradients) -> None:
+def assert_gradients_no_worse(got: Gradients, eager: Gradients | Iterable[Gradients], exact: Gradients) -> None:
     """assert_no_worse for {name: gradients of several upstream gradients}, relative in 2-norm over all of them: of a few
-    numbers alone, two correct ways of rounding may well be more than a factor of two apart. eager: one such, or those of in_several_orders."""
-    orders, errors, eager_errors = [eager] if isinstance(eager, dict) else eager, {}, []
+    numbers alone, two correct ways of rounding may well be more than a factor of two apart. eager: one such, or Orders of them."""
+    compared = {}
     for what, want in exact.items():
         if want[0] is None:
             assert all(g is None or not g.any() for g in got[what]), what
             continue
-        assert all(g.dtype == e.dtype and g.shape == e.shape for g, e in zip(got[what], orders[0][what], strict=True)), what
-        errors[what] = _relative(got[what], want)
-        eager_errors += [_relative(order[what], want) for order in orders]
+        compared[what] = _relative(got[what], want)
     eps = max(torch.finfo(g.dtype).eps for grads in got.values() for g in grads if g is not None)
-    allowed = 2 * max(eager_errors) + eps
-    assert allowed < 1, "a gradient that is zero but for rounding: nothing is compared"
-    bad = {what: f"{e:.2e}" for what, e in errors.items() if not e <= allowed}
-    assert not bad, f"allowed {allowed:.2e}: {bad}"
+    allowed = 0.0
+    for order in [eager] if isinstance(eager, dict) else eager:
+        for what in compared:
+            assert all(g.dtype == e.dtype and g.shape == e.shape for g, e in zip(got[what], order[what], strict=True)), what
+        allowed = max(allowed, 2 * max(_relative(order[what], exact[what]) for what in compared) + eps)
+        assert allowed < 1, "a gradient that is zero but for rounding: nothing is compared"
+        bad = {what: f"{e:.2e}" for what, e in compared.items() if not e <= allowed}
+        if not bad:
+            return
+    raise AssertionError(f"allowed {allowed:.2e}: {bad}")
 
 
 def _relative(results: tuple, exact: tuple) -> float:

@@ -1,10 +1,10 @@
 """A call of an op held to the rule of numerics.py: what tests/test_ops.py does with every case, for tests with cases of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from numerics import assert_no_worse, in_several_orders
+from numerics import Orders, assert_no_worse
 from reference import assert_gradients_no_worse
 from torch import Tensor
 
@@ -31,23 +31,23 @@ def check(call: Call, *, small_gradients: bool = False, layout: Callable[[Tensor
 
     exact = call.double()
     (ys, got), (want, true) = results(call, call), results(exact, exact.by_formula)
-    eager = in_several_orders(results, call, call.by_formula) if any(y.is_floating_point() for y in ys) else []
+    eager = Orders(results, call, call.by_formula) if any(y.is_floating_point() for y in ys) else []
     for i, (y, w) in enumerate(zip(ys, want, strict=True)):
-        _compare(f"result {i}", y, [values[i] for values, _ in eager], w)
+        _compare(f"result {i}", y, (values[i] for values, _ in eager), w)
     together = {name for name, gradients in true.items() if small_gradients or gradients[0].numel() == 1}
     for name, (w, *_) in true.items():
         if name not in together:
-            _compare(f"gradient of {name}", got[name][0], [found[name][0] for _, found in eager], w)
+            _compare(f"gradient of {name}", got[name][0], (found[name][0] for _, found in eager), w)
         elif not w.any():
             assert not got[name][0].any() and got[name][0].shape == w.shape, name
     if any(true[name][0].any() for name in together):
         weighed = {name: gradients for name, gradients in true.items() if gradients[0].any()}
-        assert_gradients_no_worse(got, [found for _, found in eager], weighed)
+        assert_gradients_no_worse(got, (found for _, found in eager), weighed)
     is_empty = any(not t.numel() for t in call.leaves().values())
     assert not true or is_empty or any(g[0].any() for g in true.values()) or not any(w.any() for w in want), "nothing is compared"
 
 
-def _compare(what: str, got: Tensor, eager: list[Tensor], exact: Tensor) -> None:
+def _compare(what: str, got: Tensor, eager: Iterable[Tensor], exact: Tensor) -> None:
     if not exact.is_floating_point():
         assert got.dtype == exact.dtype and torch.equal(got, exact), f"{what}: {got} is not {exact}"
         return

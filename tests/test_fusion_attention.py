@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch._dynamo.testing
-from numerics import assert_no_worse, assert_rounding_apart, in_several_orders
+from numerics import Orders, assert_no_worse, assert_rounding_apart
 from reference import DTYPES, VOCAB, D, assert_matches, make_attention, make_cross_layer, make_decoder, shaken
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,7 +197,7 @@ CACHED = in_turn(
 
 def assert_cached(model, form, more, dtype, parts, own_positions, images):
     images, (dense, mask) = images.to(dtype), form_of(form, dtype)
-    eager = in_several_orders(reference.model, model, TEXT, images, dense)
+    eager = Orders(reference.model, copy.deepcopy(model), TEXT, images, dense)
     exact = reference.model(copy.deepcopy(model).double(), TEXT, images.double(), dense)
     model.setup_caches(B, dtype, encoder_max_seq_len=S_E + more, decoder_max_seq_len=12)
     wide = widened(mask, S_E + more)

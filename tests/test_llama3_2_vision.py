@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_vision import Dense, assert_formula, leaves, parameters, randomize
-from numerics import assert_no_worse, in_several_orders
+from numerics import Orders, assert_no_worse
 from small_vision import (
     ATTENTION,
     DECODER,
@@ -210,8 +210,7 @@ def check(model, dtype=torch.float32, gradients=True, **known):
     tokens, images, mask = inputs(dtype)
     exact, same = leaves(parameters(model), torch.float64), leaves(parameters(model), dtype)
     want = Dense(exact, **KNOWN | known).logits(tokens, images.double(), RATIOS, mask)
-    with torch.no_grad():
-        eager = in_several_orders(Dense(same, **KNOWN | known).logits, tokens, images, RATIOS, mask)
+    eager = Orders(torch.no_grad()(Dense(same, **KNOWN | known).logits), tokens, images, RATIOS, mask)
     got = call(model, tokens, images, mask)
     assert got.dtype == torch.float32 and got.shape == (2, 7, 24)
     assert_no_worse(got, eager, want, "logits")

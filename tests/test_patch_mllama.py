@@ -1,5 +1,6 @@
 """patch(model) over transformers' Mllama, beyond what test_hosts.py asks of it: batches, masks, generation and caches."""
 
+import copy
 import inspect
 import warnings
 
@@ -10,7 +11,7 @@ import transformers
 from hosts import MLLAMA_CROSS, SMALL, THREE, assert_as_before, attention_of, conversations
 from hosts import model as model
 from hosts import shared as shared
-from numerics import assert_no_worse, in_several_orders
+from numerics import Orders, assert_no_worse
 from reference import assert_results_no_worse
 from torch import nn
 from transformers import CompileConfig
@@ -40,7 +41,7 @@ def test_logits_and_every_gradient(model, samples, side, implementation, dtype):
     """Of samples with 0, 1 and 2 images, with padding or without."""
     model.to(dtype).set_attn_implementation(implementation)
     call = conversations(samples, side)
-    eager, exact = in_several_orders(mllama.results, model, call), mllama.results(mllama.exactly(model), call)
+    eager, exact = Orders(mllama.results, copy.deepcopy(model), call), mllama.results(mllama.exactly(model), call)
     assert fastfuse.patch(model).counts == {"patched": 5}
     assert_results_no_worse(mllama.results(model, call), eager, exact)
     assert fastfuse.status(model).fallbacks == {}
