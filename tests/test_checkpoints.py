@@ -82,24 +82,14 @@ def consistent(tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("kind", ["sharded", "whole", "whole/model.safetensors", "sharded/model.safetensors.index.json", "torch", "sharded torch"])
-def test_loads_what_transformers_saves(saved_by_transformers, tmp_path, kind):
+@pytest.mark.parametrize("path", ["sharded", "whole", "whole/model.safetensors", "sharded/model.safetensors.index.json"])
+def test_loads_what_transformers_saves(saved_by_transformers, path):
     folder, want = saved_by_transformers
-    path = folder / kind
-    if "torch" in kind:
-        disk, path = dict(open_checkpoint(folder / "whole")), tmp_path
-        shutil.copy(folder / "whole" / "config.json", tmp_path)
-        if kind == "torch":
-            torch.save(disk, tmp_path / "pytorch_model.bin")
-        else:
-            files = shards(tmp_path, "pytorch_model-{:05}-of-00002.bin", folder / "whole", 2)
-            index = {"weight_map": {name: file.name for file in files for name in torch.load(file)}}
-            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert_same(loaded(path, profile="transformers"), want)
+    assert_same(loaded(folder / path, profile="transformers"), want)
 
 
 def shards(folder, pattern, whole, count=3, start=1):
-    """The tensors of a checkpoint dealt out to `count` files without an index, numbered from `start`."""
+    """The tensors of a checkpoint dealt out to `count` files, numbered from `start`."""
     disk, names = dict(open_checkpoint(whole)), [pattern.format(i, count) for i in range(start, start + count)]
     for i, name in enumerate(names):
         part = {key: disk[key].clone() for key in sorted(disk)[i::count]}
@@ -119,15 +109,20 @@ def shards(folder, pattern, whole, count=3, start=1):
         ("model-{:05}-of-{:05}.safetensors", 0, 3, "list"),
         ("hf_model_{:04}_0.pt", 0, 1, "list"),
         ("hf_model_{:04}_0.pt", 0, 3, "folder"),
+        ("pytorch_model.bin", 1, 1, "folder"),
+        ("of any name{}.bin", 1, 2, "index"),
     ],
 )
-def test_shards_without_an_index(saved_by_transformers, tmp_path, pattern, start, count, given):
+def test_shards_by_their_names_or_an_index(saved_by_transformers, tmp_path, pattern, start, count, given):
     """As torchtune writes them, the number of the epoch last; more than nine, so that order by name and by number may differ."""
     folder, want = saved_by_transformers
     files = shards(tmp_path, pattern, folder / "whole", count, start)
     shutil.copy(folder / "whole" / "config.json", tmp_path)
     torch.save({}, tmp_path / "adapter_0.pt")  # other files torchtune leaves there
-    found = open_checkpoint({"folder": tmp_path, "list": files[::-1], "iterator of strings": iter(map(str, files))}[given])
+    if given == "index":
+        index = {"weight_map": {name: file.name for file in files for name in torch.load(file)}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    found = open_checkpoint({"list": files[::-1], "iterator of strings": iter(map(str, files))}.get(given, tmp_path))
     assert found.format == "hf" and found.config["model_type"] == "mllama"
     assert_same(loaded(found, profile="transformers"), want)
     if count == 3:
@@ -210,7 +205,6 @@ def test_any_layers_and_grouped_heads(tmp_path):
     assert found.config is None and found.shape("language_model.model.layers.1.self_attn.k_proj.weight") == (32, 128)
     assert [i for i in range(8) if f"language_model.model.layers.{i}.cross_attn_attn_gate" in found] == [0, 2, 3, 7]
     assert_same(loaded(found, GQA, profile="transformers"), model)
-    assert [i for i in range(6) if f"decoder.layers.{i}.ca_norm.scale" in model.state_dict()] == [1, 5]
 
 
 def test_meta_parameters_are_materialized(consistent):
@@ -224,9 +218,6 @@ def test_meta_parameters_are_materialized(consistent):
     load_checkpoint(filled, folder)
     assert_same(empty, filled)
     assert torch.equal(*(m(torch.tensor([[1, 2, 3]])) for m in (empty, filled)))
-    kept = on_meta(build, CONFIG, profile="transformers")
-    load_checkpoint(kept, folder)
-    assert {p.dtype for p in kept.parameters()} == {torch.float32} and not any(b.is_meta for b in kept.buffers())
 
 
 def test_loaded_parameters_do_not_hang_on_the_file(consistent, tmp_path):
@@ -257,20 +248,22 @@ def test_wrapped_layers_keep_their_names(consistent):
         assert_same(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)), plain)
 
 
-@pytest.mark.parametrize("how", ["config", "top level, parts null", "argument", "not asked for", "not asked for, parts null"])
-def test_tied_embeddings(consistent, tmp_path, how):
+TIED, NULLS = {"tie_word_embeddings": True}, {"text_config": None, "vision_config": None}
+
+
+@pytest.mark.parametrize(
+    "config, argument, tied",
+    [({"text_config": TIED}, None, True), (TIED | NULLS, None, True), ({}, True, True), ({}, None, False), (NULLS, None, False)],
+)
+def test_tied_embeddings(consistent, tmp_path, config, argument, tied):
     model, folder = consistent
-    disk = {name: t for name, t in open_checkpoint(folder).items() if "lm_head" not in name}
-    save_file(disk, tmp_path / "model.safetensors")
-    config = HF.to_dict()
-    config["text_config"]["tie_word_embeddings"] = how == "config"
-    config |= {"tie_word_embeddings": how.startswith("top"), "text_config": None, "vision_config": None} if how.endswith("null") else {}
+    save_file({name: t for name, t in open_checkpoint(folder).items() if "lm_head" not in name}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = build(CONFIG)
-    if how.startswith("not"):
+    if not tied:
         refuses(r"1 missing \(decoder\.output\.weight\); a file without lm_head loads with tie_word_embeddings=True", load_checkpoint, again, tmp_path)
         return
-    load_checkpoint(again, tmp_path, tie_word_embeddings=True if how == "argument" else None)
+    load_checkpoint(again, tmp_path, tie_word_embeddings=argument)
     output, text = again.decoder.output.weight, again.decoder.tok_embeddings.embedding.weight
     assert torch.equal(output, model.decoder.tok_embeddings.embedding.weight) and output.data_ptr() != text.data_ptr()
 
@@ -317,18 +310,17 @@ def test_adapters_and_quantized_bases(consistent, tmp_path, base):
 def test_adapter_files_are_checked_first(consistent, tmp_path):
     model = lora()
     save_adapter(model, tmp_path / "adapter.safetensors")
-    found = load_file(tmp_path / "adapter.safetensors")
-    name = next(iter(found))
-    before = tensors(model)
+    other = {n: t + 1 for n, t in load_file(tmp_path / "adapter.safetensors").items()}
+    name, before = next(iter(other)), tensors(model)
     for content, message in [
-        ({n: t + 1 for n, t in found.items() if n != name}, rf"load_adapter: .*1 missing \({name}\)"),
-        ({n: t + 1 for n, t in found.items()} | {"decoder.norm.scale": torch.ones(128)}, r"1 unexpected \(decoder\.norm\.scale\)"),
-        ({n: torch.cat([t, t]) + 1 if n == name else t + 1 for n, t in found.items()}, "1 of another shape"),
+        ({n: t for n, t in other.items() if n != name}, rf"load_adapter: .*1 missing \({name}\)"),
+        (other | {"decoder.norm.scale": torch.ones(128)}, r"1 unexpected \(decoder\.norm\.scale\)"),
+        (other | {name: torch.cat([other[name]] * 2)}, "1 of another shape"),
     ]:
         save_file(content, tmp_path / "wrong.safetensors")
         refuses(message, load_adapter, model, tmp_path / "wrong.safetensors")
         assert_same(model, before)
-    assert load_adapter(model, tmp_path / "adapter.safetensors", strict=False).loaded == len(found)
+    assert load_adapter(model, tmp_path / "adapter.safetensors", strict=False).loaded == len(other)
     refuses("the model has no adapters", save_adapter, consistent[0], tmp_path / "none.safetensors")
 
 
@@ -405,7 +397,6 @@ def test_refused_files(consistent, tmp_path):
         ("nested.pt", {"model": {"a": weights[norm]}, "step": 3}, "not a flat dict of names and tensors: a dict with model, step"),
         ("list.pt", [weights[norm]], "not a flat dict of names and tensors: a list"),
         ("cut.safetensors", whole[:-1000], "not a readable safetensors file: .*incomplete"),
-        ("cut2.safetensors", whole[:50], "not a readable safetensors file"),
         ("empty.safetensors", b"", "not a readable safetensors file"),
         ("other.safetensors", as_bytes({"lstm.weight": weights[norm]}), "no names of a Llama-3.2-Vision checkpoint; it has lstm.weight"),
         ("text.txt", b"hello", "not a checkpoint: a directory, "),

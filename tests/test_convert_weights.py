@@ -10,14 +10,11 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from fastfuse.errors import InvalidArgument
 from fastfuse.models.llama3_2_vision import llama3_2_vision_11b
 from fastfuse.models.llama3_2_vision._convert_weights import (
-    Layout,
     all_aspect_ratios,
     grid_to_rows,
     hf_plan,
     llama3_vision_tune_to_peft_adapter_weights,
     rows_to_grid,
-    steps_from_tune,
-    steps_to_tune,
     tune_plan,
 )
 from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_hf_to_tune as hf_to_tune
@@ -41,10 +38,6 @@ def column(*values):
     return torch.tensor([[float(v)] for v in values])
 
 
-def numbers(values: dict, prefix: str = "", suffix: str = "") -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}{suffix}": torch.tensor([float(value)]) for name, value in values.items()}
-
-
 def hf_state_dict(layers=6, cross=(1, 4)):
     """Names as in memory, every tensor random, the tile tables of two ratios as unlike as training them apart makes them."""
     with torch.device("meta"):
@@ -55,17 +48,6 @@ def hf_state_dict(layers=6, cross=(1, 4)):
 def assert_both_ways(hf, tune, **options):
     assert_same(hf_to_tune(hf, **options), tune)
     assert_same(tune_to_hf(tune, **options), hf)
-
-
-def test_meta_layers_and_convolution():
-    """torchtune's output."""
-    meta = numbers({i: i for i in range(6)}, "text_model.layers.", ".attention_norm.weight")
-    meta |= numbers({0: 10, 1: 11}, "text_model.cross_attention_layers.", ".gate_attn") | {CONV: torch.arange(12.0)[None]}
-    tune = numbers({i: i for i in range(6)}, "decoder.layers.", ".sa_norm.scale")
-    tune |= numbers({2: 10, 5: 11}, "decoder.layers.", ".fusion_layer.ca_scale.scale") | {"encoder.clip.conv.weight": torch.arange(12.0).view(1, 3, 2, 2)}
-    assert_same(meta_to_tune({**meta, "text_model.rope.freqs": zeros(2)}), tune)
-    assert_same(tune_to_meta(tune), meta)
-    assert hf_to_tune({LAYERS + "0.self_attn.rotary_emb.inv_freq": zeros(2)}) == {}
 
 
 def test_tile_tables_of_torchtune():
@@ -85,13 +67,10 @@ def test_tile_tables_of_torchtune():
 
 def test_cells_of_smaller_ratios_are_kept():
     """torchtune reads the ratios of exactly num_tiles, which for five leave cell (1, 1) of (2, 2) out."""
-    grid = torch.arange(1.0, 26.0).view(5, 5, 1, 1)
-    ratios = all_aspect_ratios(5)
-    used = zeros(5, 5, dtype=torch.bool)
+    grid, kept, ratios = torch.arange(1.0, 26.0).view(5, 5, 1, 1), zeros(5, 5, 1, 1), all_aspect_ratios(5)
     for h, w in ratios:
-        used[:h, :w] = True
-    back = rows_to_grid(grid_to_rows(grid, ratios), ratios, check=True)
-    assert torch.equal(back, torch.where(used[..., None, None], grid, 0)) and back[1, 1] == 7
+        kept[:h, :w] = grid[:h, :w]
+    assert torch.equal(rows_to_grid(grid_to_rows(grid, ratios), ratios, check=True), kept) and kept[1, 1] == 7
     rows = torch.tensor([[0.0, 0.0], [10, 11], [20, 21], [30, 31]])[..., None, None]  # the smallest ratio is listed last
     assert rows_to_grid(rows, [(1, 2), (2, 1), (1, 1)])[..., 0, 0].tolist() == [[20, 11], [21, 0]]
 
@@ -131,6 +110,8 @@ META_LAYERS = {f"text_model.layers.{i}.attention_norm.weight": zeros(1) for i in
 META_LAYERS |= {f"text_model.cross_attention_layers.{i}.gate_attn": zeros(1) for i in range(2)}
 REGULAR = "Conversion assumes cross attention is added at regular intervals"
 UNKNOWN = ["foo.bar", "decoder.layers.0.attn.q_proj.lora_a.weight", "encoder.clip.layers.0.attn.q_proj.magnitude"]
+OUTPUT, ALONE = "encoder.projection.output.", "torchtune's DoRA scales the layer's bias and PEFT's does not: base and lora_alpha are needed"
+ADAPTER, BASE = ({OUTPUT + part: zeros(1) for part in parts} for parts in (("lora_a.weight", "lora_b.weight", "magnitude"), ("weight", "bias")))
 REFUSALS = [
     (meta_to_tune, {CONV: zeros(4, 13)}, {}, "Conversion assumes 3 channel inputs and square patch size"),
     (meta_to_tune, META_LAYERS, {}, REGULAR),
@@ -148,6 +129,9 @@ REFUSALS = [
     (hf_to_tune, {EMBEDDING: zeros(72, 1)}, {"vocab_size": 72}, r"has 72 rows, vocab_size \+ 8 = 80 are needed \(resize_token_embeddings drops the last\)$"),
     (hf_to_tune, {"lm_head.weight": column(1), "language_model.lm_head.weight": column(2)}, {}, r"lm_head\.weight are both decoder\.output\.weight"),
     (llama3_vision_tune_to_peft_adapter_weights, {"decoder.layers.0.attn.q_proj.weight": zeros(1)}, {}, "unexpected key"),
+    *((llama3_vision_tune_to_peft_adapter_weights, ADAPTER, options, rf"output\.magnitude: {ALONE}") for options in ({}, {"base": BASE}, {"lora_alpha": 3})),
+    (llama3_vision_tune_to_peft_adapter_weights, ADAPTER, {"base": {OUTPUT + "weight": zeros(1)}, "lora_alpha": 3}, rf"output\.magnitude: base lacks {OUTPUT}bias"),
+    (llama3_vision_tune_to_peft_adapter_weights, {OUTPUT + "magnitude": zeros(1)}, {"base": BASE, "lora_alpha": 3}, f"the adapter lacks {OUTPUT}lora_a.weight"),
     *(
         (convert, {key: zeros(1)}, {}, f'Error converting the state dict. Found unexpected key: "{key}". Please make sure')
         for convert in (hf_to_tune, tune_to_hf, meta_to_tune, tune_to_meta) for key in UNKNOWN
@@ -168,9 +152,8 @@ def test_the_bias_of_dora_for_peft(kind):
     a, b, magnitude, bias = (torch.randn(*size).to(dtype) for size in ((4, 64), (128, 4), (128,), (128,)))
     w = torch.randn(128, 64).to(dtype)
     w = to_nf4(w, block_size=32, scaler_block_size=32) if kind == "nf4" else w
-    module = "encoder.projection.output."
-    adapter = {module + "lora_a.weight": a, module + "lora_b.weight": b, module + "magnitude": magnitude}
-    converted = llama3_vision_tune_to_peft_adapter_weights(adapter, base={module + "weight": w, module + "bias": bias}, lora_alpha=6)
+    adapter, base = dict(zip(ADAPTER, (a, b, magnitude), strict=True)), dict(zip(BASE, (w, bias), strict=True))
+    converted = llama3_vision_tune_to_peft_adapter_weights(adapter, base=base, lora_alpha=6)
     got = converted["base_model.model.model.multi_modal_projector.base_layer.bias"]
     want = bias.double() * magnitude.double() / (w.to(dtype).double() + 1.5 * b.double() @ a.double()).norm(dim=1)
     assert len(converted) == 4 and got.dtype == dtype
@@ -187,6 +170,7 @@ def test_the_bias_of_dora_for_peft(kind):
 def test_round_trip_hf(layers, cross):
     """Bit for bit with a row per ratio; the names in memory come back as the names on disk."""
     hf = hf_state_dict(layers, cross)
+    assert hf_to_tune({LAYERS + "0.self_attn.rotary_emb.inv_freq": zeros(2)}) == {}
     for options in ({"cross_attention_layers": cross, "num_hidden_layers": layers}, {}):  # positions given, and from the keys
         options |= SIZES | {"tile_tables": "ratios"}
         tune = hf_to_tune(hf, **options)
@@ -200,33 +184,6 @@ def _in_memory(name):
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     return "model." + name.replace("language_model.model.", "language_model.")
-
-
-def test_round_trips_in_grid_form():
-    tune = hf_to_tune(hf_state_dict(), **SIZES)
-    hf, meta = tune_to_hf(tune, **SIZES), tune_to_meta(tune)  # transformers' with tables that agree
-    assert_both_ways(hf, hf_to_tune(hf, **SIZES, check=True), **SIZES)
-    assert all(name.startswith(("text_model.", "vision_model.vision_encoder.", "vision_model.vision_projection.")) for name in meta)
-    assert_same(meta_to_tune(meta), tune)
-    assert_same(tune_to_meta(meta_to_tune(meta)), meta)
-
-
-def test_steps_stream():
-    """Each source is in one step and each target too; shapes come from meta tensors; what need not move is a view."""
-    hf = hf_state_dict()
-    layout = Layout(layer_plan(6, [1, 4]), 8, 2, 8, mllama.VOCAB, 32, 4, tuple(RATIOS), "ratios")
-    steps, unknown = steps_to_tune("hf", hf, layout)
-    assert not unknown and sorted(s for step in steps for s in step.sources) == sorted(hf)
-    targets = [t for step in steps for t in step.targets]
-    both = [("decoder.tok_embeddings.weight", "decoder.tok_embeddings.fusion_embedding.weight")]
-    assert len(set(targets)) == len(targets) == len(hf) + 1 and [step.targets for step in steps if len(step.targets) > 1] == both
-    for step in steps:
-        values = step.convert(*(hf[s] for s in step.sources))
-        assert [v.shape for v in values] == [s.shape for s in step.convert(*(hf[s].to("meta") for s in step.sources))]
-        if step.kind not in ("q", "k"):
-            assert all(v.untyped_storage().data_ptr() == hf[step.sources[0]].untyped_storage().data_ptr() for v in values), step
-    back, unknown = steps_from_tune("hf", targets, layout)
-    assert not unknown and [step.sources for step in back if len(step.sources) > 1] == both
 
 
 def test_every_tensor_of_11b_has_its_place():

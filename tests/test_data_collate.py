@@ -77,20 +77,21 @@ def test_mask_against_its_definition(direction):
             assert mask.sum() == sum(own.bool().sum() for made in samples for own in made["encoder_mask"])  # nothing but what the samples said
 
 
-def test_left_is_for_inference():
-    batch = collate([sample(3, [1]), sample(2, [2], labels=False)], pad_direction="left")
-    assert list(batch) == ["tokens", "encoder_input", "encoder_mask"] and batch["tokens"].tolist() == [[1, 2, 3], [0, 1, 2]]
-
-
 def test_pad_max_tiles_and_images():
-    training = collate([sample(2, [1, 2])], pad_max_tiles=3, pad_max_images=3, pad_aspect_ratio=(0, 0))
-    found = said(training)
+    found = said(collate([sample(2, [1, 2])], pad_max_tiles=3, pad_max_images=3, pad_aspect_ratio=(0, 0)))
     assert found["images"] == [[[1, 0, 0], [2, 2, 0], [0, 0, 0]]] and found["aspect_ratio"] == [[[1, 1], [2, 1], [0, 0]]]
     assert found["masks"] == [["110000000000000000", "110000111100000000"]]
-    # a cache of three images' width is filled with two: the mask is as wide as the cache, and no third image is encoded
-    inference = said(collate([sample(2, [1, 2])], pad_direction="left", pad_max_tiles=3, pad_max_images=3))
-    assert inference["masks"] == found["masks"] and inference["images"] == [found["images"][0][:2]]
-    assert inference["aspect_ratio"] == [[[1, 1], [2, 1]]]
+
+
+def test_left_is_for_inference():
+    """A cache of three images' width is filled with two: the mask is as wide as the cache, and no third image is encoded."""
+    batch = collate([sample(1), sample(2, [1, 2], labels=False)], pad_direction="left", pad_max_tiles=3, pad_max_images=3)
+    assert said(batch) == {
+        "tokens": [[0, 1], [1, 2]],
+        "aspect_ratio": [[[1, 1], [1, 1]], [[1, 1], [2, 1]]],
+        "images": [[[0] * 3] * 2, [[1, 0, 0], [2, 2, 0]]],
+        "masks": [["0" * 18] * 2, ["110000000000000000", "110000111100000000"]],
+    }
 
 
 def test_pad_to_multiple_of():
@@ -112,20 +113,13 @@ def test_text_alone():
         assert batch.keys() == want.keys() and said(batch) == want
 
 
-def masks_of(tokens, tiles):
-    """VisionCrossAttentionMask's of a text, 9 being an image."""
-    made = {"tokens": tokens, "labels": [0] * len(tokens), "encoder_input": {"images": [zeros(t, 3, 4, 4) for t in tiles]}}
-    made["encoder_input"]["aspect_ratio"] = [torch.tensor([1, t]) for t in tiles]
-    assert VisionCrossAttentionMask(tile_size=4, patch_size=2, image_token_id=9)(made) is made
-    return made
-
-
 def visible(tokens, tiles):
-    """For each image the text positions that see it, all of its columns checked to agree."""
-    masks = masks_of(tokens, tiles)["encoder_mask"]
-    for mask, t in zip(masks, tiles, strict=True):
-        assert mask.dtype == torch.bool and mask.shape == (len(tokens), 5 * t) and torch.equal(mask, mask[:, :1].repeat(1, 5 * t))
-    return [mask[:, 0].nonzero().flatten().tolist() for mask in masks]
+    """Of VisionCrossAttentionMask's masks of a text, 9 being an image: the positions that see each image, all of its columns checked to agree."""
+    sample = {"tokens": tokens, "encoder_input": {"images": [zeros(t, 3, 4, 4) for t in tiles]}}
+    assert VisionCrossAttentionMask(tile_size=4, patch_size=2, image_token_id=9)(sample) is sample
+    for mask, t in zip(sample["encoder_mask"], tiles, strict=True):
+        assert mask.dtype == torch.bool and torch.equal(mask, mask[:, :1].repeat(1, 5 * t)) and len(mask) == len(tokens)
+    return [mask[:, 0].nonzero().flatten().tolist() for mask in sample["encoder_mask"]]
 
 
 def test_which_text_sees_which_image():
@@ -140,10 +134,7 @@ def test_which_text_sees_which_image():
         assert visible(tokens, [1 + i % 4 for i in range(len(starts))]) == want
 
 
-def test_the_masks_of_a_text_fit_a_batch_and_take_no_memory_of_their_own():
-    batch = collate([masks_of([9, 1, 9, 9, 1], (1, 2, 1))])
-    one, two = "11111" + "00000" * 5, "00000" * 2 + "11111" * 2 + "00000" * 2
-    assert said(batch)["masks"] == [[one, one, two, two[:20] + "1111100000", two[:20] + "1111100000"]]
+def test_the_masks_of_a_text_take_no_memory_of_their_own():
     long = {"tokens": [9] + [1] * 8191, "encoder_input": {"images": [torch.empty(4, 3, 560, 560, device="meta")]}}
     (mask,) = VisionCrossAttentionMask(tile_size=560, patch_size=14, image_token_id=9)(long)["encoder_mask"]
     assert mask.shape == (8192, 6404) and mask.untyped_storage().nbytes() == 8192
@@ -198,12 +189,13 @@ def test_refused_masks():
 
 
 def test_sft():
-    batch = [{"tokens": [1, 2, 3], "labels": [4, 5, 6]}, {"tokens": [1], "labels": [4, 3, 2, 1], "id": 7}]
-    assert said(padded_collate_sft(batch)) == {"tokens": [[1, 2, 3, 0], [1, 0, 0, 0]], "labels": [[4, 5, 6, -100], [4, 3, 2, 1]]}
+    """Images are not its business, whether they are there or not."""
+    batch = [sample(3, [1]), {"tokens": [1], "labels": [4, 3, 2, 1], "id": 7}]
+    made = padded_collate_sft(batch)
+    assert made.keys() == {"tokens", "labels"}
+    assert said(made) == {"tokens": [[1, 2, 3, 0], [1, 0, 0, 0]], "labels": [[10, 20, 30, -100], [4, 3, 2, 1]]}
     found = said(padded_collate_sft(batch[:1], padding_idx=8, ignore_idx=-8, pad_to_multiple_of=2))
-    assert found == {"tokens": [[1, 2, 3, 8]], "labels": [[4, 5, 6, -8]]}
-    made = padded_collate_sft([sample(2, [1]), sample(1)])  # images are not its business, whether they are there or not
-    assert made.keys() == {"tokens", "labels"} and said(made) == {"tokens": [[1, 2], [1, 0]], "labels": [[10, 20], [10, -100]]}
+    assert found == {"tokens": [[1, 2, 3, 8]], "labels": [[10, 20, 30, -8]]}
     with pytest.raises(InvalidArgument, match="padded_collate_sft: batch is empty"):
         padded_collate_sft([])
 
@@ -212,4 +204,3 @@ def test_left_pad_sequence():
     rows = [torch.tensor([1, 2]), torch.tensor([3, 4, 5])]
     assert left_pad_sequence(rows, batch_first=True, padding_value=9).tolist() == [[9, 1, 2], [3, 4, 5]]
     assert left_pad_sequence(rows).tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert left_pad_sequence([ones(2, 3), ones(1, 3)], True).tolist() == [[[1] * 3] * 2, [[0] * 3, [1] * 3]]

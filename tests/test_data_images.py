@@ -1,21 +1,17 @@
-"""Images to tiles: by hand, against Pillow's own resampling, transformers' image processor, and values torchtune 0.6.1 gives."""
+"""Images to tiles: by hand, against Pillow's filters, transformers' image processor, and values torchtune 0.6.1 gives."""
 
+import base64
 import importlib
 import io
-import itertools
 import math
 import random
-import struct
 import sys
-import zlib
 from enum import Enum
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from numerics import assert_rounding_apart
 from PIL import ExifTags, Image
 from torch import ones, zeros
 from transformers.models.mllama import image_processing_pil_mllama as mllama
@@ -23,9 +19,10 @@ from transformers.models.mllama import image_processing_pil_mllama as mllama
 from fastfuse.data.images import _resize, find_supported_resolutions, get_canvas_best_fit, get_inscribed_size, pad_dim_to_size, resize_with_pad, tile_crop
 from fastfuse.data.transforms import CLIPImageTransform, image_to_tensor
 from fastfuse.errors import InvalidArgument
+from fastfuse.models.llama3_2_vision._transform import IMAGE_MEAN as MEAN
+from fastfuse.models.llama3_2_vision._transform import IMAGE_STD as STD
 
 EPS, F32 = torch.finfo(torch.float32).eps, torch.float32
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CANVASES_4_560 = [(560, 2240), (1120, 1120), (560, 560), (2240, 560), (560, 1680), (1680, 560), (560, 1120), (1120, 560)]
 SMOOTH = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -53,8 +50,8 @@ def size_only(h, w):
 def test_tile_crop_puts_every_pixel_where_it_was():
     for image in (torch.arange(48).view(2, 4, 6), torch.arange(48).view(2, 6, 4).mT):  # no contiguous input needed
         tiles = tile_crop(image, 2)
-        assert tiles.shape == (6, 2, 2, 2) and tiles.is_contiguous()
-        assert all(torch.equal(tiles[3 * r + c], image[:, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2]) for r in range(2) for c in range(3))
+        want = [image[:, y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2, 4)]
+        assert tiles.is_contiguous() and torch.equal(tiles, torch.stack(want))
 
 
 NOT_PIXELS = "Input image has shape {}, not (3, H, W), (4, H, W), (1, H, W) or (H, W) with pixels"
@@ -78,7 +75,6 @@ REFUSED = [
 NO_IMAGES = [
     ("photo.jpg", "Input image must be a PIL image or a torch.Tensor. Got str."),
     (np.zeros((4, 4, 3)), "Input image must be a PIL image or a torch.Tensor. Got ndarray."),
-    (None, "Input image must be a PIL image or a torch.Tensor. Got NoneType."),
     (Image.new("RGB", (0, 5)), "Input image is 0 x 5 pixels."),
     (Image.new("I;16", (0, 3)), "Input image is 0 x 3 pixels."),
     (Image.fromarray(FLOATS * 2), "Input image has mode F and values from 0 to 510: scale them to 0..255"),
@@ -101,7 +97,6 @@ OPTIONS = [
     ({"possible_resolutions": [(224, 300)]}, f"{CLIP}possible_resolutions has (224, 300), not a multiple of tile_size 224"),
     ({"possible_resolutions": []}, f"{CLIP}possible_resolutions is [], not one or more pairs (height, width)"),
     ({"max_num_tiles": 0}, "find_supported_resolutions: max_num_tiles is 0 and tile_size 224, both must be at least 1"),
-    ({"resample": "sharp"}, "resample is 'sharp', not one of nearest, nearest_exact, bilinear, bicubic"),
     ({"dtype": torch.uint8}, f"{CLIP}dtype is torch.uint8, not a floating point one"),
 ]
 REFUSED += [(lambda image=image: CLIPImageTransform(tile_size=4)({"image": image}), message) for image, message in NO_IMAGES]
@@ -113,7 +108,6 @@ def test_refusals(call, message):
     with pytest.raises(InvalidArgument) as error:
         call()
     assert str(error.value) == message
-    assert isinstance(error.value, ValueError) and isinstance(error.value, AssertionError)
 
 
 def test_resolutions_and_their_order():
@@ -141,8 +135,6 @@ def test_the_largest_canvas_then_the_smaller_area_then_the_first(default_dtype):
     assert get_canvas_best_fit(square, [(40, 20), (20, 40)], True) == (40, 20)
     assert get_canvas_best_fit(square, [(5, 9), (8, 5), (4, 9)], False) == (8, 5)
     assert get_inscribed_size((5000, 1), (2240, 560), None) == (2240, 1)  # torchtune gives a width of 0 here
-    tiles = CLIPImageTransform(tile_size=28, image_mean=MEAN, image_std=STD, dtype=F32)({"image": Image.fromarray(pattern(40, 70))})["image"]
-    assert tiles[0, 0, 0, 0].item() == pytest.approx(-1.718358039855957, rel=1e-6)
 
 
 def test_canvas_and_size_are_those_of_transformers(default_dtype):
@@ -153,22 +145,10 @@ def test_canvas_and_size_are_those_of_transformers(default_dtype):
         canvas = get_canvas_best_fit(size_only(h, w), find_supported_resolutions(max_num_tiles, tile_size), False)
         case = f"{h} x {w}, {max_num_tiles} tiles of {tile_size}"
         assert canvas == tuple(int(x) for x in mllama.get_optimal_tiled_canvas(h, w, max_num_tiles, tile_size)), case
-        assert get_inscribed_size((h, w), canvas, tile_size) == mllama.get_image_size_fit_to_canvas(h, w, *canvas, tile_size), case
-
-
-def test_inscribed_size_by_exact_arithmetic():
-    """One side fills its limit, the other is its share rounded down, or one less where the share is whole: floats lose there."""
-    rng = random.Random(0)
-    for _ in range(3000):
-        h, w, *target = (some_side(rng) for _ in range(4))
-        max_size = rng.choice([None, some_side(rng)])
-        limits = [to if max_size is None else min(to, max(side, max_size)) for side, to in zip((h, w), target, strict=True)]
-        scale = min(Fraction(limits[0], h), Fraction(limits[1], w))
-        got = get_inscribed_size((h, w), target, max_size)
-        for new, side, limit in zip(got, (h, w), limits, strict=True):
-            share = scale * side
-            assert new == max(1, math.floor(share)) or (new == share - 1 and share < limit), f"{h, w} in {target}, {max_size}: {got}"
-        assert got[0] == limits[0] or got[1] == limits[1]
+        for target in (canvas, (some_side(rng), some_side(rng))):
+            for max_size in (tile_size, some_side(rng), None):
+                want = mllama.get_image_size_fit_to_canvas(h, w, *target, max_size or 10**6)
+                assert get_inscribed_size((h, w), target, max_size) == want, f"{case}, {target}, {max_size}"
 
 
 def test_pad_dim_to_size():
@@ -177,23 +157,9 @@ def test_pad_dim_to_size():
     assert pad_dim_to_size(ones(2, 1, dtype=torch.bool), 2, 1).tolist() == [[True, False]] * 2
 
 
-def test_resize_by_hand():
-    # halving: a triangle 4 pixels wide around each new pixel, weights 3/4, 3/4, 1/4 of 7/4 at the border
-    for row, mode, want in (([0, 0, 7, 7], "bilinear", [1, 6]), ([1, 2, 3, 4, 5], "nearest", [1, 3]), ([1, 2, 3, 4, 5], "nearest-exact", [2, 4])):
-        torch.testing.assert_close(resize_with_pad(torch.tensor([[row]], dtype=F32), (1, 2), mode), torch.tensor([[want]], dtype=F32))
-
-
-@pytest.mark.parametrize("mode", SMOOTH)
-@pytest.mark.parametrize("size", [(64, 90), (500, 640), (17, 3), (301, 200)])
-def test_resize_against_pillow(size, mode):
-    """Pillow resamples float pictures on its own code path, with the same filters."""
-    grey = skimage.data.chelsea()[:200, :300, 1].astype(np.float32)
-    h, w = get_inscribed_size((200, 300), size, None)
-    want = torch.from_numpy(np.array(Image.fromarray(grey).resize((w, h), SMOOTH[mode])))
-    got = resize_with_pad(torch.from_numpy(grey)[None], size, mode)
-    taps = 4 * max(200 // h, 1) * 4 * max(300 // w, 1)  # bicubic, widened where it reduces
-    assert_rounding_apart(got[0, :h, :w].contiguous(), want, K=taps, products=2)  # rows, then columns
-    assert got[0, h:].eq(0).all() and got[0, :, w:].eq(0).all()
+def test_nearest_pixels_by_hand():
+    for mode, want in (("nearest", [1, 3, 0]), ("nearest-exact", [2, 4, 0])):
+        assert resize_with_pad(torch.tensor([[[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]]), (1, 3), mode).tolist() == [[want]]
 
 
 def filter_weights(old, new, mode):
@@ -207,7 +173,8 @@ def filter_weights(old, new, mode):
     return weights / weights.sum(1, keepdim=True)
 
 
-NARROW = [
+SIZES = [
+    *(((200, 300), new) for new in ((60, 90), (426, 640), (2, 3), (133, 200))),
     ((400, 1), (300, 1)),
     ((400, 1), (1, 1)),
     ((400, 3), (300, 1)),
@@ -220,53 +187,30 @@ NARROW = [
 
 
 @pytest.mark.parametrize("mode", SMOOTH)
-@pytest.mark.parametrize("size, new", NARROW)
-def test_a_side_of_one_pixel(size, new, mode):
-    """PyTorch 2.13's own antialiasing makes every row of a one pixel wide result from the first row's pixels."""
+@pytest.mark.parametrize("size, new", SIZES)
+def test_resize_by_the_filter(size, new, mode, device):
+    """A side of one pixel too: PyTorch 2.13's own antialiasing makes every row of a one pixel wide result from the first row's pixels."""
     bytes_ = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).permute(2, 0, 1)
     rows, columns = (filter_weights(old, to, mode) for old, to in zip(size, new, strict=True))
     exact = rows @ bytes_.double() @ columns.T / 255
-    for image in (bytes_, bytes_.contiguous()):
+    for image in (bytes_, bytes_.contiguous(), bytes_.repeat_interleave(2, 2)[..., ::2]):
         for dtype in (torch.float64, F32):
             # a pixel's place is rounded to the dtype, and neighbours are up to 1 apart
             allowed = 4 * max(size) * torch.finfo(dtype).eps
             assert (_resize(image.to(dtype) / 255, new, mode).double() - exact).abs().max() <= allowed
-        assert (_resize(image, new, mode).double() - (exact * 255).clamp(0, 255)).abs().max() <= 0.51
+        for there in {"cpu", device} if 1 in (*size, *new) else ():  # else bytes are rounded between rows and columns too
+            assert (_resize(image.to(there), new, mode).cpu().double() - (exact * 255).clamp(0, 255)).abs().max() <= 0.51
 
 
-def test_other_dtypes_are_computed_in_float32_and_layouts_give_the_same_numbers():
+def test_other_dtypes_are_computed_in_float32():
     array = skimage.data.coffee()[:100, :150]
     image, size = pixels(array), (60, 90)
     for mode in SMOOTH:
         for narrow in (image.bfloat16() / 255, image.half() / 255):
             assert torch.equal(_resize(narrow, size, mode), _resize(narrow.float(), size, mode).to(narrow.dtype))
-    whole = _resize(image.int(), size, "bilinear")
-    assert torch.equal(whole, _resize(image.float(), size, "bilinear").round().int())
-    pillow = pixels(np.array(Image.fromarray(array).resize(size[::-1], SMOOTH["bilinear"])))
-    assert (_resize(image, size, "bilinear").int() - pillow.int()).abs().max() <= 1
-    assert_rounding_apart(_resize(image / 255, size, "bicubic"), _resize(image.contiguous() / 255, size, "bicubic"), K=16, products=2)
-    every_other = torch.rand(3, 50, 140)[:, :, ::2]
-    assert torch.equal(_resize(every_other, size, "bilinear"), _resize(every_other.contiguous(), size, "bilinear"))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_overshoots_of_bytes_do_not_wrap_around(device):
-    edges = torch.tensor([[[0, 255, 0, 0, 255, 255]]], dtype=torch.uint8)
-    want = resize_with_pad(edges.float(), (4, 24), "bicubic").round().clamp(0, 255)
-    assert (resize_with_pad(edges.to(device), (4, 24), "bicubic").cpu().float() - want).abs().max() <= 1 and want.max() == 255
-
-
-def test_extreme_sizes():
-    """An even picture stays even where it lies, and the rest is padding. Each size by each way of resampling, every other on the largest canvas."""
-    sizes, ways, to_max_canvas = [(1, 1), (5000, 1), (1, 5000), (1, 2), (3, 2999)], ("nearest", *SMOOTH), itertools.cycle((False, True))
-    for (size, resample), largest in zip(itertools.product(sizes, ways), to_max_canvas, strict=False):
-        transform = CLIPImageTransform(tile_size=28, dtype=F32, resample=resample, resize_to_max_canvas=largest)
-        sample = transform({"image": 0.5 * ones(3, *size)})
-        rows, columns = sample["aspect_ratio"].tolist()
-        h, w = get_inscribed_size(size, (28 * rows, 28 * columns), None if largest else 28)
-        canvas = sample["image"].view(rows, columns, 3, 28, 28).permute(2, 0, 3, 1, 4).reshape(3, 28 * rows, 28 * columns)
-        torch.testing.assert_close(canvas[:, :h, :w], 0.5 * ones(3, h, w))
-        assert canvas.count_nonzero() == 3 * h * w
+        pillow = pixels(np.array(Image.fromarray(array).resize(size[::-1], SMOOTH[mode])))
+        assert (_resize(image, size, mode).int() - pillow.int()).abs().max() <= 1
+    assert torch.equal(_resize(image.int(), size, "bilinear"), _resize(image.float(), size, "bilinear").round().int())
 
 
 # tiles, aspect ratio, then pixels (0, 0, 0, 0), (0, 1, 5, 7), (-1, 2, 3, 4), (-1, 0, -1, -1), sum and sum of squares
@@ -283,17 +227,16 @@ TORCHTUNE_VALUES = [
 
 
 @pytest.mark.parametrize("size, options, tiles, ratio, values, total, squares", TORCHTUNE_VALUES)
-def test_values_of_torchtune(size, options, tiles, ratio, values, total, squares):
+def test_values_of_torchtune(size, options, tiles, ratio, values, total, squares, default_dtype):
     array = pattern(*size)
     for image in (Image.fromarray(array), pixels(array), pixels(array).contiguous()):
         sample = CLIPImageTransform(**options)({"image": image, "id": 3})
-        got = sample["image"]
-        assert got.shape[0] == tiles and sample["aspect_ratio"].tolist() == ratio and sample["id"] == 3
-        assert got.dtype == options["dtype"] and sample["aspect_ratio"].dtype == torch.int64
+        got, found = sample["image"], sample["aspect_ratio"]
+        assert (len(got), got.dtype, found.tolist(), found.dtype, sample["id"]) == (tiles, options["dtype"], ratio, torch.int64, 3)
         # Rounded by the resize twice, by the mean and by the deviation, each relative to values up to 2.
         found = torch.stack([got[0, 0, 0, 0], got[0, 1, 5, 7], got[-1, 2, 3, 4], got[-1, 0, -1, -1]]).float()
-        torch.testing.assert_close(found, torch.tensor(values), rtol=8 * EPS, atol=8 * EPS)
-        assert got.double().sum().item() == pytest.approx(total, abs=2e-2) and got.double().square().sum().item() == pytest.approx(squares, abs=2e-2)
+        torch.testing.assert_close(found, torch.tensor(values, dtype=F32), rtol=8 * EPS, atol=8 * EPS)
+        assert [got.double().sum().item(), got.double().square().sum().item()] == pytest.approx([total, squares], abs=2e-2)
 
 
 THIN = [(1, 400), (1, 1), (2, 1), (5000, 1), (3, 5000), (30000, 2), (2, 30000), (2000, 4)]
@@ -333,23 +276,17 @@ def by_transformers(picture):
     return mllama.MllamaImageProcessorPil().process_image(picture, do_convert_rgb=True).transpose(1, 2, 0)
 
 
-def png(depth, kind, row, *transparent):
-    """A PNG file of one row of pixels, kind 0 grey or 2 RGB, with one transparent colour."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    row = struct.pack(f">{len(row)}{'H' if depth == 16 else 'B'}", *row)
-    width = len(row) * 8 // depth // (3 if kind == 2 else 1)
-    head, clear = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0), struct.pack(f">{len(transparent)}H", *transparent)
-    parts = (b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
-    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)))
+def reopened(picture, format="PNG", **options):
+    saved = io.BytesIO()
+    picture.save(saved, format, **options)
+    return Image.open(saved)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
 def test_pictures_of_other_modes_are_converted_as_pillow_does(mode):
     picture = Image.fromarray(pattern(20, 30)).convert(mode)
-    assert np.array_equal(taken(picture), np.array(picture.convert("RGB"))) and np.array_equal(taken(picture), by_transformers(picture))
+    for want in (picture.convert("RGB"), by_transformers(picture)):
+        assert np.array_equal(taken(picture), want)
 
 
 GREYS = np.array([[0, 40, 80, 255]], np.uint8)
@@ -371,33 +308,38 @@ def test_an_alpha_channel_is_laid_over_white(mode):
     assert multiplied or np.array_equal(got, by_transformers(picture))  # of these transformers 5.24 shows what is hidden, or raises
 
 
-def palette_with(colours, mode="RGB", transparency=None):
+def palette_with(colours, mode="RGB", **info):
     picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     picture.putpalette(colours, mode)
-    if transparency is not None:
-        picture.info["transparency"] = transparency
+    picture.info.update(info)
     return picture
 
 
-def gif(picture):
-    saved = io.BytesIO()
-    picture.save(saved, "GIF", transparency=0)
-    return Image.open(saved)
+def row(values, transparency, dtype=np.uint8):
+    """A PNG file of one row of pixels with one transparent colour."""
+    return reopened(Image.fromarray(np.array([values], dtype)), transparency=transparency)
+
+
+def sixteen_bit_rgb(encoded):
+    """A PNG file of two pixels, the first of the transparent colour: Pillow opens such files, but writes none."""
+    return Image.open(io.BytesIO(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAIAAAABEAIAAAAr0DSeAAAABnRSTlM" + encoded)))
 
 
 WHITE, PALETTE, THREE = [255] * 3, [9, 9, 9, 100, 0, 50, 0, 0, 255], [[255] * 3, [100, 0, 50], [0, 0, 255]]
+HIGH = "SNFZ4mryJ5E7mAAAAE0lEQVR4nGMQMgmrmLUHRM7eAwAaywTWAWA1bAAAAABJRU5ErkJggg=="  # 1234 5678 9ABC, 1234 5678 9BBC
+LOW = "ANFZ4AACOg3BBAAAAEklEQVR4nGNgMAmrYGAwYQCRAA3VAgUCyHQzAAAAAElFTkSuQmCC"  # 0034 5678 0000, 3400 5678 0000
 TRANSPARENT_COLOURS = {
     "palette, one entry": (palette_with(PALETTE, transparency=0), THREE),
     "palette, an alpha for each": (palette_with(PALETTE, transparency=bytes([0, 255])), THREE),
     "palette of RGBA": (palette_with([9, 9, 9, 0, 100, 0, 50, 255, 0, 0, 255, 255], "RGBA"), THREE),
-    "GIF": (gif(palette_with(PALETTE, transparency=0)), THREE),
-    "RGB": (png(8, 2, [1, 2, 3, 1, 2, 4], 1, 2, 3), [WHITE, [1, 2, 4]]),
-    "16-bit RGB": (png(16, 2, [0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x9BBC], 0x1234, 0x5678, 0x9ABC), [WHITE, [0x12, 0x56, 0x9B]]),
-    "16-bit RGB with a small value": (png(16, 2, [0x0034, 0x5678, 0, 0x3400, 0x5678, 0], 0x0034, 0x5678, 0), [WHITE, [0x34, 0x56, 0]]),
-    "grey": (png(8, 0, [0, 5, 6], 5), [[0] * 3, WHITE, [6] * 3]),
-    "one bit": (png(1, 0, [0b01010101], 0), [WHITE] * 8),
-    "one bit, white": (png(1, 0, [0b00001111], 1), [[0] * 3] * 4 + [WHITE] * 4),
-    "16-bit grey": (png(16, 0, [514, 513, 515, 65535], 514), [WHITE, [2] * 3, [2] * 3, WHITE]),
+    "GIF": (reopened(palette_with(PALETTE), "GIF", transparency=0), THREE),
+    "RGB": (row([[1, 2, 3], [1, 2, 4]], (1, 2, 3)), [WHITE, [1, 2, 4]]),
+    "16-bit RGB": (sixteen_bit_rgb(HIGH), [WHITE, [0x12, 0x56, 0x9B]]),
+    "16-bit RGB with a small value": (sixteen_bit_rgb(LOW), [WHITE, [0x34, 0x56, 0]]),
+    "grey": (row([0, 5, 6], 5), [[0] * 3, WHITE, [6] * 3]),
+    "one bit": (row([0, 1] * 4, 0, bool), [WHITE] * 8),
+    "one bit, white": (row([0, 0, 1, 1], 1, bool), [[0] * 3] * 2 + [WHITE] * 2),
+    "16-bit grey": (row([514, 513, 515, 65535], 514, np.uint16), [WHITE, [2] * 3, [2] * 3, WHITE]),
 }
 
 
@@ -430,10 +372,9 @@ def test_the_alpha_of_a_tensor_is_laid_over_white():
 
 def test_a_pil_image_is_taken_as_stored():
     """As transformers does: who opens the file turns it upright."""
-    exif, saved = Image.Exif(), io.BytesIO()
+    exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    Image.fromarray(pattern(20, 30)).save(saved, "PNG", exif=exif)
-    opened = Image.open(saved)
+    opened = reopened(Image.fromarray(pattern(20, 30)), exif=exif)
     assert opened.getexif()[ExifTags.Base.Orientation] == 6 and np.array_equal(taken(opened), pattern(20, 30))
 
 
@@ -447,8 +388,7 @@ def test_kinds_of_tensors():
 
 def test_possible_resolutions_come_before_max_num_tiles():
     sample = CLIPImageTransform(possible_resolutions=[(4, 8)], tile_size=4, max_num_tiles=1, dtype=F32)({"image": ones(3, 4, 4)})
-    assert sample["aspect_ratio"].tolist() == [1, 2]
-    assert sample["image"][0].eq(1).all() and sample["image"][1].eq(0).all()
+    assert sample["aspect_ratio"].tolist() == [1, 2] and sample["image"].mean((1, 2, 3)).tolist() == [1, 0]
 
 
 def test_resample_takes_an_enum():

@@ -1,11 +1,11 @@
 """bench/bench_end_to_end.py: right models at the right size, honest rows, floors that count what is done."""
 
 import contextlib
+import itertools
 import json
 import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from bench.peaks import Peaks
 
 PEAKS = Peaks("chip", "measured", 1e12, {"bfloat16": 1e14, "float32": 1e13}, 0.0)
 ENVIRONMENT = {"device": "a chip", "device_type": "cpu", "commit": "0" * 40}
+COMPILED = "patched + torch.compile"
 SMALL = replace(TINY, layers=2, cross=(1,), vision_layers=1, taken=(0,))
 KINDS = {
     "step": lambda: bench_end_to_end.step_case(SMALL, 1, 12, False),
@@ -31,22 +32,27 @@ KINDS = {
 }
 
 
-def rows_of(case: harness.Case, device: str = "cpu") -> dict[str, dict]:
+def rows_of(case, device="cpu"):
     return {row["provider"]: row for row in harness.measure(case, device, PEAKS, ENVIRONMENT)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows(kind):
-    case = KINDS[kind]()
-    rows = rows_of(case)
-    assert list(rows) == ["unpatched", "patched"]
-    for row in rows.values():
+def test_rows_of_the_command(tmp_path, monkeypatch, capsys):
+    """Its own loop, over small cases; a second run would mix two."""
+    cases = [make() for make in KINDS.values()]
+    monkeypatch.setattr(bench_end_to_end, "cases_of", lambda size, compiled: iter(cases))
+    monkeypatch.setattr("bench.peaks.measure", lambda device: PEAKS)
+    monkeypatch.setattr(sys, "argv", ["bench_end_to_end", "--out", str(tmp_path), "--device", "cpu"])
+    assert bench_end_to_end.main() == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for row, (case, provider) in zip(rows, itertools.product(cases, ("unpatched", "patched")), strict=True):
         assert "error" not in row, row["error"]
-        assert row["parity"] is True and 0 < row["error_over_limit"] <= 1
-        assert row["us"] > 0 and row["tokens"] == (2 if kind == "decode" else 12) and row["peak_bytes"] is None
+        assert row["provider"] == provider and row["parity"] is True and 0 < row["error_over_limit"] <= 1
+        assert row["us"] > 0 and row["tokens"] == (2 if row["op"] == "decode" else 12) and row["peak_bytes"] is None
         assert row["floor_us"] == pytest.approx(harness.floor_us(case.cost({}), PEAKS, torch.bfloat16), abs=1e-3)
-    text = harness.table(rows.values())
-    assert "x as fast" in text.splitlines()[1] and "tokens/s" in text.splitlines()[2] and "tiny b" in text
+    text = (tmp_path / "summary.txt").read_text()
+    assert text in capsys.readouterr().out and all(words in text for words in ("x as fast", "tokens/s", "tiny b"))
+    with pytest.raises(SystemExit):
+        bench_end_to_end.main()
 
 
 @pytest.mark.gpu
@@ -55,6 +61,11 @@ def test_rows_on_a_gpu(kind):
     rows = rows_of(KINDS[kind](), "cuda")
     for row in rows.values():
         assert "error" not in row and row["parity"] is True and row["us"] > 0 and row["peak_bytes"] > 0, row
+
+
+def compiled_alone(case):
+    row = rows_of(replace(case, providers={way: case.providers[way] for way in ("unpatched", COMPILED)}))[COMPILED]
+    assert row["parity"] is True and row["us"] > 0, row
 
 
 def test_compiled_layers(monkeypatch):
@@ -71,11 +82,9 @@ def test_compiled_layers(monkeypatch):
         return case.timer(way, sets)
 
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_layer(self, backend=backend, **options))
-    one_layer = replace(SMALL, layers=1, cross=(0,))
-    case, timed, name = bench_end_to_end.step_case(one_layer, 1, 12, True), False, "patched + torch.compile"
-    assert list(case.providers) == ["unpatched", "patched", name, "unpatched + torch.compile"], "what compiles comes last"
-    rows = rows_of(replace(case, providers={way: case.providers[way] for way in ("unpatched", name)}, timer=timer))
-    assert rows[name]["parity"] is True and rows[name]["us"] > 0, rows[name]
+    case, timed = bench_end_to_end.step_case(replace(SMALL, layers=1, cross=(0,)), 1, 12, True), False
+    assert list(case.providers) == ["unpatched", "patched", COMPILED, "unpatched + torch.compile"], "what compiles comes last"
+    compiled_alone(replace(case, timer=timer))
     assert len(made) == 3 and not any(made), "a graph for each kind of layer"
 
 
@@ -83,23 +92,25 @@ def test_decoding_with_a_static_cache(monkeypatch):
     """As generate compiles it, but for the compiler."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled.append(options) or fn)
-    case, name = bench_end_to_end.decode_case(SMALL, 1, 6, 8, True), "patched + torch.compile"
-    row = rows_of(replace(case, providers={way: case.providers[way] for way in ("unpatched", name)}))[name]
-    assert row["parity"] is True and row["us"] > 0, row
+    compiled_alone(bench_end_to_end.decode_case(SMALL, 1, 6, 8, True))
     assert [options["mode"] for options in compiled] == ["reduce-overhead"] * 2  # for the model that is judged, and the one that is timed
+
+
+def hooked_with_the_patch(monkeypatch, hook):
+    """While a model is patched, its layer 1 has the hook that hook(layer) registers."""
+    own = fastfuse.patched
+
+    @contextlib.contextmanager
+    def patched(model, **options):
+        with own(model, **options) as report, hook(model.get_submodule("base_model.model.model.language_model.layers.1")):
+            yield report
+
+    monkeypatch.setattr(fastfuse, "patched", patched)
 
 
 @pytest.mark.parametrize("kind", ["step", "decode"])
 def test_a_wrong_patch_gets_no_speed_up(kind, monkeypatch):
-    @contextlib.contextmanager
-    def wrong(model, **options):
-        with own(model, **options) as report:
-            hook = model.get_submodule("base_model.model.model.language_model.layers.1.mlp").register_forward_hook(lambda m, args, out: out * 1.1)
-            yield report
-            hook.remove()
-
-    own = fastfuse.patched
-    monkeypatch.setattr(fastfuse, "patched", wrong)
+    hooked_with_the_patch(monkeypatch, lambda layer: layer.mlp.register_forward_hook(lambda m, args, out: out * 1.1))
     rows = rows_of(KINDS[kind]())
     assert rows["patched"]["parity"] is False and rows["unpatched"]["parity"] is True and rows["patched"]["us"] > 0
     text = harness.table(rows.values())
@@ -108,17 +119,7 @@ def test_a_wrong_patch_gets_no_speed_up(kind, monkeypatch):
 
 def test_a_patch_that_does_nothing_is_an_error(monkeypatch):
     """Its time would be the unpatched model's."""
-    own = fastfuse.patched
-
-    @contextlib.contextmanager
-    def hooked(model, **options):
-        with own(model, **options) as report:
-            layer = model.get_submodule("base_model.model.model.language_model.layers.1")
-            handle = layer.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True)
-            yield report
-            handle.remove()
-
-    monkeypatch.setattr(fastfuse, "patched", hooked)
+    hooked_with_the_patch(monkeypatch, lambda layer: layer.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True))
     with pytest.warns(UserWarning, match="HOOKED"):
         row = rows_of(KINDS["step"]())["patched"]
     assert "ran their own forward" in row["error"] and row["us"] is None and row["parity"] is None
@@ -129,16 +130,15 @@ def test_every_way_starts_from_the_same_adapters(monkeypatch):
     own = bench_end_to_end._step
 
     def step(i):
-        seen.append((i["model"], "optimizer" in i, [p.detach().clone() for p in mllama.trainable(i["model"])]))
+        if "optimizer" in i:  # of the model that is timed
+            seen.append((i["model"], [p.detach().clone() for p in mllama.trainable(i["model"])]))
         return own(i)
 
     for way in case.providers.values():
         object.__setattr__(way, "run", step)
     rows_of(case)
-    models = {id(model): model for model, timed, _ in seen if timed}
-    (timed,) = models.values()
-    starts = [adapters for model, with_optimizer, adapters in seen if model is timed and with_optimizer]
-    same = [all(torch.equal(a, b) for a, b in zip(starts[0], adapters, strict=True)) for adapters in starts]
+    assert len({id(model) for model, _ in seen}) == 1
+    same = [all(map(torch.equal, seen[0][1], adapters)) for _, adapters in seen]
     assert same.count(True) == 2 and not same[1], "one start for each of two ways, and AdamW moves on"
 
 
@@ -243,20 +243,7 @@ def test_bytes_by_hand():
 
 
 def test_each_part_of_the_step_moves_its_floor():
-    cost = mllama.step_cost(FULL, 1, 512)
+    one, two = (mllama.step_cost(FULL, b, 512) for b in (1, 2))
     weights = sum(N * K for N, K, *_ in mllama.text_linears(FULL))
-    assert cost.flops > 4 * 512 * weights and cost.bytes > 2 * weights / 2 + mllama.head_bytes(FULL) * 2
-    assert mllama.step_cost(FULL, 2, 512).bytes == cost.bytes and mllama.step_cost(FULL, 2, 512).flops == 2 * cost.flops
-
-
-def test_alone(tmp_path: Path, monkeypatch, capsys):
-    """The command's own loop, over one small case; a second run would mix two."""
-    monkeypatch.setattr(bench_end_to_end, "cases_of", lambda size, compiled: iter([KINDS["decode"]()]))
-    monkeypatch.setattr("bench.peaks.measure", lambda device: PEAKS)
-    monkeypatch.setattr(sys, "argv", ["bench_end_to_end", "--out", str(tmp_path), "--device", "cpu"])
-    assert bench_end_to_end.main() == 0
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["provider"] for row in rows] == ["unpatched", "patched"] and {row["op"] for row in rows} == {"decode"}
-    assert (tmp_path / "summary.txt").read_text() in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        bench_end_to_end.main()
+    assert one.flops > 4 * 512 * weights and one.bytes > 2 * weights / 2 + mllama.head_bytes(FULL) * 2
+    assert two.bytes == one.bytes and two.flops == 2 * one.flops

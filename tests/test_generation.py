@@ -53,21 +53,6 @@ def greedy(model, prompt, n, **given):
     return generate(model, prompt, max_generated_tokens=n, temperature=0, **given)
 
 
-def manual_greedy(model, tokens, n, **encoder):
-    """The definition: the whole sequence through the model for every token."""
-    for _ in range(n):
-        if "encoder_mask" in encoder and encoder["encoder_mask"].shape[1] < tokens.shape[1]:
-            encoder["encoder_mask"] = torch.cat([encoder["encoder_mask"], encoder["encoder_mask"][:, -1:]], 1)
-        with torch.no_grad():
-            tokens = torch.cat([tokens, model(tokens, **encoder)[:, -1:].argmax(-1)], 1)
-    return tokens
-
-
-def test_temperature_zero_takes_the_likeliest():
-    chosen = sample(torch.tensor([[0.0, 3.0, 2.9], [1.0, 0.5, -1.0]]), temperature=0)
-    assert chosen.tolist() == [[1], [0]] and chosen.dtype == torch.int32
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_follows_the_probabilities(temperature):
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
@@ -77,9 +62,10 @@ def test_sampling_follows_the_probabilities(temperature):
 
 def test_the_noise_given_decides():
     """argmax(probs / q): probs (0.5, 0.3, 0.2) over q (1, 0.5, 0.1) is largest at the last."""
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    assert sample(logits, q=torch.tensor([[1.0, 0.5, 0.1]])).tolist() == [[2]]
-    assert sample(logits, q=torch.tensor([[1.0, 0.5, 0.5]])).tolist() == [[1]]
+    logits = torch.tensor([[0.5, 0.3, 0.2]] * 2).log()
+    chosen = sample(logits, q=torch.tensor([[1.0, 0.5, 0.1], [1.0, 0.5, 0.5]]))
+    assert chosen.tolist() == [[2], [1]] and chosen.dtype == torch.int32
+    assert sample(logits, temperature=0).tolist() == [[0], [0]]
 
 
 @pytest.mark.parametrize("top_k, possible", [(1, {1, 2}), (3, {0, 1, 2}), (99, {0, 1, 2, 3})])
@@ -104,35 +90,30 @@ def test_stop_tokens_end_a_row_and_then_the_run(stops):
     assert logits.shape == (2, 3, 10) and not logits[1, 2].any() and logits[0, 2].any()
 
 
-def test_one_prompt_without_a_batch_axis():
-    assert generate(Scripted(), torch.tensor([1, 2]), max_generated_tokens=2)[0].tolist() == [[1, 2, 3, 4]]
-
-
-@pytest.mark.parametrize("width", [None, 136, 160])
+@pytest.mark.parametrize("width", [136, 160])
 def test_images_with_and_without_caches(model, photos, width):
+    """Without them the whole sequence goes through the model for every token. What is generated: test_transformers_parity."""
     prompt, given = photos
-    expected = manual_greedy(model, prompt, 7, **given)
+    expected, logits = greedy(model, prompt, 7, **given)
     assert len(set(expected[:, 12:].flatten().tolist())) > 4
-    _, logits = greedy(model, prompt, 7, **given)
     with caches(model, width):
         for _ in range(2):
             tokens, got = greedy(model, prompt, 7, **given)
             assert torch.equal(tokens, expected) and (got - logits).abs().max() <= 1e-5 * logits.abs().max()
-    if width:  # a float mask hides the tail of wider caches
-        given["encoder_mask"] = torch.zeros(given["encoder_mask"].shape).masked_fill(~given["encoder_mask"], -torch.inf)
-        with caches(model, width):
-            assert (greedy(model, prompt, 7, **given)[1] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    given["encoder_mask"] = torch.zeros(given["encoder_mask"].shape).masked_fill(~given["encoder_mask"], -torch.inf)
+    with caches(model, width):  # a float mask hides the tail of wider caches
+        assert (greedy(model, prompt, 7, **given)[1] - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
 def test_prompts_of_different_lengths_with_images(model, photos):
-    """Each row of a left-padded batch gives the tokens it gives alone; an EncoderMask gives what the tensor does."""
+    """Each row of a left-padded batch gives the tokens it gives alone, without a batch axis; an EncoderMask gives what the tensor does."""
     rows, given = photos
     prompts = [row[:n] for row, n in zip(rows, mllama.LENGTHS, strict=True)]
     mask, alone = torch.zeros_like(given["encoder_mask"]), []
     for i, prompt in enumerate(prompts):
         n, images = len(prompt), {k: v[i : i + 1] for k, v in given["encoder_input"].items()}
         mask[i, 12 - n :] = given["encoder_mask"][i, :n]
-        alone.append(manual_greedy(model, prompt[None], 6, encoder_input=images, encoder_mask=mask[i : i + 1, 12 - n :])[0, n:])
+        alone.append(greedy(model, prompt, 6, encoder_input=images, encoder_mask=mask[i : i + 1, 12 - n :])[0][0, n:])
     padded = torch.stack([nn.functional.pad(p, (12 - len(p), 0), value=95) for p in prompts])
     assert not (rows == 95).any()
     for width, prompt in ((None, prompts), (136, padded), (200, prompts)):
@@ -146,11 +127,10 @@ def test_prompts_of_different_lengths_with_images(model, photos):
 def test_padding_is_what_leads_in_a_tensor_and_nothing_in_a_list(model):
     """In a list a token equal to pad_id counts."""
     prompt = torch.tensor([[5, 0, 7, 9], [0, 0, 7, 9]])
-    tokens, _ = greedy(model.decoder, prompt, 3, pad_id=0)
-    assert torch.equal(tokens[:1], manual_greedy(model.decoder, prompt[:1], 3))
-    assert torch.equal(tokens[1:, 2:], manual_greedy(model.decoder, prompt[1:, 2:], 3))
-    tokens, _ = greedy(model.decoder, [prompt[1]], 3, pad_id=0)
-    assert torch.equal(tokens, manual_greedy(model.decoder, prompt[1:], 3))
+    first, second, short = (greedy(model.decoder, row, 3, pad_id=95)[0] for row in (prompt[0], prompt[1], prompt[1, 2:]))
+    padded = greedy(model.decoder, prompt, 3, pad_id=0)[0]
+    assert torch.equal(padded[:1], first) and torch.equal(padded[1:, 2:], short)
+    assert torch.equal(greedy(model.decoder, [prompt[1]], 3, pad_id=0)[0], second)
 
 
 def test_a_seeded_generator_repeats_and_another_does_not(model, photos):

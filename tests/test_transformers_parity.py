@@ -10,10 +10,10 @@ from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build
 from fastfuse.modules import local_kv_cache
 
 
-def in_fastfuse(theirs, profile="transformers", **changes):
-    """fastfuse's model with transformers' weights; the tile tables of other profiles are grids."""
-    ours = build(Llama3VisionConfig.from_hf(theirs.config).replace(**changes), profile=profile).eval()
-    ours.load_state_dict(mllama.converted(theirs, tile_tables="ratios" if profile == "transformers" else "grid"))
+def in_fastfuse(theirs):
+    """fastfuse's model with transformers' weights."""
+    ours = build(Llama3VisionConfig.from_hf(theirs.config), profile="transformers").eval()
+    ours.load_state_dict(mllama.converted(theirs))
     return ours
 
 
@@ -63,30 +63,3 @@ def test_generation_equals_transformers(models):
     with local_kv_cache(ours, batch_size=3, device="cpu", dtype=torch.float32, encoder_max_seq_len=200, decoder_max_seq_len=40):
         tokens, _ = generate(ours, given.pop("tokens"), max_generated_tokens=10, temperature=0, **given)
     assert torch.equal(tokens, expected)
-
-
-@pytest.fixture(scope="module")
-def one_grid():
-    """A model with tile tables that agree with one grid of tiles, as real checkpoints have them."""
-    theirs = mllama.build(mllama.config())
-    T, vision = theirs.config.vision_config.max_num_tiles, theirs.model.vision_model
-    for table in (
-        vision.pre_tile_positional_embedding.embedding,
-        vision.post_tile_positional_embedding.embedding,
-        vision.gated_positional_embedding.tile_embedding,
-    ):
-        grid = torch.randn(T, T, table.weight.shape[1] // T) * 0.2
-        table.weight.data.zero_()
-        for i, (h, w) in enumerate(theirs.config.vision_config.supported_aspect_ratios):
-            table.weight.data[i + 1].view(T, -1)[: h * w] = grid[:h, :w].flatten(0, 1)
-    return theirs
-
-
-def test_meta_profile_is_transformers_but_for_states_and_empty_rows(one_grid):
-    """With the hidden states' indices moved by one, and all text seeing the image, Meta's profile is transformers' model."""
-    taken = one_grid.config.vision_config.intermediate_layers_indices
-    ours = in_fastfuse(one_grid, "meta", clip_hidden_states=tuple(i + 1 for i in taken))
-    batch = mllama.batch([["coffee"]])
-    batch["input_ids"][:, :2] = torch.tensor([mllama.IMAGE, 1])
-    batch["cross_attention_mask"][:] = batch["cross_attention_mask"][:, -1:]
-    assert_same_logits(ours, one_grid, given=batch)
