@@ -24,9 +24,8 @@ ENCODER |= {"decoder_embed_dim": 32, "tile_size": 12}
 DECODER = {"vocab_size": 24, "num_layers": 4, "fusion_interval": 2, "num_special_tokens": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
 DECODER |= {"max_seq_len": 32, "encoder_max_seq_len": 80, "intermediate_dim": 48}
 SMALL = Llama3VisionConfig(
-    tile_size=12, patch_size=4, clip_embed_dim=16, clip_num_heads=2, clip_num_layers=3, clip_hidden_dim=64, clip_hidden_states=(0, 2),
-    num_layers_projection=2, vocab_size=24, num_special_tokens=2, num_layers=4, fusion_interval=2, num_heads=4, num_kv_heads=2, embed_dim=32,
-    intermediate_dim=48, max_seq_len=32, encoder_max_seq_len=80,
+    **{name: size for name, size in ENCODER.items() if name not in ("num_heads", "clip_hidden_states", "decoder_embed_dim")}, **DECODER,
+    clip_num_heads=2, clip_hidden_dim=64, clip_hidden_states=(0, 2),
 )  # fmt: skip
 N = 10
 RATIOS = torch.tensor([[[2, 2], [1, 3]], [[4, 1], [1, 1]]])

@@ -1,65 +1,40 @@
 """Attention and the layers around it: heads, causality, dropout, packed sequences, tokens that see nothing, their caches. Formulas: test_modules.py."""
 
 import copy
-import math
 
 import pytest
 import reference
 import torch
 from numerics import assert_no_worse
-from reference import HEAD_DIM, HEADS, KV_HEADS, D, make_attention, make_cross_layer, make_mlp, make_self_layer, shaken
+from reference import HEAD_DIM, KV_HEADS, D, make_attention, make_cross_layer, make_mlp, make_self_layer, shaken
+from test_fusion_attention import HOLES, S_E, B, S, X, Y, infinite
 from torch import nn
 
 from fastfuse.modules import (
     KVCache,
-    MultiHeadAttention,
     RotaryPositionalEmbeddings,
     TransformerCrossAttentionLayer,
     TransformerSelfAttentionLayer,
     create_block_causal_mask,
     packed_block_causal_mask,
 )
-
-B, S, S_E = 3, 9, 12
-EMPTY = [(0, 0), (0, 1), (1, 5), (2, 7)]  # the tokens that see nothing
+from fastfuse.modules.attention_utils import sdpa_or_flex_attention
 
 
-@pytest.fixture
-def x():
-    return torch.randn(B, S, D)
-
-
-@pytest.fixture
-def y():
-    return torch.randn(B, S_E, D)
-
-
-def encoder_mask() -> torch.Tensor:
-    visible = torch.rand(B, S, S_E) < 0.5
-    visible[..., 3] = True
-    for b, s in EMPTY:
-        visible[b, s] = False
-    return visible
-
-
-def infinite(visible: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
-
-
-def test_causal_over_a_longer_sequence_is_aligned_at_the_top_left(x, y):
+def test_causal_over_a_longer_sequence_is_aligned_at_the_top_left():
     attn, mask = shaken(make_attention()), torch.ones(1, S, S_E, dtype=torch.bool).tril()
-    exact = reference.attention(copy.deepcopy(attn).double(), x.double(), y.double(), mask)
-    assert_no_worse(attn(x, y), reference.attention(attn, x, y, mask), exact)
+    exact = reference.attention(copy.deepcopy(attn).double(), X.double(), Y.double(), mask)
+    assert_no_worse(attn(X, Y), reference.attention(attn, X, Y, mask), exact)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bool", torch.float32), ("infinite", torch.float16), ("infinite", torch.bfloat16)])
-def test_a_row_that_sees_nothing_gives_exactly_zero(kind, dtype, x, y):
+def test_a_row_that_sees_nothing_gives_exactly_zero(kind, dtype):
     """So do its gradients, of attention; the layer lets the token leave as it came, with the gradient of the residual alone."""
-    visible, upstream = encoder_mask(), torch.randn(B, S, D).to(dtype)
-    mask, sees = visible if kind == "bool" else infinite(visible, dtype), visible.any(-1)
+    upstream, sees = torch.randn(B, S, D).to(dtype), HOLES.any(-1)
+    mask = HOLES if kind == "bool" else infinite(HOLES).to(dtype)
     passed = mask.clone()
     for module in (shaken(make_attention(cross=True)).to(dtype), make_cross_layer().to(dtype)):
-        a, b = (t.to(dtype).requires_grad_() for t in (x, y))
+        a, b = (t.to(dtype, copy=True).requires_grad_() for t in (X, Y))
         is_layer = isinstance(module, TransformerCrossAttentionLayer)
         out = module(a, encoder_input=b, encoder_mask=mask) if is_layer else module(a, b, mask=mask)
         out.backward(upstream)
@@ -70,29 +45,20 @@ def test_a_row_that_sees_nothing_gives_exactly_zero(kind, dtype, x, y):
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_tokens_that_see_nothing_give_the_parameters_no_gradient(everywhere, x, y):
-    layer, mask, upstream = make_cross_layer(), encoder_mask(), torch.randn(B, S, D)
-    mask &= not everywhere
-    layer(x, encoder_input=y.requires_grad_(), encoder_mask=mask).backward(upstream.masked_fill(mask.any(-1)[..., None], 0))
+def test_tokens_that_see_nothing_give_the_parameters_no_gradient(everywhere):
+    layer, mask, upstream, y = make_cross_layer(), HOLES & (not everywhere), torch.randn(B, S, D), Y.clone().requires_grad_()
+    layer(X, encoder_input=y, encoder_mask=mask).backward(upstream.masked_fill(mask.any(-1)[..., None], 0))
     assert not y.grad.any() and all(not p.grad.any() for p in layer.parameters())
 
 
-def test_dropout_drops_its_share_in_training_alone(x):
-    n, p = 16, 0.25
-    parts = {"q_proj": nn.Linear(n, n), "k_proj": nn.Linear(n, n), "v_proj": nn.Identity(), "output_proj": nn.Identity()}
-    attn = MultiHeadAttention(embed_dim=n, num_heads=1, num_kv_heads=1, head_dim=n, is_causal=False, attn_dropout=p, **parts)
-    for parameter in attn.parameters():
-        nn.init.zeros_(parameter)
-    x, y = torch.randn(1, 512, n), torch.eye(n)[None]  # the output is the weights of the n tokens, 1 / n each
-    assert attn.eval()(x, y).flatten().tolist() == pytest.approx([1 / n] * 512 * n, rel=1e-6)
-    weights = attn.train()(x, y)
-    kept = weights != 0
-    assert weights[kept].tolist() == pytest.approx([1 / (n * (1 - p))] * int(kept.sum()), rel=1e-6)
-    assert abs((~kept).double().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / weights.numel())
+def test_dropout_is_for_training_alone():
+    """What it drops is PyTorch's to say."""
+    attn, seen = shaken(make_attention(attn_dropout=0.25)), []
+    attn._attention_call = lambda *args, **kwargs: seen.append(kwargs["dropout_p"]) or sdpa_or_flex_attention(*args, **kwargs)
+    dropped, whole = attn.train()(X, X), attn.eval()(X, X)
+    assert seen == [0.25, 0.0] and not torch.isclose(dropped, whole).all()
     attn.attn_dropout = 1.0
-    assert not attn(x, y).any() and attn.eval()(x, y).any()
-    attn.attn_dropout = 0.0
-    assert torch.equal(attn.train()(x, y), attn.eval()(x, y))
+    assert not attn.train()(X, X).any() and torch.equal(attn.eval()(X, X), whole)
 
 
 def test_packed_sequences_see_themselves_alone():
@@ -105,24 +71,18 @@ def test_packed_sequences_see_themselves_alone():
     assert (packed - apart).abs().max() <= 1e-5 * apart.abs().max()
 
 
-def test_attributes():
-    attn = make_attention(max_seq_len=77)
-    assert (attn.num_heads, attn.num_kv_heads, attn.embed_dim, attn.head_dim, attn.max_seq_len) == (HEADS, KV_HEADS, D, HEAD_DIM, 77)
-    assert attn.is_causal and attn.attn_dropout == 0.0 and attn.kv_cache is None
-
-
-def test_a_cache_passed_in_starts_disabled(x, y):
+def test_a_cache_passed_in_starts_disabled():
     """Enabled it is read without y and left alone; disabled, y is needed again."""
     cache = KVCache(B, S_E, KV_HEADS, HEAD_DIM, torch.float32)
     attn = shaken(make_attention(cross=True, kv_cache=cache))
-    whole = attn(x, y)
+    whole = attn(X, Y)
     assert attn.kv_cache is cache and attn.cache_enabled is False and cache.size == 0
     attn.cache_enabled = True
-    assert torch.equal(attn(x, y), attn(x)) and cache.size == S_E
+    assert torch.equal(attn(X, Y), attn(X)) and cache.size == S_E
     attn.cache_enabled = False
-    assert torch.equal(attn(x, y), whole)
+    assert torch.equal(attn(X, Y), whole)
     with pytest.raises(ValueError, match="Must provide y input"):
-        attn(x)
+        attn(X)
 
 
 def test_caches_live_beside_the_key_projection():
@@ -136,15 +96,15 @@ def test_caches_live_beside_the_key_projection():
     assert attn.kv_cache.k_cache.device.type == "cpu"
 
 
-def test_norms_and_scales_left_out_are_the_identity(x, y):
+def test_norms_and_scales_left_out_are_the_identity():
     attn, mlp = shaken(make_attention()), shaken(make_mlp())
     layer, cross = TransformerSelfAttentionLayer(attn, mlp), TransformerCrossAttentionLayer(attn, mlp)
-    for got, h in ((layer(x), x + attn(x, x)), (cross(x, encoder_input=y), x + attn(x, y))):
+    for got, h in ((layer(X), X + attn(X, X)), (cross(X, encoder_input=Y), X + attn(X, Y))):
         assert torch.equal(got, h + mlp(h))
     assert not any("norm" in key or "scale" in key for key in layer.state_dict())
 
 
-def test_mask_mod_gives_the_mask_to_use(x):
+def test_mask_mod_gives_the_mask_to_use():
     seen = []
 
     def window(**keywords):
@@ -153,30 +113,30 @@ def test_mask_mod_gives_the_mask_to_use(x):
 
     plain = make_self_layer()
     layer = TransformerSelfAttentionLayer(plain.attn, plain.mlp, sa_norm=plain.sa_norm, mlp_norm=plain.mlp_norm, mask_mod=window)
-    assert torch.equal(layer(x), plain(x, mask=window()))
+    assert torch.equal(layer(X), plain(X, mask=window()))
     assert seen[0] == {"mask": None, "bsz": B, "seq_len": S}
 
 
 @torch.no_grad()
-def test_without_an_encoder_input_the_cache_is_one(x, y):
+def test_without_an_encoder_input_the_cache_is_one():
     layer = make_cross_layer()
-    whole = layer(x, encoder_input=y)
-    assert layer(x) is x and layer(x, encoder_mask=encoder_mask()) is x
+    whole = layer(X, encoder_input=Y)
+    assert layer(X) is X and layer(X, encoder_mask=HOLES) is X
     layer.setup_caches(B, torch.float32, encoder_max_seq_len=S_E, decoder_max_seq_len=3)
-    assert layer(x) is x, "an empty cache is no input"
-    layer(x, encoder_input=torch.randn(B, S_E, D))
-    assert layer(x) is not x
+    assert layer(X) is X, "an empty cache is no input"
+    layer(X, encoder_input=torch.randn(B, S_E, D))
+    assert layer(X) is not X
     layer.attn.cache_enabled = False
-    assert layer(x) is x and torch.equal(layer(x, encoder_input=y), whole), "a disabled cache is not read"
+    assert layer(X) is X and torch.equal(layer(X, encoder_input=Y), whole), "a disabled cache is not read"
 
 
 @torch.no_grad()
-def test_without_a_mask_the_zero_tail_of_the_cache_counts(x, y):
+def test_without_a_mask_the_zero_tail_of_the_cache_counts():
     """A zero key has score 0 and weight exp(0): eleven more tokens of nothing. A mask is as wide as the cache."""
-    layer, x, y = make_cross_layer().double(), x.double(), y.double()
+    layer, x, y = make_cross_layer().double(), X.double(), Y.double()
     layer.setup_caches(B, torch.float64, encoder_max_seq_len=S_E + 11, decoder_max_seq_len=1)
     want = reference.cross_layer(layer, x, torch.cat([y, torch.zeros(B, 11, D, dtype=torch.float64)], 1))
     assert (layer(x, encoder_input=y) - want).abs().max() < 1e-13
     layer.reset_cache()
     with pytest.raises(RuntimeError, match=r"23.*12|12.*23"):
-        layer(x, encoder_input=y, encoder_mask=encoder_mask())
+        layer(x, encoder_input=y, encoder_mask=HOLES)

@@ -28,7 +28,7 @@ LAYERS = ("fusion", "self", "fusion last", "cross")
 N_CROSS = 3
 
 
-def draw_text(seed: int, s: int, *images: tuple[int, int]) -> Tensor:
+def draw_text(seed, s, *images):
     tokens = torch.randint(0, VOCAB, (B, s), generator=torch.Generator().manual_seed(seed))
     for place in images:
         tokens[place] = IMAGE
@@ -39,7 +39,7 @@ TEXT = draw_text(3, S, (0, 2), (1, 0), (1, 4))  # row 0 starts with text that se
 TILES = torch.tensor([[1, 0], [1, 2]])  # of each image, real ones: the first row has one image, and the other one's padding
 
 
-def rule(tokens: Tensor, tiles: Tensor) -> Tensor:
+def rule(tokens, tiles):
     """bool [b, s, n_img, N_TILES]: text sees the real tiles of the image before it."""
     visible = torch.zeros(*tokens.shape, tiles.shape[1], N_TILES, dtype=torch.bool)
     for row, ids in enumerate(tokens.tolist()):
@@ -58,7 +58,7 @@ HOLES = torch.rand(DENSE.shape, generator=torch.Generator().manual_seed(1)) < 0.
 HOLES[0, 3] = HOLES[1, 0] = False
 
 
-def infinite(mask: Tensor) -> Tensor:
+def infinite(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
 
 
@@ -76,76 +76,62 @@ FORMS = {  # name: what it says, and how it says it
 ANY_ROWS = ["tensor of any rows", "bits of any rows"]
 
 
-def form_of(form: str, dtype: torch.dtype = FP32) -> tuple[Tensor | None, Tensor | EncoderMask | None]:
+def form_of(form, dtype=FP32):
     dense, make = FORMS[form]
     mask = make()
     return dense, mask.to(dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
 
 
-def in_turn(*columns) -> list[tuple]:
+def in_turn(*columns):
     """Rows in which every value of a column meets the values of the shorter ones by turns."""
     return [tuple(column[i % len(column)] for column in columns) for i in range(max(map(len, columns)))]
 
 
-def make_model(empty_rows: str = "zero", layers=LAYERS):
+def make_model(empty_rows="zero", layers=LAYERS):
     return reference.make_model(*layers, empty_rows=empty_rows, decoder_trainable=True, encoder_trainable=True)
 
 
 make_small_model = partial(make_model, layers=("fusion", "cross"))  # which takes a fraction of the time to compile
 
 
-def images_of(t: Tensor) -> dict:
+def images_of(t):
     return {"encoder_input": {"images": t}}
 
 
-@pytest.fixture
-def images():
-    return torch.randn(B, S_E, 5)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(B, S, D)
-
-
-@pytest.fixture
-def y():
-    return torch.randn(B, S_E, D)
+X, Y, IMAGES = (torch.randn(B, n, d, generator=torch.Generator().manual_seed(n + d)) for n, d in ((S, D), (S_E, D), (S_E, 5)))
+PICTURES = images_of(IMAGES)
 
 
 @pytest.mark.parametrize(("form", "empty_rows", "dtype"), in_turn(list(FORMS) * 2, RULES, DTYPES))
-def test_a_layer_and_every_gradient(form, empty_rows, dtype, x, y):
+def test_a_layer_and_every_gradient(form, empty_rows, dtype):
     """An odd number of forms, twice: each meets both rules."""
     dense, mask = form_of(form, dtype)
 
     def run(m, x, y):
         return m(x, encoder_input=y, encoder_mask=mask)
 
-    assert_matches(make_cross_layer(empty_rows=empty_rows), run, lambda m, x, y: reference.cross_layer(m, x, y, dense), {"x": x, "y": y}, dtype)
+    assert_matches(make_cross_layer(empty_rows=empty_rows), run, lambda m, x, y: reference.cross_layer(m, x, y, dense), {"x": X.clone(), "y": Y.clone()}, dtype)
 
 
 @pytest.mark.parametrize(
     ("form", "empty_rows", "dtype"), in_turn(["tensor", "bits of any rows", "tiles", "tensor of any rows", "intervals", "tokens"], RULES, DTYPES)
 )
-def test_the_whole_model_and_every_gradient(form, empty_rows, dtype, images):
+def test_the_whole_model_and_every_gradient(form, empty_rows, dtype):
     dense, mask = form_of(form)
 
     def run(m, images):
         return m(TEXT, **images_of(images), encoder_mask=mask)
 
-    assert_matches(make_model(empty_rows), run, lambda m, images: reference.model(m, TEXT, images, dense), {"images": images}, dtype, draws=2)
+    assert_matches(make_model(empty_rows), run, lambda m, images: reference.model(m, TEXT, images, dense), {"images": IMAGES.clone()}, dtype, draws=2)
 
 
 def test_the_masks_of_these_tests_tell_what_they_should():
-    masks = {name: make() for name, (_, make) in FORMS.items()}
-    for name in ("bits", "intervals", "tiles", "tokens"):
-        assert torch.equal(masks[name].to_dense(), DENSE), name
-    assert [masks[n].kind for n in ("bits", "bits of any rows", "intervals")] == ["bits", "bits", "interval"]
+    assert [FORMS[name][1]().kind for name in ("bits", "bits of any rows", "intervals")] == ["bits", "bits", "interval"]
     assert all(not m.any(-1).all() and m.any() and not m.all(-1).all() for m in (DENSE, HOLES))
     assert not DENSE[1, -1, :6].any() and not DENSE[1, 1, 3:].any(), "each image by its own text, its real tiles alone"
 
 
-def test_other_shapes_still_broadcast(x, y):
+def test_other_shapes_still_broadcast():
     """One mask for the batch in either form; of a tensor PyTorch's attention has always taken one row for all tokens, one sequence of images for the batch."""
     layer, one = make_cross_layer(), HOLES[:, 4:5]
     assert one.any(-1).all()
@@ -154,27 +140,27 @@ def test_other_shapes_still_broadcast(x, y):
         (EncoderMask.from_dense(HOLES[:1]), HOLES[:1].expand(B, -1, -1)),
         (one, one.expand(-1, S, -1)),
     ):
-        want = layer(x, encoder_input=y, encoder_mask=whole)
-        assert_rounding_apart(layer(x, encoder_input=y, encoder_mask=mask), want, D, products=8)
-    want = layer(x, encoder_input=y[:1].expand(B, -1, -1), encoder_mask=HOLES)
-    assert_rounding_apart(layer(x, encoder_input=y[:1], encoder_mask=HOLES), want, D, products=8)
+        want = layer(X, encoder_input=Y, encoder_mask=whole)
+        assert_rounding_apart(layer(X, encoder_input=Y, encoder_mask=mask), want, D, products=8)
+    want = layer(X, encoder_input=Y[:1].expand(B, -1, -1), encoder_mask=HOLES)
+    assert_rounding_apart(layer(X, encoder_input=Y[:1], encoder_mask=HOLES), want, D, products=8)
 
 
-def rows_of(mask: Tensor | EncoderMask, start: int, stop: int):
+def rows_of(mask, start, stop):
     return mask.narrow(start, stop - start) if isinstance(mask, EncoderMask) else mask[:, start:stop]
 
 
-def widened(mask: Tensor | EncoderMask, width: int):
+def widened(mask, width):
     if isinstance(mask, EncoderMask):
         return mask.widened(width)
     return nn.functional.pad(mask, (0, width - mask.shape[2]), value=0 if mask.dtype == torch.bool else -torch.inf)
 
 
-def causal_rows(length: int, start: int = 0, stop: int | None = None) -> Tensor:
+def causal_rows(length, start=0, stop=None):
     return torch.ones(1, length, length, dtype=torch.bool).tril()[:, start:stop]
 
 
-def steps_of(mask, width: int, parts: list[int], own_positions: bool = False):
+def steps_of(mask, width, parts, own_positions=False):
     """Tokens and keywords of the steps of a cached forward."""
     start = 0
     for n in parts:
@@ -191,12 +177,12 @@ def steps_of(mask, width: int, parts: list[int], own_positions: bool = False):
 
 
 CACHED = in_turn(
-    [f for f in FORMS if f != "none"] * 3, [0, 5, 5, 0], RULES * 4 + RULES[::-1] * 4, DTYPES, [[4, 1, 1, 1, 1, 1], [9], [2, 3, 2, 1, 1]], [False, True]
+    [f for f in FORMS if f != "none"] * 2, [0, 5, 5, 0], RULES * 4 + RULES[::-1] * 4, DTYPES, [[4, 1, 1, 1, 1, 1], [9], [2, 3, 2, 1, 1]], [False, True]
 )
 
 
-def assert_cached(model, form, more, dtype, parts, own_positions, images):
-    images, (dense, mask) = images.to(dtype), form_of(form, dtype)
+def assert_cached(model, form, more, dtype, parts, own_positions):
+    images, (dense, mask) = IMAGES.to(dtype), form_of(form, dtype)
     eager = Orders(reference.model, copy.deepcopy(model), TEXT, images, dense)
     exact = reference.model(copy.deepcopy(model).double(), TEXT, images.double(), dense)
     model.setup_caches(B, dtype, encoder_max_seq_len=S_E + more, decoder_max_seq_len=12)
@@ -213,14 +199,14 @@ def assert_cached(model, form, more, dtype, parts, own_positions, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("form", "more", "empty_rows", "dtype", "parts", "own_positions"), CACHED)
-def test_cached_steps_equal_the_whole(form, more, empty_rows, dtype, parts, own_positions, images):
+def test_cached_steps_equal_the_whole(form, more, empty_rows, dtype, parts, own_positions):
     """In caches wider than what they hold the tail is nobody's, rows that see nothing included; a second run after a reset is the first."""
-    assert_cached(make_model(empty_rows).to(dtype), form, more, dtype, parts, own_positions, images)
+    assert_cached(make_model(empty_rows).to(dtype), form, more, dtype, parts, own_positions)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("form", "empty_rows"), [("tensor", "zero"), ("mask", "zero"), ("mask", "uniform")])
-def test_images_that_come_in_two_parts(form, empty_rows, x, y):
+def test_images_that_come_in_two_parts(form, empty_rows):
     """Rows that see nothing attend, uniformly, to what the cache holds by then."""
     layer = make_cross_layer(empty_rows=empty_rows)
     layer.setup_caches(B, FP32, encoder_max_seq_len=S_E + 3, decoder_max_seq_len=1)
@@ -228,11 +214,11 @@ def test_images_that_come_in_two_parts(form, empty_rows, x, y):
         mask = HOLES.clone()
         mask[:, :, stop:] = False
         wide = widened(mask if form == "tensor" else EncoderMask.from_dense(mask), S_E + 3)
-        out = layer(x, encoder_input=y[:, start:stop], encoder_mask=wide)
-        exact = reference.cross_layer(copy.deepcopy(layer).double(), x.double(), y[:, :stop].double(), mask[:, :, :stop])
-        assert_no_worse(out, reference.cross_layer(layer, x, y[:, :stop], mask[:, :, :stop]), exact)
+        out = layer(X, encoder_input=Y[:, start:stop], encoder_mask=wide)
+        exact = reference.cross_layer(copy.deepcopy(layer).double(), X.double(), Y[:, :stop].double(), mask[:, :, :stop])
+        assert_no_worse(out, reference.cross_layer(layer, X, Y[:, :stop], mask[:, :, :stop]), exact)
     with pytest.raises(ValueError, match="KVCache: k_val has 4 tokens"):
-        layer(x, encoder_input=y[:, :4], encoder_mask=wide)
+        layer(X, encoder_input=Y[:, :4], encoder_mask=wide)
 
 
 class Ops(TorchDispatchMode):
@@ -246,7 +232,7 @@ class Ops(TorchDispatchMode):
         self.names[f"{func.namespace}::{func.overloadpacket.__name__}"] += 1
         return func(*args, **(kwargs or {}))
 
-    def __getitem__(self, name: str) -> int:
+    def __getitem__(self, name):
         return self.names[f"fastfuse::{name}"]
 
 
@@ -266,14 +252,14 @@ class DerivedFusion(Recorded, FusionLayer):
     pass
 
 
-def test_layers_of_somebody_s_own_get_the_tensor_that_was_passed(y):
+def test_layers_of_somebody_s_own_get_the_tensor_that_was_passed():
     """As they did, while ours beside them share one mask."""
     decoder, em = make_decoder(*LAYERS), EncoderMask.from_dense(HOLES)
-    want = decoder(TEXT, encoder_input=y, encoder_mask=HOLES)
+    want = decoder(TEXT, encoder_input=Y, encoder_mask=HOLES)
     decoder.layers[0].__class__, decoder.layers[3].__class__ = DerivedFusion, Derived
     decoder.layers.insert(1, Recorded())
-    assert torch.equal(decoder(TEXT, encoder_input=y, encoder_mask=HOLES), want)
-    decoder(TEXT, encoder_input=y, encoder_mask=em)
+    assert torch.equal(decoder(TEXT, encoder_input=Y, encoder_mask=HOLES), want)
+    decoder(TEXT, encoder_input=Y, encoder_mask=em)
     for i in (0, 1, 4):
         first, second = decoder.layers[i].masks
         assert first is HOLES and second is em, "what was passed, whatever it is"
@@ -281,9 +267,9 @@ def test_layers_of_somebody_s_own_get_the_tensor_that_was_passed(y):
 
 @pytest.mark.parametrize("where", ["layer", "part", "attn"])
 @pytest.mark.parametrize("how", ["forward", "pre-hook", "hook", "global hook"])
-def test_whoever_looks_at_the_keywords_sees_a_tensor(how, where, y):
+def test_whoever_looks_at_the_keywords_sees_a_tensor(how, where):
     decoder, seen = make_decoder(*LAYERS), []
-    want, layer = decoder(TEXT, encoder_input=y, encoder_mask=HOLES), decoder.layers[0]
+    want, layer = decoder(TEXT, encoder_input=Y, encoder_mask=HOLES), decoder.layers[0]
     module = {"layer": layer, "part": layer.fusion_layer, "attn": layer.fusion_layer.attn}[where]
 
     def look(m, args, kwargs, *out):
@@ -299,21 +285,21 @@ def test_whoever_looks_at_the_keywords_sees_a_tensor(how, where, y):
     else:
         handle = (module.register_forward_hook if how == "hook" else module.register_forward_pre_hook)(look, with_kwargs=True)
     with handle:
-        out = decoder(TEXT, encoder_input=y, encoder_mask=HOLES)
+        out = decoder(TEXT, encoder_input=Y, encoder_mask=HOLES)
     assert len(seen) == 1 and isinstance(seen[0], Tensor)
     assert_rounding_apart(out, want, D, products=30)
     with Ops() as ops:
-        make_decoder(*LAYERS)(TEXT, encoder_input=y, encoder_mask=HOLES)
+        make_decoder(*LAYERS)(TEXT, encoder_input=Y, encoder_mask=HOLES)
     assert ops["cross_attention"] == N_CROSS, "a hook that is gone"
     nn.modules.module._global_forward_hooks_with_kwargs.clear()  # which PyTorch forgets
 
 
-def test_hooks_that_get_no_keywords_change_nothing(y):
+def test_hooks_that_get_no_keywords_change_nothing():
     decoder = make_decoder(*LAYERS)
     with contextlib.ExitStack() as hooks, Ops() as ops:
         for module in decoder.modules():
             hooks.enter_context(module.register_forward_hook(lambda m, args, out: None))
-        decoder(TEXT, encoder_input=y, encoder_mask=HOLES)
+        decoder(TEXT, encoder_input=Y, encoder_mask=HOLES)
     assert (ops["pack_mask"], ops["cross_attention"]) == (1, N_CROSS)
 
 
@@ -326,7 +312,7 @@ class Sub(MultiHeadAttention):
 class Own(nn.Module):
     """Attention of somebody's own, as torchtune's layers take it."""
 
-    def __init__(self, attn: MultiHeadAttention):
+    def __init__(self, attn):
         super().__init__()
         self.attn, self.pos_embeddings, self.kv_cache, self.cache_enabled = attn, None, None, False
 
@@ -339,43 +325,41 @@ class Own(nn.Module):
     ("form", "kind", "empty_rows"),
     [(form, kind, RULES[i % 2]) for kind in ("own", "subclass", "attention call") for i, form in enumerate(["bits of any rows", *ANY_ROWS, "intervals"])],
 )
-def test_attention_of_somebody_s_own_gets_a_tensor(form, kind, empty_rows, x, y):
+def test_attention_of_somebody_s_own_gets_a_tensor(form, kind, empty_rows):
     layer, seen, (dense, mask) = make_cross_layer(empty_rows=empty_rows), [], form_of(form)
-    exact, eager = (reference.cross_layer(m, x.to(dtype), y.to(dtype), dense) for m, dtype in ((copy.deepcopy(layer).double(), torch.float64), (layer, FP32)))
+    exact, eager = (reference.cross_layer(m, X.to(dtype), Y.to(dtype), dense) for m, dtype in ((copy.deepcopy(layer).double(), torch.float64), (layer, FP32)))
     if kind == "attention call":
         layer.attn._attention_call = lambda *args, **kwargs: seen.append(kwargs["mask"]) or sdpa_or_flex_attention(*args, **kwargs)
     else:
         layer.attn.__class__, layer.attn = (Sub, layer.attn) if kind == "subclass" else (MultiHeadAttention, Own(layer.attn))
         layer.attn.seen = seen
     with Ops() as ops:
-        assert_no_worse(layer(x, encoder_input=y, encoder_mask=mask), eager, exact)
+        assert_no_worse(layer(X, encoder_input=Y, encoder_mask=mask), eager, exact)
     assert [type(m) for m in seen] == [Tensor] and seen[0].shape == (B, S, S_E) and ops["cross_attention"] == 0
     assert seen[0].any(-1).all(), "no row of nothing: a softmax of it is NaN in some kernels"
 
 
-def test_attention_alone_takes_either_form(x, y):
-    attn, mask, seen = shaken(make_attention(cross=True)), EncoderMask.from_dense(HOLES), []
-    exact = reference.attention(copy.deepcopy(attn).double(), x.double(), y.double(), HOLES)
-    for call in (attn._attention_call, lambda *args, **kwargs: seen.append(kwargs["mask"]) or sdpa_or_flex_attention(*args, **kwargs)):
-        attn._attention_call = call
-        assert_no_worse(attn(x, y, mask=mask), reference.attention(attn, x, y, HOLES), exact)
-    assert torch.equal(seen[0], HOLES)
+def test_attention_alone_gives_a_call_of_somebody_s_own_a_tensor():
+    attn, seen = shaken(make_attention(cross=True)), []
+    want = attn(X, Y, mask=HOLES)
+    attn._attention_call = lambda *args, **kwargs: seen.append(kwargs["mask"]) or sdpa_or_flex_attention(*args, **kwargs)
+    assert torch.equal(attn(X, Y, mask=EncoderMask.from_dense(HOLES)), want) and torch.equal(seen[0], HOLES)
 
 
-def test_dropout_is_pytorch_s(x, y):
+def test_dropout_is_pytorch_s():
     layer, results, mask = make_cross_layer(), [], EncoderMask.from_dense(HOLES)
     layer.attn.attn_dropout = 0.5
     for form in (HOLES, mask):
         torch.manual_seed(5)
         with Ops() as ops:
-            results.append(layer.train()(x, encoder_input=y, encoder_mask=form))
+            results.append(layer.train()(X, encoder_input=Y, encoder_mask=form))
         assert ops["cross_attention"] == ops["pack_mask"] == 0
     with Ops() as ops:
-        plain = layer.eval()(x, encoder_input=y, encoder_mask=mask)
+        plain = layer.eval()(X, encoder_input=Y, encoder_mask=mask)
     assert ops["cross_attention"] == 1
     assert torch.equal(*results) and not torch.isclose(plain, results[0]).all()
     blind = ~HOLES.any(-1)
-    assert torch.equal(results[0][blind], x[blind])
+    assert torch.equal(results[0][blind], X[blind])
     q, k = torch.randn(B, 4, S, 4), torch.randn(B, 2, S_E, 4)
     out = sdpa_or_flex_attention(q, k, k, mask, 0.5, False).transpose(1, 2)
     assert not out[blind].any() and out[~blind].any() and out.isfinite().all()
@@ -391,8 +375,8 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("form", ANY_ROWS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_a_functional_call(transform, form, x, y):
-    layer, x, t, y = make_cross_layer().double(), x.double(), torch.randn(x.shape).double(), y.double()
+def test_transforms_of_a_functional_call(transform, form):
+    layer, x, t, y = make_cross_layer().double(), X.double(), torch.randn(X.shape).double(), Y.double()
     given = {"encoder_input": y, "encoder_mask": form_of(form)[1]}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         got = TRANSFORMS[transform](lambda x: torch.func.functional_call(layer, dict(layer.named_parameters()), (x,), given), x, t)
@@ -400,9 +384,9 @@ def test_transforms_of_a_functional_call(transform, form, x, y):
 
 
 @pytest.mark.parametrize("form", ANY_ROWS)
-def test_what_no_kernel_covers_goes_the_dense_way(form, kernels, x, y):
+def test_what_no_kernel_covers_goes_the_dense_way(form, kernels):
     """float64, as on a GPU, where nothing is tried first: no error is caught."""
-    layer, x, y, mask = make_cross_layer().double(), x.double(), y.double(), form_of(form)[1]
+    layer, x, y, mask = make_cross_layer().double(), X.double(), Y.double(), form_of(form)[1]
     with Ops() as ops:
         out = layer(x, encoder_input=y, encoder_mask=mask)
     assert (out - reference.cross_layer(layer, x, y, HOLES)).abs().max() < 1e-12
@@ -411,18 +395,18 @@ def test_what_no_kernel_covers_goes_the_dense_way(form, kernels, x, y):
     assert (got - reference.attention(layer.attn, x, y, HOLES)).abs().max() < 1e-12 and not got[~HOLES.any(-1)].any()
 
 
-def test_autocast(images):
+def test_autocast():
     """q and k leave their norms in fp32, v its projection in bf16: the op takes all three in bf16."""
     model = make_model()
 
-    def run(mask, calls: int):
+    def run(mask, calls):
         with torch.autocast("cpu", BF16), Ops() as ops:
-            out = model(TEXT, **images_of(images), encoder_mask=mask)
+            out = model(TEXT, **PICTURES, encoder_mask=mask)
         assert ops["cross_attention"] == calls
         return out
 
     results = [run(mask, N_CROSS) for mask in (HOLES, EncoderMask.from_dense(HOLES))]
-    exact = reference.model(copy.deepcopy(model).double(), TEXT, images.double(), HOLES)
+    exact = reference.model(copy.deepcopy(model).double(), TEXT, IMAGES.double(), HOLES)
     for layer in filter(None, map(cross_attention_of, model.decoder.layers)):
         layer.attn._attention_call = lambda *args, **kwargs: sdpa_or_flex_attention(*args, **kwargs)
     eager = run(HOLES, 0)
@@ -430,7 +414,7 @@ def test_autocast(images):
         assert_no_worse(got, eager, exact)
 
 
-def test_shapes_of_the_mask_are_checked(y):
+def test_shapes_of_the_mask_are_checked():
     decoder, em = make_decoder(), EncoderMask.from_dense(HOLES)
     for wrong, error, message in (
         (EncoderMask.cat([em, em]), ValueError, r"encoder_mask has shape \(4, 9, 12\), expected \(2 or 1, 9, keys\)"),
@@ -439,17 +423,4 @@ def test_shapes_of_the_mask_are_checked(y):
         (widened(HOLES, 13), RuntimeError, "13.*12|12.*13"),
     ):
         with pytest.raises(error, match=message):
-            decoder(TEXT, encoder_input=y, encoder_mask=wrong)
-
-
-@pytest.mark.parametrize("empty_rows", RULES)
-def test_by_the_kernels(empty_rows, images, kernels):
-    """The model in the interpreter, forward, backward and a cached step."""
-    model, (dense, mask) = make_small_model(empty_rows), form_of("tiles")
-
-    def run(m, images):
-        return m(TEXT, **images_of(images), encoder_mask=mask)
-
-    assert_matches(model, run, lambda m, images: reference.model(m, TEXT, images, dense), {"images": images}, FP32, draws=1)
-    with torch.no_grad():
-        assert_cached(model, "tiles", 5, FP32, [8, 1], False, images)
+            decoder(TEXT, encoder_input=Y, encoder_mask=wrong)

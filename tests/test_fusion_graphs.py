@@ -9,15 +9,17 @@ import reference
 import torch
 import torch._dynamo.testing
 from numerics import assert_no_worse, assert_rounding_apart
-from reference import DTYPES, HEADS, D, make_decoder
+from reference import HEADS, D, make_decoder
 from test_fusion_attention import (
     BF16,
     DENSE,
     FORMS,
     FP16,
     FP32,
+    IMAGES,
     LAYERS,
     N_CROSS,
+    PICTURES,
     RULES,
     S_E,
     TEXT,
@@ -46,28 +48,24 @@ from fastfuse.generation import generate, generate_next_token
 from fastfuse.modules import local_kv_cache
 from fastfuse.ops import EncoderMask
 
-
-@pytest.fixture
-def images():
-    return torch.randn(B, S_E, 5)
-
-
 ONCE = in_turn(["tensor", "bits", "tiles"] * 2, RULES, ["auto"], [False, True, True, False])
 ONCE += [("tensor", "zero", "triton", False), ("bits", "uniform", "triton", True)]
 
 
 @pytest.mark.parametrize(("form", "empty_rows", "backend", "wrapped"), ONCE)
-def test_the_mask_is_prepared_once(form, empty_rows, backend, wrapped, images, monkeypatch):
+def test_the_mask_is_prepared_once(form, empty_rows, backend, wrapped, monkeypatch):
     """However many layers there are, backward included; torch's checkpoint_wrapper around layers hides nothing."""
     packed, from_dense, model, (_, mask) = [], EncoderMask.from_dense, make_model(empty_rows), form_of(form)
     monkeypatch.setattr(EncoderMask, "from_dense", lambda *args, **kwargs: packed.append(args) or from_dense(*args, **kwargs))
     if wrapped:
         model.decoder.layers = nn.ModuleList(map(checkpoint_wrapper, model.decoder.layers))
     with fastfuse.backend(backend), Ops() as ops:
-        model(TEXT, **images_of(images), encoder_mask=mask).sum().backward()
+        out = model(TEXT, **PICTURES, encoder_mask=mask)
+        out.sum().backward()
     assert len(packed) == ops["pack_mask"] == (form == "tensor") and ops["mask_blocks"] == (backend == "triton")
     assert ops["cross_attention"] == N_CROSS * (1 + wrapped) and ops["cross_attention_bwd"] == N_CROSS
     assert not any("scaled_dot_product" in n for n in ops.names if ops.names[n] > N_CROSS * (1 + wrapped)), "self-attention's alone"
+    assert_rounding_apart(out, model(TEXT, **PICTURES, encoder_mask=form_of(form)[0]), D, products=40)
 
 
 def test_nothing_is_packed_where_nothing_attends():
@@ -80,9 +78,9 @@ def test_nothing_is_packed_where_nothing_attends():
 
 
 @pytest.mark.parametrize(("how", "form"), [("checkpoint", "tensor"), ("wrapper", "bits"), ("reentrant", "tiles"), ("reentrant", "tensor")])
-def test_activation_checkpointing(how, form, images):
+def test_activation_checkpointing(how, form):
     model, mask = make_model(), form_of(form)[1]
-    run = partial(model, **images_of(images), encoder_mask=mask)
+    run = partial(model, **PICTURES, encoder_mask=mask)
     out = run(TEXT)
     upstream = torch.randn(out.shape)
     out.backward(upstream)
@@ -98,28 +96,28 @@ def test_activation_checkpointing(how, form, images):
     assert all(torch.equal(a.grad, b) for a, b in zip(model.parameters(), want, strict=True))
 
 
-def test_nothing_is_left_on_the_model(images):
+def test_nothing_is_left_on_the_model():
     model = make_model()
 
     def state():
         return list(model.state_dict()), len(pickle.dumps(model)), {n: set(vars(m)) for n, m in model.named_modules()}
 
     before = state()
-    outs = [model(TEXT, **images_of(images), encoder_mask=make()) for _, make in FORMS.values()]
+    outs = [model(TEXT, **PICTURES, encoder_mask=make()) for _, make in FORMS.values()]
     assert state() == before
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with Ops() as ops:
-            assert torch.equal(twin(TEXT, **images_of(images), encoder_mask=DENSE), outs[0])
+            assert torch.equal(twin(TEXT, **PICTURES, encoder_mask=DENSE), outs[0])
         assert (ops["pack_mask"], ops["cross_attention"]) == (1, N_CROSS), "a copy is as plain as the original"
 
 
 LONG, LONG_TILE = 48, 50
 SIZES = pytest.mark.parametrize(
-    ("kind", "empty_rows", "dtype"), [*in_turn(["interval", "bits"] * 2, RULES, DTYPES), ("bits", "zero", FP16), ("interval", "uniform", BF16)]
+    ("kind", "empty_rows", "dtype"), [("interval", "zero", FP32), ("bits", "uniform", BF16), ("interval", "uniform", FP16), ("bits", "zero", FP32)]
 )
 
 
-def long_case(kind: str, empty_rows: str, dtype: torch.dtype):
+def long_case(kind, empty_rows, dtype):
     """48 tokens, 2 images of 2 tiles of 50 tokens: a model, its tokens, their mask, of tiles, and images."""
     tokens = draw_text(2, LONG, (0, 5), (1, 0), (1, 20))
     visible = rule(tokens, TILES)
@@ -161,22 +159,22 @@ def test_a_cached_step_makes_a_few_rows(kind, empty_rows, dtype):
     assert mode.of(B * s_e + 1) == [], "more than a mask"
 
 
-def compiled_of(module) -> tuple:
+def compiled_of(module):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     return torch.compile(module, fullgraph=True, backend=counter), counter
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("empty_rows", "form"), [("zero", "tensor"), ("zero", "intervals"), ("uniform", "bits")])
-def test_compiled_steps_share_a_graph(empty_rows, form, images):
+@pytest.mark.parametrize(("empty_rows", "form"), [("zero", "tensor"), ("uniform", "bits")])
+def test_compiled_steps_share_a_graph(empty_rows, form):
     model, mask = make_small_model(empty_rows), form_of(form)[1]
     model.setup_caches(B, FP32, encoder_max_seq_len=S_E, decoder_max_seq_len=16)
     compiled, counter = compiled_of(model)
     tokens, last, frames = torch.cat([TEXT, TEXT[:, :4]], 1), rows_of(mask, S - 1, S), []
     results = []
     for run in (model, compiled):
-        results.append([run(TEXT, **images_of(images), encoder_mask=mask, mask=causal_rows(16, 0, S), input_pos=torch.arange(S))])
+        results.append([run(TEXT, **PICTURES, encoder_mask=mask, mask=causal_rows(16, 0, S), input_pos=torch.arange(S))])
         for i in range(S, S + 4):
             frames.append(counter.frame_count)
             results[-1].append(run(tokens[:, i : i + 1], encoder_mask=last, mask=causal_rows(16, i, i + 1).clone(), input_pos=torch.tensor([i])))
@@ -186,14 +184,14 @@ def test_compiled_steps_share_a_graph(empty_rows, form, images):
     assert [*frames[4:], counter.frame_count] == [1, 2, 2, 2, 2], "one graph for the prompt, one for the four steps"
 
 
-@pytest.mark.parametrize(("empty_rows", "form"), [("zero", "tensor of any rows"), ("zero", "intervals"), ("uniform", "bits")])
-def test_compiled_forward_and_backward(empty_rows, form, images):
+@pytest.mark.parametrize(("empty_rows", "form"), [("zero", "tensor of any rows"), ("uniform", "intervals")])
+def test_compiled_forward_and_backward(empty_rows, form):
     """One graph, for a second mask too."""
     model, (dense, mask) = make_small_model(empty_rows), form_of(form)
     compiled, counter = compiled_of(model)
-    exact = reference.model(copy.deepcopy(model).double(), TEXT, images.double(), dense)
+    exact = reference.model(copy.deepcopy(model).double(), TEXT, IMAGES.double(), dense)
     for given in (mask, copy.deepcopy(mask)):
-        out, eager = (m(TEXT, **images_of(images), encoder_mask=given) for m in (compiled, model))
+        out, eager = (m(TEXT, **PICTURES, encoder_mask=given) for m in (compiled, model))
         assert_no_worse(out, eager, exact)
         upstream = torch.randn(out.shape)
         for got, want in zip(*(torch.autograd.grad(y, list(model.parameters()), upstream) for y in (out, eager)), strict=True):
@@ -204,11 +202,11 @@ def test_compiled_forward_and_backward(empty_rows, form, images):
 GENERATION = {"max_generated_tokens": 4, "temperature": 0, "pad_id": -1}
 
 
-@pytest.mark.parametrize(("empty_rows", "form", "backend"), [("zero", "tensor", "auto"), ("uniform", "tiles", "auto"), ("zero", "bits", "triton")])
-def test_generation_prepares_the_mask_once_and_is_one_graph_when_compiled(empty_rows, form, backend, images):
+@pytest.mark.parametrize(("empty_rows", "form", "backend"), [("zero", "tensor", "triton"), ("uniform", "tiles", "auto")])
+def test_generation_prepares_the_mask_once_and_is_one_graph_when_compiled(empty_rows, form, backend):
     """Twice, that is: for the prompt, and for all steps after it, complete before the first one: none changes it, which would be a graph of its own."""
     model, mask = make_small_model(empty_rows).eval(), form_of(form)[1]
-    given = GENERATION | images_of(images) | {"encoder_mask": mask}
+    given = GENERATION | PICTURES | {"encoder_mask": mask}
     want, _ = generate(model, TEXT, **given)
     step, counter = compiled_of(generate_next_token)
     with local_kv_cache(model, batch_size=B, device="cpu", dtype=FP32, encoder_max_seq_len=S_E + 2, decoder_max_seq_len=16), fastfuse.backend(backend):

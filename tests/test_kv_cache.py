@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from fastfuse.errors import InvalidArgument
 from fastfuse.modules import KVCache, MultiHeadAttention, delete_kv_caches, disable_kv_cache, local_kv_cache
 
-B, H, LENGTH, DIM = 2, 3, 6, 4
+B, H, LENGTH, DIM = 3, 2, 6, 4
 
 
 def new_cache(dtype=torch.float32) -> KVCache:
@@ -24,10 +24,6 @@ def some(tokens: int, batch: int = B, dtype=torch.float32, **kwargs):
     return [torch.randn(batch, H, tokens, DIM, **kwargs).to(dtype) for _ in range(2)]
 
 
-def is_empty(cache: KVCache) -> bool:
-    return cache.size == 0 and cache.cache_pos.tolist() == list(range(LENGTH)) and not cache.k_cache.any() and not cache.v_cache.any()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_are_written_one_after_another_until_a_reset(dtype):
     """Into tensors that stay where they are."""
@@ -36,7 +32,7 @@ def test_tokens_are_written_one_after_another_until_a_reset(dtype):
     assert cache.k_cache.shape == cache.v_cache.shape == (B, H, LENGTH, DIM) and cache.k_cache.dtype == cache.v_cache.dtype == dtype
     assert cache.cache_pos.dtype == torch.int64 and type(cache.size) is int and cache.batch_size == B and cache.state_dict() == {}
     for _ in range(2):
-        assert is_empty(cache)
+        assert cache.size == 0 and cache.cache_pos.tolist() == [*range(LENGTH)] and not cache.k_cache.any() and not cache.v_cache.any()
         steps = [some(n, dtype=dtype) for n in (3, 1, 2)]
         for step in steps:
             got = cache.update(*step)
@@ -55,33 +51,26 @@ def test_one_sample_fills_every_row():
     assert torch.equal(cache.k_cache[:, :, :2], k.expand(B, -1, -1, -1)) and torch.equal(cache.v_cache[:, :, :2], v.expand(B, -1, -1, -1))
 
 
-REFUSED = [
-    ("^The current cache has been setup with a batch size of 2, but found new key tensors with batch size 5!$", ValueError, some(1, batch=5)),
-    (r"7 tokens, the cache holds 0 of max_seq_len=6", InvalidArgument, some(7)),
-    ("Index put requires the source and destination dtypes match", RuntimeError, some(1, dtype=torch.bfloat16)),
-    (r"v_val has shape \(2, 3, 1, 4\), k_val \(2, 3, 2, 4\)", ValueError, [some(2)[0], some(1)[0]]),
+BATCH = "^The current cache has been setup with a batch size of 3, but found new key tensors with batch size 5!$"
+REFUSED = [  # tokens that it holds, and what does not fit then
+    (0, some(1, batch=5), ValueError, BATCH),
+    (0, some(1, batch=2), RuntimeError, "shape mismatch"),
+    (0, some(7), InvalidArgument, r"7 tokens, the cache holds 0 of max_seq_len=6"),
+    (4, some(3), InvalidArgument, r"3 tokens.*holds 4.*6"),
+    (6, some(1), InvalidArgument, r"1 tokens.*holds 6"),
+    (4, some(1, dtype=torch.bfloat16), RuntimeError, "Index put requires the source and destination dtypes match"),
+    (4, [some(2)[0], some(1)[0]], ValueError, r"v_val has shape \(3, 2, 1, 4\), k_val \(3, 2, 2, 4\)"),
 ]
 
 
-@pytest.mark.parametrize(("message", "error", "values"), REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(message, error, values):
+@pytest.mark.parametrize(("held", "values", "error", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_written(held, values, error, message):
     cache = new_cache()
+    cache.update(*some(held))
+    before = [t.clone() for t in cache.buffers()]
     with pytest.raises(error, match=message):
         cache.update(*values)
-    assert is_empty(cache)
-
-
-def test_more_tokens_than_the_cache_holds():
-    cache, (k, v) = new_cache(), some(4)
-    cache.update(k, v)
-    with pytest.raises(InvalidArgument, match=r"3 tokens.*holds 4.*6"):
-        cache.update(*some(3))
-    assert cache.size == 4 and torch.equal(cache.k_cache[:, :, :4], k) and not cache.k_cache[:, :, 4:].any()
-    cache.update(*some(2))
-    with pytest.raises(InvalidArgument, match=r"1 tokens.*holds 6"):
-        cache.update(*some(1))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        KVCache(4, LENGTH, H, DIM, torch.float32).update(*some(1, batch=2))
+    assert cache.size == held and all(map(torch.equal, cache.buffers(), before))
 
 
 def test_one_graph_serves_every_position_and_notices_an_overflow():

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
+import dense_vision
 import pytest
 import reference
 import torch
@@ -23,6 +24,7 @@ from reference import (
     make_model,
     make_self_layer,
 )
+from test_fusion_attention import infinite
 from test_loss import Model, labels, linear_loss, mean_of_negative_logs
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class Case(NamedTuple):
     run: Callable[..., Tensor] = lambda m, *inputs: m(*inputs)
 
 
-def drawn(draw: Callable[..., Tensor], *shape: int, seed: int = 1) -> Tensor:
+def drawn(draw, *shape, seed=1):
     return draw(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -66,27 +68,23 @@ POSITIONS, TOKENS = (drawn(torch.rand, B, S) * 60).long(), (drawn(torch.rand, B,
 LABELS, BOTH = labels(), ((B, S, D), (B, S_E, D))
 
 
-def infinite(mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-
-
-def rope() -> RotaryPositionalEmbeddings:
+def rope():
     return RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=32)
 
 
-def cast(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def cast(mask, x):
     """SDPA takes a float mask of the query's dtype, and gives it no gradient here."""
     return mask.to(x.dtype) if mask is not None and mask.is_floating_point() else mask
 
 
-def attention(mask: Tensor | None) -> Case:
+def attention(mask):
     """Over another sequence."""
     return Case(
         lambda: make_attention(cross=True), lambda m, x, y: reference.attention(m, x, y, cast(mask, x)), BOTH, lambda m, x, y: m(x, y, mask=cast(mask, x))
     )
 
 
-def self_attention(kv_heads: int, mask: Tensor | None = None) -> Case:
+def self_attention(kv_heads, mask=None):
     """Causal without a mask; with one, the mask alone decides."""
     return Case(
         lambda: make_attention(rope=rope(), norms=True, num_kv_heads=kv_heads),
@@ -94,32 +92,32 @@ def self_attention(kv_heads: int, mask: Tensor | None = None) -> Case:
     )  # fmt: skip
 
 
-def self_layer(mask: Tensor | None, positions: Tensor | None = None) -> Case:
+def self_layer(mask, positions=None):
     return Case(make_self_layer, lambda m, x: reference.self_layer(m, x, mask, positions), run=lambda m, x: m(x, mask=mask, input_pos=positions))
 
 
-def cross_layer(mask: Tensor | None, rule: Tensor | None, **kwargs) -> Case:
+def cross_layer(mask):
+    """By the rule of zero; by the other, and with an EncoderMask: test_fusion_attention.py."""
     return Case(
-        lambda: make_cross_layer(**kwargs), lambda m, x, y: reference.cross_layer(m, x, y, cast(rule, x)), BOTH,
-        lambda m, x, y: m(x, encoder_input=y, encoder_mask=cast(mask, x)),
-    )  # fmt: skip
+        make_cross_layer, lambda m, x, y: reference.cross_layer(m, x, y, cast(mask, x)), BOTH, lambda m, x, y: m(x, encoder_input=y, encoder_mask=cast(mask, x))
+    )
 
 
-def fusion_layer(first: bool) -> Case:
+def fusion_layer(first):
     return Case(
         lambda: FusionLayer(make_self_layer(), make_cross_layer(), fusion_first=first), lambda m, x, y: reference.fusion_layer(m, x, y, EMPTY), BOTH,
         lambda m, x, y: m(x, encoder_input=y, encoder_mask=EMPTY),
     )  # fmt: skip
 
 
-def loss(chunks: int, drop: bool) -> Case:
+def loss(chunks, drop):
     return Case(
         Model, lambda m, h: mean_of_negative_logs(reference.linear(m.output, h), LABELS)[None], ((*LABELS.shape, D),),
         lambda m, h: linear_loss(m, num_output_chunks=chunks, mask_ignored_tokens=drop)(h, LABELS)[None],
     )  # fmt: skip
 
 
-def chunked_loss(chunks: int) -> Case:
+def chunked_loss(chunks):
     return Case(
         nn.Identity, lambda m, logits: mean_of_negative_logs(logits, LABELS)[None], ((*LABELS.shape, 9),),
         lambda m, logits: CEWithChunkedOutputLoss(chunks)(list(logits.tensor_split(chunks, 1)), LABELS)[None],
@@ -127,9 +125,7 @@ def chunked_loss(chunks: int) -> Case:
 
 
 def layer_norm(m, x):
-    centred = reference.wide(x) - reference.wide(x).mean(-1, keepdim=True)
-    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + m.eps)
-    return (normed * (1 if m.weight is None else m.weight) + (0 if m.bias is None else m.bias)).to(x.dtype)
+    return dense_vision.layer_norm(x, m.weight, m.bias, m.eps)
 
 
 CASES = {
@@ -165,10 +161,9 @@ CASES = {
     "self-attention layer": self_layer(None),
     "self-attention layer, masked": self_layer(SELF, POSITIONS),
     "self-attention layer, gated": Case(lambda: make_self_layer(sa_scale=TanhGate(), mlp_scale=TanhGate()), reference.self_layer),
-    "cross-attention layer": cross_layer(None, None),
-    "cross-attention layer, float": cross_layer(drawn(torch.randn, B, S, S_E), drawn(torch.randn, B, S, S_E)),
-    "cross-attention layer, minus infinity": cross_layer(infinite(EMPTY), infinite(EMPTY)),
-    "cross-attention layer, uniform rows": cross_layer(infinite(EMPTY), EMPTY, empty_rows="uniform"),
+    "cross-attention layer": cross_layer(None),
+    "cross-attention layer, float": cross_layer(drawn(torch.randn, B, S, S_E)),
+    "cross-attention layer, minus infinity": cross_layer(infinite(EMPTY)),
     "fusion layer": fusion_layer(True),
     "fusion layer, last": fusion_layer(False),
     "decoder of text": Case(make_decoder, lambda m: reference.decoder(m, TOKENS), (), lambda m: m(TOKENS)),
@@ -180,12 +175,12 @@ CASES = {
         lambda: make_model(decoder_trainable=True, encoder_trainable=True), lambda m, images: reference.model(m, TOKENS, images, EMPTY, 2.0), ((B, S_E, 5),),
         lambda m, images: m(TOKENS, encoder_input={"images": images, "scale": 2.0}, encoder_mask=EMPTY),
     ),
-    **{f"loss of {chunks} chunks": loss(chunks, drop) for chunks, drop in ((1, True), (4, False), (8, True), (50, False), (50, True))},
-    **{f"loss of logits in {chunks} chunks": chunked_loss(chunks) for chunks in (1, 4, 8, 50)},
+    **{f"loss of {chunks} chunks": loss(chunks, drop) for chunks, drop in ((1, True), (4, False), (50, False), (50, True))},
+    **{f"loss of logits in {chunks} chunks": chunked_loss(chunks) for chunks in (1, 4, 50)},
 }  # fmt: skip
 
 
-def inputs(case: Case) -> list[Tensor]:
+def inputs(case):
     return [torch.randn(shape) for shape in case.shapes]
 
 
@@ -201,29 +196,12 @@ def test_value_and_every_gradient(case, dtype):
     assert_matches(reference.shaken(case.make()), run, formula, dict(zip(names, inputs(case), strict=True)), dtype)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
-def test_copies_and_loaded_modules_are_equal_and_apart(case):
-    case = CASES[case]
-    given, module = inputs(case), reference.shaken(case.make())
-    want = case.run(module, *given)
-    with torch.device("meta"):
-        empty = case.make()
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), reference.shaken(case.make()), empty.to_empty(device="cpu")):
-        twin.load_state_dict(copy.deepcopy(module.state_dict()), assign=twin is empty)
-        assert list(twin.state_dict()) == list(module.state_dict()) and torch.equal(case.run(twin, *given), want)
-        twin.load_state_dict({name: torch.zeros_like(t) for name, t in module.state_dict().items()})
-        assert not module.state_dict() or not torch.equal(case.run(twin, *given), want)
-    assert torch.equal(case.run(module, *given), want)
-    assert [p.requires_grad for p in copy.deepcopy(module).parameters()] == [p.requires_grad for p in module.parameters()]
-
-
 ATTN, MLP = "attn.q_proj.weight attn.k_proj.weight attn.v_proj.weight attn.output_proj.weight", "mlp.w1.weight mlp.w2.weight mlp.w3.weight"
 OWN = f"{ATTN} {MLP} sa_norm.scale mlp_norm.scale"
 CROSS_KEYS = f"{ATTN} attn.q_norm.scale attn.k_norm.scale {MLP} ca_norm.scale mlp_norm.scale ca_scale.scale mlp_scale.scale"
 
 
-def behind(prefix: str, keys: str) -> list[str]:
+def behind(prefix, keys):
     return [prefix + key for key in keys.split()]
 
 
@@ -246,39 +224,53 @@ KEYS = {
 }
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", KEYS)
+def test_copies_and_loaded_modules_are_equal_and_apart(case):
+    case = CASES[case]
+    given, module = inputs(case), reference.shaken(case.make())
+    want = case.run(module, *given)
+    with torch.device("meta"):
+        empty = case.make()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), reference.shaken(case.make()), empty.to_empty(device="cpu")):
+        twin.load_state_dict(copy.deepcopy(module.state_dict()), assign=twin is empty)
+        assert list(twin.state_dict()) == list(module.state_dict()) and torch.equal(case.run(twin, *given), want)
+        twin.load_state_dict({name: torch.zeros_like(t) for name, t in module.state_dict().items()})
+        assert not module.state_dict() or not torch.equal(case.run(twin, *given), want)
+    assert torch.equal(case.run(module, *given), want)
+    assert [p.requires_grad for p in copy.deepcopy(module).parameters()] == [p.requires_grad for p in module.parameters()]
+
+
 @pytest.mark.parametrize("case", KEYS)
 def test_keys_are_torchtunes_in_its_order(case):
     assert list(CASES[case].make().state_dict()) == KEYS[case]
 
 
-def new_attention(**wrong) -> MultiHeadAttention:
+def new_attention(**wrong):
     parts = {name: nn.Identity() for name in ("q_proj", "k_proj", "v_proj", "output_proj")}
     return MultiHeadAttention(**{"embed_dim": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 2, **parts, **wrong})
 
 
-def new_decoder(**wrong) -> TransformerDecoder:
+def new_decoder(**wrong):
     parts = {name: nn.Identity() for name in ("tok_embeddings", "norm", "output")}
     return TransformerDecoder(max_seq_len=16, num_heads=HEADS, head_dim=HEAD_DIM, **parts, **wrong)
 
 
-def decode(tokens: Tensor | None, rows: int = B, **keywords) -> Tensor:
+def decode(tokens, rows=B, **keywords):
     """Of shapes: encoder_input [rows, S_E, D] and masks of ones."""
     given = {name: torch.ones(shape, dtype=torch.bool) if "mask" in name else torch.zeros(shape) for name, shape in keywords.items()}
     return make_decoder()(tokens, **given)
 
 
-def meta_rope() -> Llama3ScaledRoPE:
+def meta_rope():
     with torch.device("meta"):
         return Llama3ScaledRoPE(8, 12)
 
 
-NORM, X, TEXT = {"attn_dropout": 2, "q_norm": nn.Identity()}, torch.ones(3, 6, 2, 8), torch.zeros(B, S, dtype=torch.long)
+X, TEXT = torch.ones(3, 6, 2, 8), torch.zeros(B, S, dtype=torch.long)
 LONG = r"^seq_len \(65\) of input tensor should be smaller than max_seq_len \(64\)$"
 INDEX, RUNTIME, VALUE = IndexError, RuntimeError, ValueError
 REFUSED = [
-    (r"^num_heads \(4\) must be divisible by num_kv_heads \(3\)$", VALUE, lambda: new_attention(num_kv_heads=3, embed_dim=9, **NORM)),
-    (r"^embed_dim \(9\) must be divisible by num_heads \(4\)$", VALUE, lambda: new_attention(embed_dim=9, **NORM)),
-    (r"^attn_dropout \(2\) must be between 0.0 and 1.0$", VALUE, lambda: new_attention(**NORM)),
     (r"^attn_dropout \(-0.1\) must be between 0.0 and 1.0$", VALUE, lambda: new_attention(attn_dropout=-0.1)),
     ("^q and k norm must be set together", VALUE, lambda: new_attention(q_norm=nn.Identity())),
     ("^q and k norm must be set together", VALUE, lambda: new_attention(k_norm=nn.Identity())),

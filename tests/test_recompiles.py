@@ -3,11 +3,9 @@
 import pytest
 import torch
 from numerics import assert_rounding_apart
-from qlora import HOSTS, lora
+from prepared_layers import LAYERS
 
-import fastfuse
 from cases.weights import quantize, random_weight
-from fastfuse.modules.peft import LoRALinear
 from fastfuse.ops import nf4_dequantize, nf4_lora_linear, nf4_swiglu_mlp
 from fastfuse.quant import NF4View
 
@@ -18,7 +16,7 @@ def counted(function, backend, dynamic):
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter), counter
 
 
-def nf4(N: int, K: int, storage: str = "nested") -> NF4View:
+def nf4(N, K, storage="nested"):
     return NF4View.of(quantize(random_weight(N, K), storage))
 
 
@@ -42,19 +40,12 @@ def test_the_op(backend, dynamic, graphs, storage):
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)])
-@pytest.mark.parametrize("host", [*HOSTS, "fastfuse"])
-def test_layers(host, dynamic, graphs):
-    if host == "fastfuse":
-        layer = LoRALinear(128, 256, rank=8, alpha=8.0, quantize_base=True)
-        torch.nn.init.normal_(layer.lora_b.weight)
-    else:
-        model = lora(host)
-        fastfuse.patch(model)
-        layer = model.base_model.model.up
+@pytest.mark.parametrize("kind, dynamic, graphs", [("PEFT over bitsandbytes", True, 1), ("PEFT over torchao", None, 2), ("LoRALinear", None, 2)])
+def test_layers(kind, dynamic, graphs):
+    layer = LAYERS[kind]()
     compiled, counter = counted(layer, "aot_eager", dynamic)
     for i in range(10):
-        if host == "fastfuse":
+        if kind == "LoRALinear":
             layer.alpha = 8.0 + i
         else:
             layer.scale_layer(1.25)

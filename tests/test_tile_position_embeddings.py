@@ -1,15 +1,13 @@
 """Position embeddings of tiles and tokens: against a loop over images, their interpolation, and what they never do on a device."""
 
-from collections import Counter
-
 import pytest
 import torch
-from dense_vision import place_rows, place_tiles
 from numerics import assert_no_worse
 from reference import assert_matches
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import NoWaiting
 
+from cases.patch_embed import place_ids, place_images
 from fastfuse.models import clip
 from fastfuse.models.clip import _position_embeddings
 from fastfuse.modules import TiledTokenPositionalEmbedding, TilePositionalEmbedding, TokenPositionalEmbedding, tile_position_embeddings
@@ -38,8 +36,9 @@ def loop(x, p, ratios, supported=None):
     table = p.get("embedding", p.get(GLOBAL))
     if LOCAL in p:
         x = x + p[LOCAL] * (1 - torch.tanh(p["gate"]))
-    out = place_tiles(x, table, p["gate"], ratios) if supported is None else place_rows(x, table, p["gate"], ratios, supported)
-    return out if LOCAL in p else out.to(x.dtype)
+    if supported is None:
+        return place_images(x.clone(), table, p["gate"], ratios)
+    return place_ids(x.clone(), table, p["gate"], [[(0, 0), *supported].index(ratio) for ratio in ratios])
 
 
 MAKE = {"tile": tile_module, "token": token_module}
@@ -165,21 +164,10 @@ def resized_local(t: Tensor, grid: int) -> Tensor:
 
 def resized_global(t: Tensor, tiles: int, grid: int) -> Tensor:
     """The patches of all tiles are one image."""
-    old, n, d = t.shape[0], t.shape[2], t.shape[3]
-    g = round((n - 1) ** 0.5)
-    rows = [[t[r // g, c // g, 1 + r % g * g + c % g] for c in range(old * g)] for r in range(old * g)]
-    image = bilinear(torch.stack([torch.stack(row) for row in rows]), tiles * grid)
-    out = torch.zeros(tiles, tiles, grid * grid + 1, d, dtype=torch.float64)
-    out[:, :, 0] = bilinear(t[:, :, 0], tiles)
-    for r in range(tiles * grid):
-        for c in range(tiles * grid):
-            out[r // grid, c // grid, 1 + r % grid * grid + c % grid] = image[r, c]
-    return out
-
-
-def assert_interpolated(got: Tensor, want: Tensor) -> None:
-    assert got.is_contiguous() and got.shape == want.shape and got.dtype == torch.float64
-    assert_no_worse(got.float(), want.float(), want)
+    g = round((t.shape[2] - 1) ** 0.5)
+    image = bilinear(torch.cat([torch.cat([*row], 1) for row in t[:, :, 1:].unflatten(2, (g, g))]), tiles * grid)
+    patches = torch.stack([torch.stack([tile.flatten(0, 1) for tile in row.split(grid, 1)]) for row in image.split(grid)])
+    return torch.cat([bilinear(t[:, :, 0], tiles)[:, :, None], patches], 2)
 
 
 RESIZE_LOCAL = TiledTokenPositionalEmbedding._resize_local_position_embedding
@@ -191,14 +179,21 @@ RESIZE_TILES = TilePositionalEmbedding._resize_position_embedding
     "old, new, old_tiles, tiles", [(1, 4, 4, 2), (2, 3, 2, 4), (3, 5, 1, 3), (5, 3, 3, 1), (4, 1, 3, 3), (3, 3, 4, 2), (3, 3, 2, 4), (4, 1, 2, 4)]
 )
 def test_tables_are_interpolated(old, new, old_tiles, tiles):
-    """CLS of the local positions is kept, global positions are one map over all tiles."""
-    local, table, tile = (
-        torch.randn(shape, dtype=torch.float64) for shape in ((old**2 + 1, D), (old_tiles, old_tiles, old**2 + 1, D), (old_tiles, old_tiles, 1, D))
-    )
-    assert_interpolated(RESIZE_LOCAL(local, new), resized_local(local, new))
-    assert torch.equal(RESIZE_LOCAL(local, new)[0], local[0])
-    assert_interpolated(RESIZE_GLOBAL(table, tiles, new), resized_global(table, tiles, new))
-    assert_interpolated(RESIZE_TILES(tile, tiles), bilinear(tile[:, :, 0], tiles)[:, :, None])
+    """By loading, which leaves the caller's dict alone. CLS of the local positions is kept, global positions are one map over all tiles."""
+
+    def made(tiles: int, grid: int) -> nn.ModuleDict:
+        parts = {"token": TiledTokenPositionalEmbedding(tiles, D, PATCH * grid, PATCH), "tile": TilePositionalEmbedding(tiles, D)}
+        return nn.ModuleDict(parts).double()
+
+    loaded, target = made(old_tiles, old).state_dict(), made(tiles, new)
+    before = {name: (t, t.clone()) for name, t in loaded.items()}
+    assert not any(target.load_state_dict(loaded))
+    assert loaded.keys() == before.keys() and all(loaded[name] is t and torch.equal(t, copy) for name, (t, copy) in before.items())
+    local, table, tile = (loaded[name] for name in (f"token.{LOCAL}", f"token.{GLOBAL}", "tile.embedding"))
+    want = [resized_local(local, new), resized_global(table, tiles, new), torch.zeros(1), bilinear(tile[:, :, 0], tiles)[:, :, None], torch.zeros(1)]
+    for got, exact in zip(target.state_dict().values(), want, strict=True):
+        assert_no_worse(got.float(), exact.float(), exact)
+    assert torch.equal(target["token"].get_parameter(LOCAL)[0], local[0])
 
 
 @pytest.mark.parametrize("dtype, tiles, grid", [(torch.float32, 4, 3), (torch.bfloat16, 2, 7), (torch.float64, 4, 40)])
@@ -211,20 +206,6 @@ def test_equal_sizes_load_to_the_bit(dtype, tiles, grid):
         t = torch.randn(shape, dtype=dtype)
         got = resize(t, *sizes)
         assert torch.equal(got, t) and got.dtype == dtype and got.is_contiguous()
-
-
-def test_loading_interpolates_into_the_module_and_leaves_the_caller_s_dict_alone():
-    source = nn.ModuleDict({"token": TiledTokenPositionalEmbedding(2, D, 8, 4), "tile": TilePositionalEmbedding(2, D)}).double()
-    target = nn.ModuleDict({name: make() for name, make in MAKE.items()}).double()
-    loaded = source.state_dict()
-    before = {name: (t, t.clone()) for name, t in loaded.items()}
-    assert not any(target.load_state_dict(loaded))
-    assert loaded.keys() == before.keys() and all(loaded[name] is t and torch.equal(t, copy) for name, (t, copy) in before.items())
-    token, tile = target["token"], target["tile"]
-    assert_interpolated(token.get_parameter(LOCAL).detach(), resized_local(loaded[f"token.{LOCAL}"], 3))
-    assert_interpolated(token.get_parameter(GLOBAL).detach(), resized_global(loaded[f"token.{GLOBAL}"], 4, 3))
-    assert_interpolated(tile.embedding.detach(), bilinear(loaded["tile.embedding"][:, :, 0], 4)[:, :, None])
-    assert token.gate == tile.gate == 0
 
 
 def test_the_hook_edits_the_dict_it_is_given_keeps_its_dtype_and_touches_its_own_keys_alone():
@@ -295,25 +276,6 @@ def test_sharded_tables_are_interpolated_whole_and_sharded_again(mesh, dim):
         assert isinstance(t, DTensor) and t.device_mesh == mesh and list(t.placements) == placements and torch.equal(t.full_tensor(), state[name])
 
 
-class Recorded(TorchDispatchMode):
-    """Counts the operators that run; those that wait for the device to know a value or a size raise."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.ops = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not name.startswith(self.WAITS), f"{name} waits for the device"
-        if name.startswith("index"):
-            indices = [i for a in args if isinstance(a, (list, tuple)) for i in a if isinstance(i, Tensor)]
-            assert all(i.dtype != torch.bool for i in indices), "an index of bools waits for the device"
-        self.ops[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @BOTH
 @FORMS
 def test_nothing_waits_for_the_device_and_the_work_is_not_cut_by_image(make, supported, on_device):
@@ -321,7 +283,7 @@ def test_nothing_waits_for_the_device_and_the_work_is_not_cut_by_image(make, sup
     for n in (1, 9):
         x, ratio, dy = torch.randn(n, T, N, D, requires_grad=True), torch.tensor(RATIOS[:n]), torch.randn(n, T, N, D)
         module.zero_grad()
-        with Recorded() as recorded:
+        with NoWaiting() as recorded:
             module(x, ratio).backward(dy)
         counts.append(recorded.ops)
     assert counts[0] == counts[1]
