@@ -1,6 +1,5 @@
 """Try fastfuse with other releases of what it stands on, one environment a row, and write docs/compatibility.md.
 
-    python -m tests.matrix --list             the rows, and what is known of each
     python -m tests.matrix                    runs every row of this Python
     python -m tests.matrix --row triton-3.9   runs one row; what is known of the others is kept
     python -m tests.matrix --python 3.12      runs the rows of another Python, found as python3.12
@@ -21,16 +20,15 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs/compatibility.json", ROOT / "docs/compatibility.md"
 SHOWN = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     name: str
     about: str
     pins: dict[str, str]  # package -> version, where it differs from constraints.txt
@@ -38,8 +36,7 @@ class Row:
     python: str = "3.11"
 
 
-@dataclass(frozen=True)
-class Tier:
+class Tier(NamedTuple):
     about: str
     args: tuple[str, ...]  # of pytest, or of bench.codegen where kernels are compiled
     compiles: bool = False
@@ -102,7 +99,7 @@ class NotRun(Exception):
     """Why nothing of a row ran, in one line."""
 
 
-def tested_set(python: str = "") -> dict[str, str]:
+def tested_set(python=""):
     """package -> version, as constraints.txt pins them; older where a package has left this Python."""
     lines = (re.match(r"([\w-]+)==([\w.]+)", line) for line in (ROOT / "constraints.txt").read_text().splitlines())
     return {m[1]: m[2] for m in lines if m} | LAST.get(python, {})
@@ -111,7 +108,7 @@ def tested_set(python: str = "") -> dict[str, str]:
 # Environments
 
 
-def base_requirements(row: Row) -> list[str]:
+def base_requirements(row):
     """What the rows of one torch share. Another torch than the tested one brings its own Triton."""
     tested = tested_set(row.python)
     wanted = tested | {"torch": row.pins.get("torch", tested["torch"])}
@@ -120,7 +117,7 @@ def base_requirements(row: Row) -> list[str]:
     return sorted(f"{package}=={version}" for package, version in wanted.items())
 
 
-def environment(row: Row, folder: Path) -> Path:
+def environment(row, folder):
     """The row's Python, its environment made first where `folder` has none that fits."""
     torch = (tested_set() | row.pins)["torch"]
     base = _made(folder / f"base-torch-{torch}-py{row.python}", row.python, base_requirements(row))
@@ -129,7 +126,7 @@ def environment(row: Row, folder: Path) -> Path:
     return layer / "bin/python"
 
 
-def _made(folder: Path, version: str, requirements: list[str], base: Path | None = None) -> Path:
+def _made(folder, version, requirements, base=None):
     """A virtual environment with the requirements, and with those of `base` behind them."""
     stamp, wanted = folder / "requirements.json", {"asked": requirements, "base": json.loads((base / "requirements.json").read_text()) if base else {}}
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
@@ -154,7 +151,7 @@ def _made(folder: Path, version: str, requirements: list[str], base: Path | None
     return folder
 
 
-def _run(command: list[str]) -> None:
+def _run(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr, end="")  # not for the page: it may be about this machine alone
@@ -168,7 +165,7 @@ print(json.dumps({{"python": platform.python_version()}} | found))
 """
 
 
-def imported_versions(python: Path, row: Row) -> dict[str, str]:
+def imported_versions(python, row):
     """What the row's Python really imports; a row that imports something else than it names is no row."""
     done = subprocess.run([str(python), "-c", _VERSIONS], cwd=ROOT, env=_environ(), capture_output=True, text=True)
     if done.returncode:
@@ -181,7 +178,7 @@ def imported_versions(python: Path, row: Row) -> dict[str, str]:
     return found
 
 
-def _environ() -> dict[str, str]:
+def _environ():
     """Nothing of the caller's own Python, and one thread each, as in CI."""
     left = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "TRITON", "VIRTUAL_ENV"))}
     return left | {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -190,7 +187,7 @@ def _environ() -> dict[str, str]:
 # Tiers
 
 
-def run_tier(python: Path, tier: Tier, workers: int) -> dict:
+def run_tier(python, tier, workers):
     """{"passed", "failed": [names], "skipped", "seconds"}; also "broke", one line, where the run itself did not come to its end."""
     began = datetime.datetime.now()
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +207,7 @@ def run_tier(python: Path, tier: Tier, workers: int) -> dict:
     return counted | {"seconds": round((datetime.datetime.now() - began).total_seconds())}
 
 
-def read_junit(text: str) -> dict:
+def read_junit(text):
     """pytest's own counts: a test that failed and whose teardown failed as well is one failure, an error while collecting is one too."""
     passed, failed, skipped = 0, [], 0
     for case in ET.fromstring(text).iter("testcase"):
@@ -225,13 +222,13 @@ def read_junit(text: str) -> dict:
     return {"passed": passed, "failed": failed, "skipped": skipped}
 
 
-def read_codegen(text: str) -> dict:
+def read_codegen(text):
     reports = json.loads(text)
     failed = [f"{r['arch']} {r['op']} {r['name']}: {'; '.join(r['found'])}" for r in reports if r["found"]]
     return {"passed": len(reports) - len(failed), "failed": failed, "skipped": 0}
 
 
-def run_row(row: Row, envs: Path, workers: int) -> dict:
+def run_row(row, envs, workers):
     """The row's entry in docs/compatibility.json."""
     made = {"date": datetime.date.today().isoformat(), "commit": _commit()}
     try:
@@ -246,7 +243,7 @@ def run_row(row: Row, envs: Path, workers: int) -> dict:
     return made
 
 
-def _commit() -> str:
+def _commit():
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "fastfuse", "kernels", "tests", "bench", "cases"], capture_output=True).returncode
@@ -256,7 +253,7 @@ def _commit() -> str:
 # The page
 
 
-def cell(found: dict | None) -> str:
+def cell(found):
     """A tier's result in a few words: no number of passed tests stands alone where something failed or broke."""
     if found is None:
         return "-"
@@ -266,7 +263,7 @@ def cell(found: dict | None) -> str:
     return ", ".join(parts + (["**did not finish**"] if "broke" in found else []))
 
 
-def page(results: dict, rows: tuple[Row, ...] = ROWS) -> str:
+def page(results, rows=ROWS):
     """docs/compatibility.md of docs/compatibility.json."""
     tiers = [name for name in TIERS if any(name in row.tiers for row in rows)]
     lines = [
@@ -285,11 +282,11 @@ def page(results: dict, rows: tuple[Row, ...] = ROWS) -> str:
     return "\n".join([*lines, *(["", "## What failed, and what did not run", "", *failures] if failures else []), ""])
 
 
-def _line(cells: list[str]) -> str:
+def _line(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(row: Row, result: dict | None, tiers: list[str]) -> list[str]:
+def _cells(row, result, tiers):
     if not result or "not run" in result:
         date, commit = (result["date"], result["commit"]) if result else ("", "")
         return [row.name, row.python, *(row.pins.get(p, "tested") for p in SHOWN), *("not run" if t in row.tiers else "-" for t in tiers), date, commit]
@@ -298,7 +295,7 @@ def _cells(row: Row, result: dict | None, tiers: list[str]) -> list[str]:
     return [row.name, versions["python"], *(versions[p] for p in SHOWN), *cells, result["date"], result["commit"]]
 
 
-def _failures(row: Row, result: dict) -> list[str]:
+def _failures(row, result):
     if not result or "not run" in result:
         return [f"- **{row.name}** did not run: {result.get('not run', 'not tried yet')}."]
     lines = []
@@ -308,44 +305,31 @@ def _failures(row: Row, result: dict) -> list[str]:
     return lines
 
 
-def load() -> dict:
+def load():
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def store(results: dict) -> None:
+def store(results):
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 
-def main() -> None:
+def main():
     p = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--row", action="append", default=[], choices=[row.name for row in ROWS], metavar="NAME")
     p.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", metavar="X.Y")
     p.add_argument("--envs", type=Path, help="folder that keeps the environments; without it they are made anew and removed")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of a tier")
-    p.add_argument("--make", action="store_true", help="only make the environments")
-    p.add_argument("--list", action="store_true")
     p.add_argument("--page", action="store_true")
     a = p.parse_args()
     chosen = [row for row in ROWS if row.name in a.row or (not a.row and row.python == a.python)]
-    if a.list:
-        known = load()
-        for row in ROWS:
-            print(f"{row.name:18} Python {row.python:5} {', '.join(row.tiers):45} {known.get(row.name, {}).get('date', 'not run')}")
-        return
     if a.page:
         store(load())
         return
     with tempfile.TemporaryDirectory() as temporary:
         envs = (a.envs or Path(temporary)).resolve()
         for row in chosen:
-            if a.make:
-                try:
-                    print(row.name, imported_versions(environment(row, envs), row), flush=True)
-                except NotRun as why:
-                    print(f"{row.name}: {why}", flush=True)
-                continue
             results = load()
             results[row.name] = run_row(row, envs, a.workers)
             store(results)

@@ -78,6 +78,9 @@ def weights(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+X = weights(3, 128)
+
+
 def plan_of(layer):
     record = layer.__dict__.get("_fastfuse")
     return layer._prepared if record is None else record.prepared
@@ -91,19 +94,19 @@ def forget(layer) -> None:
         record.prepared, record.unprepared = None, 0
 
 
-def prepared(layer, x):
+def prepared(layer, x=X):
     with torch.no_grad():
         layer(x)
     assert isinstance(plan_of(layer), PreparedLinear)
     return layer
 
 
-def served(layer, x) -> bool:
+def served(layer, x=X) -> bool:
     """Whether the plan, asked itself, takes the call."""
     return plan_of(layer) is not None and plan_of(layer)(x) is not None
 
 
-def results(layer, x, grad=True):
+def results(layer, grad=True, x=X):
     """y, and with `grad` its gradients for x and all that is trained."""
     if not grad:
         with torch.no_grad():

@@ -23,17 +23,23 @@ class Block(nn.Module):
         return self.head(x + self.down(torch.relu(self.up(x))))
 
 
+def in_nf4(linear: nn.Linear, storage: str = "nested") -> nn.Module:
+    """bitsandbytes' layer in the place of a linear one."""
+    dtype, bias = linear.weight.dtype, linear.bias
+    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
+    made.weight, made.bias = quantize(linear.weight.detach(), storage), bias
+    made.support_avx512bf16_for_cpu = False  # else the unpatched layer repacks its weight for good in eval mode
+    return made
+
+
 def quantized(host: str, dtype=torch.float32, storage="nested") -> nn.Module:
     model = Block().to(dtype)
     for name in ("up", "down"):
         linear = getattr(model, name)
         if host == "torchao":
             linear.weight = nn.Parameter(quantize(linear.weight.detach(), "torchao"), requires_grad=False)
-            continue
-        made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
-        made.weight, made.bias = quantize(linear.weight.detach(), storage), linear.bias
-        made.support_avx512bf16_for_cpu = False  # else the unpatched layer repacks its weight for good in eval mode
-        setattr(model, name, made)
+        else:
+            setattr(model, name, in_nf4(linear, storage))
     return model
 
 

@@ -1,48 +1,40 @@
 """What the compiler makes of every kernel, for every target, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
 from bench import codegen_store as store
 from bench import sass
 from fastfuse import tune
 
-ROOT = Path(__file__).parents[1]
 PROMISED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the best that a chip has; HMMA for the rest and for few rows
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
 
-def compiled(*args: str) -> subprocess.CompletedProcess:
-    """A process of its own: here kernels were loaded for the interpreter, which cannot be compiled."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 or "--json" in args, done.stderr[-2000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     path = tmp_path_factory.mktemp("codegen") / "reports.json"
-    done = compiled("-m", "bench.codegen", "--json", str(path))
+    done = python("-m", "bench.codegen", "--json", path, fails=True)
     assert path.exists(), done.stderr[-2000:]
     return json.loads(path.read_text())
 
 
-def of(reports: list[dict], *ops: str, arch: str = "", words: str = "", without: str = "-") -> list[dict]:
+def of(reports, *ops, arch="", words="", without="-"):
     found = [r for r in reports if r["op"] in ops and arch in r["arch"] and store.holds(r["name"], words) and without not in r["name"]]
     assert found
     return found
 
 
-def counts(r: dict, start: str) -> int:
+def told(r):
+    return f"{r['arch']} {r['op']} {r['name']}: {r['counts']}"
+
+
+def counts(r, start):
     return sum(n for name, n in r["counts"].items() if name.startswith(start))
 
 
@@ -67,29 +59,29 @@ def test_sm_90_feeds_wgmma_from_registers(reports):
     assert len(transposed) >= 18
     for r in transposed:
         assert r["counts"].get("HGMMA from registers", 0) >= 4, r["name"]
-        assert r["counts"].get("STS", 0) <= 24, f"{r['name']}: {r['counts']}"
+        assert r["counts"].get("STS", 0) <= 24, told(r)
         # A wait for all after each would leave the matrix unit idle while the next weights are decoded.
-        assert r["counts"].get("full waits in loop", 0) < r["counts"]["HGMMA in loop"] / 2, f"{r['name']}: {r['counts']}"
+        assert r["counts"].get("full waits in loop", 0) < r["counts"]["HGMMA in loop"] / 2, told(r)
 
 
 def test_matrix_units_are_used(reports):
     """By every product, and by the best unit where there are rows for it."""
     products = ("nf4_linear_fwd", "nf4_skinny", "nf4_linear_dx", "lora_down", "lora_up", "lora_grad", "patch_embed_fwd")
     for r in of(reports, *products, "cross_attention_fwd", "cross_attention_dq", "cross_attention_dkdv"):
-        assert counts(r, "v_mfma") if r["arch"] == "gfx942" else any("MMA" in name for name in r["counts"]), (r["arch"], r["op"], r["name"])
+        assert counts(r, "v_mfma") if r["arch"] == "gfx942" else any("MMA" in name for name in r["counts"]), told(r)
     for arch, instruction in (("sm_80", "HMMA"), ("sm_90", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")):
         assert any(counts(r, instruction) for r in of(reports, "nf4_linear_fwd", "nf4_skinny", arch=arch)), (arch, instruction)
     for r in of(reports, "patch_embed_fwd"):
-        assert counts(r, MATRIX.get(r["arch"], "HMMA")), (r["arch"], r["name"], r["counts"])
+        assert counts(r, MATRIX.get(r["arch"], "HMMA")), told(r)
 
 
 def test_patch_embedding_stores_16_bytes(reports):
     assert of(reports, "patch_embed_fwd", arch="sm_90", words="direct") and of(reports, "patch_embed_fwd", arch="sm_90", without="direct")
     for r in of(reports, "patch_embed_fwd", "patchify", "place", "norm_bwd", "place_bwd", arch="sm_", without="odd"):
         if r["op"] == "patch_embed_fwd":  # pixels too come straight to shared memory, or through the registers that convert them
-            assert r["counts"].get("LDGSTS.128"), (r["arch"], r["name"])
+            assert r["counts"].get("LDGSTS.128"), told(r)
         narrow = 3 if r["op"].endswith("bwd") or "kept" in r["name"] else 0  # a row's statistics, a program's sums
-        assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, (r["arch"], r["op"], r["name"], r["counts"])
+        assert r["counts"].get("STG.128", 0) >= 3 and r["counts"].get("STG", 0) <= narrow, told(r)
 
 
 def test_cross_attention_keeps_the_tensor_cores_fed(reports):
@@ -97,18 +89,18 @@ def test_cross_attention_keeps_the_tensor_cores_fed(reports):
     ops = ("cross_attention_fwd", "cross_attention_dq", "cross_attention_dkdv")
     for r in of(reports, *ops, without="odd"):
         few = " 16x" in r["name"] or " 32x" in r["name"]  # rows: too few for wgmma and tcgen05
-        assert few or counts(r, MATRIX.get(r["arch"], "HMMA")) or counts(r, "HGMMA") or counts(r, "UTCHMMA"), (r["arch"], r["name"], r["counts"])
+        assert few or counts(r, MATRIX.get(r["arch"], "HMMA")) or counts(r, "HGMMA") or counts(r, "UTCHMMA"), told(r)
         if " tma" in r["name"]:
-            assert r["counts"].get("UTMALDG"), (r["arch"], r["name"])
+            assert r["counts"].get("UTMALDG"), told(r)
             assert r["arch"] != "sm_90" or r["counts"].get("HGMMA from registers"), r["name"]
         elif r["arch"].startswith("sm_") and "not aligned" not in r["name"]:
-            assert r["counts"].get("LDGSTS.128") or r["counts"].get("LDG.128"), (r["arch"], r["name"])
+            assert r["counts"].get("LDGSTS.128") or r["counts"].get("LDG.128"), told(r)
     assert {r["op"] for r in of(reports, *ops, arch="sm_90", words=" tma d128 ")} == set(ops)
 
 
 def test_wide_stores(reports):
     for r in of(reports, "nf4_dequantize", arch="sm_", without="odd"):
-        assert r["counts"].get("STG.128", 0) >= 4 and "STG" not in r["counts"], (r["arch"], r["name"])
+        assert r["counts"].get("STG.128", 0) >= 4 and "STG" not in r["counts"], told(r)
 
 
 def test_no_kernel_is_worse_than_its_stored_figures(reports):
@@ -191,7 +183,7 @@ REPORT = {"op": "cross_attention", "name": "bits", "arch": "sm_90", "key": "0a1b
 REPORT |= {"registers": 168, "stack": 0, "shared": 98_304, "warps": 8, "blocks": 2, "code": 1000}
 
 
-def a_report(**other) -> dict:
+def a_report(**other):
     """What is no field of a report is a figure of its loop."""
     loop = FIGURES | {k: v for k, v in other.items() if k not in REPORT}
     return REPORT | {k: v for k, v in other.items() if k in REPORT} | {"loops": {"masked": {k: v for k, v in loop.items() if v}}}
@@ -248,7 +240,7 @@ def test_the_table_of_other_tritons_names_spills_and_longer_loops(tmp_path):
 def test_planted_regressions_turn_the_diff_red():
     """Real kernels with registers withheld, with a mask read for each head, with their products off the matrix unit, and with too many stages: each has a
     key of its own, or a stored figure would hide it."""
-    made = json.loads(compiled("-m", "tests.planted").stdout)
+    made = json.loads(python("-m", "tests.planted").stdout)
     found = made["found"]
     assert found.pop("as it is") == []
     for case, figure in (("registers withheld", "stack 0 -> "), ("a mask read for each head", "masked lsu "), ("products off the matrix unit", "loop HGMMA ")):
@@ -273,9 +265,8 @@ def test_every_launch_binds_and_compiles(tmp_path):
     rounds a nested scale's product, then its sum.
     """
     path = tmp_path / "reports.json"
-    done = compiled("-m", "bench.codegen", "--only", "sm_90", "--json", str(path))
-    assert path.exists() and done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(compiled("-m", "tests.launches").stdout)
+    python("-m", "bench.codegen", "--only", "sm_90", "--json", path)
+    found = json.loads(python("-m", "tests.launches").stdout)
     assert found["unnamed"] == [] and found["Triton warned"] == [] and found["compiled by others"] == []
     assert found["cases without a kernel"] == []
     assert found["fused"] == {op: [op != "nf4_dequantize"] for op in {r["op"] for r in json.loads(path.read_text())}}

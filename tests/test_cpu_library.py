@@ -1,4 +1,4 @@
-"""The C library of the NF4 ops: every instruction set this CPU has against float64, decoding to the bit, and how the library comes to be there."""
+"""The NF4 ops on a CPU: the C library in every instruction set this CPU has, how it comes to be there, and the way without it."""
 
 import multiprocessing
 import os
@@ -7,19 +7,19 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_no_worse, in_several_orders
-from torch.nn import functional as F
+from processes import ROOT, python, run
+from suite import check
 
-from cases.weights import STORAGES, quantize, random_weight
+from cases import nf4_linear as nf4_cases
+from cases.linear import Layer, weight
+from cases.weights import STORAGES, quantize
 from fastfuse.info import info
-from fastfuse.ops import _cpu_library, nf4_dequantize, nf4_dequantize_ref, nf4_linear, nf4_lora_linear
+from fastfuse.ops import _cpu_library, _nf4_cpu, nf4_dequantize, nf4_dequantize_ref, nf4_lora_linear
 from fastfuse.quant import NF4View
 
-ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, K, block: whole groups, blocks over several rows, rows that begin within a block, an odd byte, a last block cut short, 16 elements past the blocks' ends
 SHAPES = [(30, 256, 32), (37, 1024, 256), (17, 96, 64), (9, 33, 64), (4, 4096, 4096), (5, 4304, 64), (3, 1100, 64), (7, 2, 32), (25, 2600, 128)]
@@ -33,7 +33,7 @@ def test_it_is_made_where_there_is_a_compiler():
     assert _cpu_library.library() is not None and available()
 
 
-def available() -> list[str]:
+def available():
     return [n for i, n in enumerate(_cpu_library.INSTRUCTIONS) if _cpu_library.library() and _cpu_library.library().ffs_cpu_isa(i) == i]
 
 
@@ -45,67 +45,45 @@ def instructions(request):
     library.ffs_cpu_isa(_cpu_library.INSTRUCTIONS.index(library.instructions))
 
 
-def views(storage: str, dtype: torch.dtype) -> list[NF4View]:
+def shapes(storage):
     """torchao has whole blocks alone."""
-    return [NF4View.of(quantize(random_weight(N, K, dtype), storage, size)) for N, K, size in SHAPES if storage != "torchao" or N * K % size == 0]
+    return [(N, K, block) for N, K, block in SHAPES if storage != "torchao" or N * K % block == 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_decoded_values_are_the_reference_to_the_bit(instructions, storage, dtype):
-    for view in views(storage, dtype):
+    for N, K, block in shapes(storage):
+        view = weight(0, N, K, storage, dtype, block)
         for wanted in DTYPES:
             assert torch.equal(_cpu_library.dequantize(view, view, view.shape, wanted), nf4_dequantize_ref(view, wanted)), (view.shape, view.layout, wanted)
 
 
 def test_decoding_keeps_denormals_infinities_and_nan(instructions):
     absmax = torch.tensor([1e-39, 3e38, torch.inf, torch.nan, 6e-8, 7e4])
-    view = NF4View(torch.arange(192, dtype=torch.int32).to(torch.uint8), nf4_view().code, (absmax,), 64, (6, 64), torch.float32)
+    view = NF4View(torch.arange(192, dtype=torch.int32).to(torch.uint8), weight(0, 64, 128).code, (absmax,), 64, (6, 64), torch.float32)
     for wanted in DTYPES:
         got, want = _cpu_library.dequantize(view, view, view.shape, wanted), nf4_dequantize_ref(view, wanted)
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7), want.nan_to_num(7))
-
-
-def nf4_view() -> NF4View:
-    return NF4View.of(quantize(random_weight(64, 128), "nested"))
 
 
 KINDS = [(STORAGES[i], DTYPES[j], (None, torch.float32, "as x")[(i + j) % 3]) for i in range(3) for j in range(3)]
 
 
 @pytest.mark.parametrize("storage, dtype, adapter", KINDS, ids=str)
-def test_products(instructions, storage, dtype, adapter):
+def test_products(instructions, storage, dtype, adapter, monkeypatch):
     """x W^T alone, and with a bias and an adapter of x's dtype and of PEFT's fp32; dY W; few tokens, many, more than a slice."""
-    torch.manual_seed(1)
-    for view in [*views(storage, dtype), NF4View.of(quantize(random_weight(131, 832, dtype), storage))]:
-        N, K = view.shape
-        w, exact_w = nf4_dequantize_ref(view, dtype), nf4_dequantize_ref(view, torch.float64)
-        for M in (1, 2, 3, 4, 5, 6, 130) if K < 800 else (1, 3, 4, 7):
-            x, dy, a, b, bias = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype), None, None, None
-            if adapter:
-                low, R = (dtype, 16) if adapter == "as x" else (adapter, 5)
-                a, b, bias = (torch.randn(R, K) * K**-0.5).to(low), torch.randn(N, R).to(low), torch.randn(N).to(dtype)
-
-            def eager(x=x, dy=dy, w=w, a=a, b=b, bias=bias):
-                y = F.linear(x, w, bias)
-                if a is None:
-                    return y, dy @ w, None
-                xa = F.linear(x.to(a.dtype), a)
-                return (y + F.linear(xa, b) * 2.0).to(x.dtype), dy @ w, xa
-
-            y, xa = _cpu_library.linear(x, view, view, N, K, bias, a, b, 2.0)
-            exact = eager(*(t if t is None else t.double() for t in (x, dy, exact_w, a, b, bias)))
-            for what, *values in zip(
-                ("y", "dx", "xa"), (y, _cpu_library.linear_dx(dy, view), xa), zip(*in_several_orders(eager), strict=True), exact, strict=True
-            ):
-                if values[-1] is not None:
-                    assert_no_worse(*values, f"{what} of {view.shape} in {view.layout}, M {M}")
+    monkeypatch.setattr(_cpu_library, "is_for_gemm", lambda *_: False)
+    for i, (N, K, block) in enumerate([*shapes(storage), (131, 832, 64)]):
+        layer = Layer(N, *((16, True) if adapter == "as x" else (5, True) if adapter else (0, False)), low=adapter if adapter == torch.float32 else None)
+        for M in (1 + i % 3, 4 + i % 3, 130 if K < 800 else 7):
+            check(nf4_cases.make("cpu", layers=(layer,), K=K, lead=(M,), storage=storage, dtype=dtype, block=block), small_gradients=N < 10)
 
 
 @made
 @pytest.mark.parametrize("M", [1, 3, 33])
 def test_any_number_of_threads(M):
-    view, before = NF4View.of(quantize(random_weight(500, 640), "nested")), torch.get_num_threads()
+    view, before = weight(0, 500, 640), torch.get_num_threads()
     x, dy, (a, b) = torch.randn(M, 640), torch.randn(M, 500), (torch.randn(16, 640), torch.randn(500, 16))
     results = []
     try:
@@ -118,7 +96,7 @@ def test_any_number_of_threads(M):
     assert torch.equal(nf4_lora_linear(x, view, a, b, 0.5), results[0][0])  # the public op comes here
 
 
-def _in_child(queue, x: torch.Tensor, view: NF4View) -> None:
+def _in_child(queue, x, view):
     torch.set_num_threads(4)  # in spite of DataLoader, which asks for one; PyTorch's own operations may not run in parallel now
     queue.put(_cpu_library.linear(x, view, view, 1024, 1024)[0].sum().item())
 
@@ -155,7 +133,7 @@ before = len(os.listdir("/proc/self/task"))
 _cpu_library.linear(torch.ones(64, 1024), view, view, 1024, 1024)
 assert torch.get_num_threads() == 1 and len(os.listdir("/proc/self/task")) == before
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    python("-c", code, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture
@@ -166,13 +144,11 @@ def anew(monkeypatch):
     _cpu_library.library.cache_clear()
 
 
-def _falls_back(reason: str) -> None:
-    view, x = nf4_view(), torch.randn(3, 128)
+def _falls_back(reason):
     with pytest.warns(UserWarning, match=f"NF4 runs through PyTorch.*{reason}") as said:
-        got = nf4_linear(x, view)
-        nf4_linear(x, view), nf4_dequantize(view)
+        check(nf4_cases.make("cpu", layers=(Layer(64, 0),), K=128))
+        nf4_dequantize(weight(0, 64, 128))
     assert len(said) == 1 and "\n" not in str(said[0].message)
-    assert_no_worse(got, in_several_orders(lambda: F.linear(x, nf4_dequantize_ref(view, x.dtype))), x.double() @ nf4_dequantize_ref(view, torch.float64).T)
     assert "PyTorch, no C library" in info()
 
 
@@ -191,7 +167,7 @@ for word in {writes}; do printf $word >> "$out"; sleep {pause}; done
 """
 
 
-def _stand_in(tmp_path, monkeypatch, writes: str = "a library", slowly: bool = False) -> None:
+def _stand_in(tmp_path, monkeypatch, writes="a library", slowly=False):
     """A compiler that is asked as gcc is, and writes a few bytes, one word after the other."""
     script = tmp_path / "cc"
     script.write_text(COMPILER.format(runs=tmp_path / "runs", writes=writes, pause=int(slowly)))
@@ -236,8 +212,7 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "make", "cc"))), reason="needs cmake, make and cc")
 def test_cmake_builds_it_alone(tmp_path):
     for command in (("cmake", "-S", ROOT, "-B", tmp_path, "-DFASTFUSE_GPU=OFF"), ("cmake", "--build", tmp_path), ("ctest", "--test-dir", tmp_path)):
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+        run(*command)
 
 
 @made
@@ -251,3 +226,30 @@ def test_asked_for(anew):
     anew.setenv("FASTFUSE_CPU", "sse9")
     with pytest.raises(ValueError, match="FASTFUSE_CPU is 'sse9', expected torch, portable, avx2"):
         _cpu_library.library()
+
+
+# The way without it: some rows decoded at a time, equal to the bit to decoding all at once, wherever the chunks end
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("storage, block_size", [*((s, 64) for s in STORAGES), ("nested", 32), ("nested", 256), ("flat", 4096)])
+def test_chunks_equal_the_whole(storage, block_size, library, monkeypatch):
+    """Blocks within rows, and such that reach over several (256 and 4096 against K = 192)."""
+    if not library:
+        monkeypatch.setattr(_cpu_library, "library", lambda: None)
+    for w_dtype in DTYPES:
+        view = weight(0, 133, 192, storage, w_dtype, block_size)
+        for dtype in DTYPES if storage == "torchao" else [w_dtype]:
+            whole = nf4_dequantize_ref(view, dtype).float()
+            for chunk in (1, 64 * 40, 1 << 20):
+                monkeypatch.setattr(_nf4_cpu, "CHUNK", chunk)
+                got = [(row, w.clone()) for row, w in _nf4_cpu.decoded_rows(view, dtype)]
+                assert [row for row, _ in got] == [sum(len(w) for _, w in got[:i]) for i in range(len(got))]
+                assert torch.equal(torch.cat([w for _, w in got]), whole), (w_dtype, dtype, chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_over_several_chunks(dtype, monkeypatch):
+    monkeypatch.setattr(_nf4_cpu, "CHUNK", 192 * 16)
+    monkeypatch.setattr(_cpu_library, "library", lambda: None)
+    check(nf4_cases.make("cpu", layers=(Layer(100, 0, bias=True),), K=192, lead=(7,), dtype=dtype))

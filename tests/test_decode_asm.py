@@ -11,6 +11,7 @@ from numerics import assert_no_worse
 from cases.weights import quantize, random_weight
 from fastfuse.kernels.nf4 import codebook_values, exact_asm, scaled_asm
 from fastfuse.ops import nf4_dequantize_ref
+from fastfuse.ops.nf4_dequantize import block_scales
 from fastfuse.quant import NF4View
 
 STORED = [(False, "fp32", "bf16"), (False, "fp32", "fp16"), (True, "bf16", "bf16")]
@@ -43,12 +44,9 @@ def packed(low, high, dtype):
 
 
 def execute(asm, words, scales, dtype):
-    """Run the block on many packed words at once. scales: fp32 [4], one per byte, as the block's $5..$8 hold them."""
-    r = {"$4": words.astype(np.uint64)}
+    """Run the block on many packed words at once. scales: four of one or of every word's fp32 scales, one per byte, as the block's $5..$8 hold them."""
     exact = ".f32 f0" in asm
-    for i, s in enumerate(scales):
-        value = torch.tensor([s], dtype=torch.float32)
-        r[f"${5 + i}"] = value if exact else packed(value, value, dtype)
+    r = {"$4": words.astype(np.uint64)} | {f"${5 + i}": s if exact else packed(s, s, dtype) for i, s in enumerate(scales)}
 
     def get(x):
         return np.uint64(int(x, 0)) * np.ones_like(r["$4"]) if re.match(r"\d", x) else r[x]
@@ -93,7 +91,7 @@ def test_decode_of_every_byte_pair(torchao, w_dtype, out):
     table = torch.tensor(codebook_values(torchao, w_dtype))
     for asm, scale_dtype, values in ((exact_asm, w_dtype, table), (scaled_asm, out, table.to(TORCH[out]).float())):
         scales = torch.tensor([0.0123, 1.7, 3e-5, 250.0]).to(TORCH[scale_dtype]).float()
-        got = execute(asm(torchao, w_dtype, out), words, scales.tolist(), out)
+        got = execute(asm(torchao, w_dtype, out), words, scales[:, None], out)
         assert torch.equal(got, (values[codes] * scales.repeat_interleave(2)).to(TORCH[out]).float()), asm.__name__
 
 
@@ -104,14 +102,8 @@ def test_scaled_decode_keeps_the_tolerance(storage, out):
     weight = NF4View.of(quantize(random_weight(N, K, TORCH[out]), storage))
     torchao = storage == "torchao"
     asm = scaled_asm(torchao, out if torchao else "fp32", out)
-    # The scales are what decoding all-ones codes (15 -> 1.0) gives, before any rounding of the weight.
-    ones = NF4View(torch.full_like(weight.packed, 255), weight.code, weight.scales, 64, weight.shape, weight.dtype)
-    scale = nf4_dequantize_ref(ones, torch.float32).view(-1, 8)[:, 0]
-    words = weight.packed.numpy().view(np.uint32)
-    w = torch.empty(N * K // 8, 8)
-    for block in range(0, len(words), 8):  # 64 weights share a scale
-        w[block : block + 8] = execute(asm, words[block : block + 8], [scale[block].item()] * 4, out)
-    w = w.view(N, K)
+    scale = block_scales(weight).float().repeat_interleave(8)  # words of a block
+    w = execute(asm, weight.packed.numpy().view(np.uint32), [scale] * 4, out).view(N, K)
     x = torch.randn(16, K, dtype=TORCH[out])
     exact = x.double() @ nf4_dequantize_ref(weight, torch.float64).T
     eager = x @ nf4_dequantize_ref(weight, TORCH[out]).T

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import matrix
 import pytest
@@ -30,7 +29,7 @@ GOOD = {"passed": 12, "failed": [], "skipped": 0, "seconds": 3}
 ROW = Row("a row", "an example", {"triton": "3.9.0"}, ("hosts", "launches"))
 
 
-def ran(**tiers) -> dict:
+def ran(**tiers):
     return {"a row": {"date": "2026-11-29", "commit": "abc1234", "versions": VERSIONS, "tiers": tiers}}
 
 
@@ -54,10 +53,10 @@ def test_the_releases_that_must_be_tried_are_rows():
 
 
 def test_a_base_is_shared_by_the_rows_of_one_torch_and_another_torch_brings_its_triton():
-    tested, newer = (matrix.base_requirements(replace(ROW, pins=pins)) for pins in ({"triton": "3.9.0"}, {"torch": "2.14.1", "triton": "3.8.0"}))
+    tested, newer = (matrix.base_requirements(ROW._replace(pins=pins)) for pins in ({"triton": "3.9.0"}, {"torch": "2.14.1", "triton": "3.8.0"}))
     assert tested == sorted(f"{package}=={version}" for package, version in matrix.tested_set().items())
     assert "torch==2.14.1" in newer and not any(r.startswith("triton==") for r in newer)
-    old = matrix.base_requirements(replace(ROW, pins={}, python="3.10"))  # transformers has left this Python
+    old = matrix.base_requirements(ROW._replace(pins={}, python="3.10"))  # transformers has left this Python
     assert "transformers==5.20.2" in old and len(old) == len(tested)
 
 
@@ -103,7 +102,7 @@ def test_cells_never_show_passes_alone_where_something_went_wrong():
     assert cell(GOOD | {"broke": "ended with 2"}) == "12 passed, **did not finish**"
 
 
-def table_row(text: str) -> list[str]:
+def table_row(text):
     (line,) = (line for line in text.splitlines() if line.startswith("| a row |"))
     return [c.strip() for c in line.strip("|").split("|")]
 

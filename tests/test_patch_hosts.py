@@ -11,9 +11,10 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+import torchtune_modules as tt
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import GPU
-from hosts import Truth, assert_true, in_float64, results
+from hosts import Truth, assert_fused, assert_true, in_float64, results
 from numerics import assert_rounding_apart, in_several_orders
 from peft import LoraConfig, get_peft_model
 from prepared_layers import HOOKS, IN_THE_WAY, a_of, b_of, children, layer_of, twice_the_adapter
@@ -21,10 +22,10 @@ from qlora import HOSTS, assert_same, gradients, lora, quantized
 from torch import nn
 
 import fastfuse
+from cases.linear import BF16, F16, F32
 from cases.weights import requantized
+from fastfuse import patch, status
 from fastfuse.quant.nf4 import of_bitsandbytes
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -32,10 +33,10 @@ def test_adapter_life_cycle(host):
     """Whatever happens to the adapters, the patched model answers as an unpatched twin does, and only what is named runs PEFT's own forward."""
     model = lora(host)
     twin, x = copy.deepcopy(model), torch.randn(3, 128)
-    fastfuse.patch(model)
+    patch(model)
 
     def step(act="eval", *args, **fallbacks):
-        before = Counter(fastfuse.status(model).fallbacks)
+        before = Counter(status(model).fallbacks)
         for m in (model, twin):
             torch.manual_seed(1)
             with warnings.catch_warnings():
@@ -45,7 +46,7 @@ def test_adapter_life_cycle(host):
             warnings.simplefilter("error" if set(fallbacks) <= {"ADAPTERS_DISABLED", "MERGED", "NO_ADAPTER"} else "ignore")  # asked for: no warning
             got = model.base_model(x)  # PEFT's outermost layer fails where no adapter is left
         assert_rounding_apart(got, twin.base_model(x), K=256, products=2)
-        assert Counter(fastfuse.status(model).fallbacks) - before == fallbacks
+        assert Counter(status(model).fallbacks) - before == fallbacks
 
     step("train")
     step("eval")
@@ -76,14 +77,14 @@ def test_adapter_life_cycle(host):
     step("set_adapter", "default")
     step("delete_adapter", "rs")
     step("train")
-    assert fastfuse.status(model).counts == {"patched": 4}
+    assert status(model).counts == {"patched": 4}
     step("delete_adapter", "default", NO_ADAPTER=2)  # the last one: nothing is left to add
 
 
 # Every kind of adapter, against float64
 
 
-def truth_of(layer, x, dtype, call=None) -> Truth:
+def truth_of(layer, x, dtype, call=None):
     """What an unpatched layer gives for x, and what it gives in float64 with its weight decoded in dtype."""
     return Truth(in_several_orders(results, layer, {"x": x}, call), results(in_float64(layer, dtype), {"x": x.double()}))
 
@@ -101,7 +102,7 @@ ADAPTERS = {
 }
 
 
-def with_adapters(host, dtype, case, adapter_dtype=None) -> nn.Module:
+def with_adapters(host, dtype, case, adapter_dtype=None):
     """A layer; PEFT's DoRA cannot read an NF4Tensor."""
     config = dict(ADAPTERS[case])
     second, recast, shrink = config.pop("second", None), config.pop("recast", None), config.pop("shrink", 1.0)
@@ -136,9 +137,9 @@ KINDS = [
 def test_every_kind_of_adapter_is_no_worse_than_pefts(case, host, dtype, adapter_dtype, shape):
     layer, x = with_adapters(host, dtype, case, adapter_dtype), torch.randn(shape).to(dtype)
     true = truth_of(layer, x, dtype)
-    fastfuse.patch(layer)
+    patch(layer)
     assert_true(results(layer, {"x": x}), true)
-    assert fastfuse.status(layer).fallbacks == ({"SHAPE": 1} if case == "DoRA" and len(shape) == 1 else {})  # PEFT's DoRA gives a vector a dimension
+    assert status(layer).fallbacks == ({"SHAPE": 1} if case == "DoRA" and len(shape) == 1 else {})  # PEFT's DoRA gives a vector a dimension
     empty = torch.empty(2, 0, 128, dtype=dtype)
     outs, grads = results(layer, {"x": empty})
     assert outs[0].shape == (2, 0, 256) and not any(g.any() for draws in grads.values() for g in draws)
@@ -170,9 +171,8 @@ def test_autocast_is_no_worse_than_pefts(case, host, adapter_dtype, x_dtype, on_
         return y
 
     true = truth_of(layer, x, BF16, call)
-    fastfuse.patch(layer)
-    assert_true(results(layer, {"x": x}, call), true)
-    assert fastfuse.status(layer).fallbacks == {}
+    patch(layer)
+    assert_fused(layer, {"x": x}, true, call)
 
 
 class Masked(nn.Module):
@@ -192,6 +192,8 @@ DRAWN = [
     ("torch", BF16, "bitsandbytes"),
     ("compiled", F32, "bitsandbytes"),
     ("checkpointed", F32, "bitsandbytes"),
+    ("auto", F32, "torchtune lora"),
+    ("auto", BF16, "torchtune dora"),
     *([] if GPU else [("triton", F32, "bitsandbytes")]),
 ]
 
@@ -199,9 +201,10 @@ DRAWN = [
 @torch._functorch.config.patch(donated_buffer=False)  # several backwards through one graph
 @pytest.mark.parametrize("how, dtype, host", DRAWN, ids=str)
 def test_dropout_gradients_are_of_the_mask_that_was_drawn(how, dtype, host):
-    layer, x, p = layer_of(lora(host, dtype, lora_dropout=0.25)), torch.randn(5, 128).to(dtype), 0.25
-    twin = copy.deepcopy(layer)
-    fastfuse.patch(layer, backend=how if how in ("torch", "triton") else "auto")
+    x, p, of_torchtune = torch.randn(5, 128).to(dtype), 0.25, host.startswith("torchtune")
+    layer = tt.adapted(host.split()[1], dtype=dtype, dropout=p) if of_torchtune else layer_of(lora(host, dtype, lora_dropout=p))
+    a, twin = layer.lora_a if of_torchtune else a_of(layer), copy.deepcopy(layer)
+    patch(layer, backend=how if how in ("torch", "triton") else "auto")
     call = layer
     if how == "compiled":
         torch.compiler.reset()  # else it gives up: one patched forward serves the modules of every test
@@ -214,16 +217,16 @@ def test_dropout_gradients_are_of_the_mask_that_was_drawn(how, dtype, host):
         return call(x=x)
 
     torch.manual_seed(5)
-    reached = [torch.autograd.grad(row.sum(), a_of(layer).weight, retain_graph=True)[0].abs().sum(0) > 0 for row in layer(x)]
+    reached = [torch.autograd.grad(row.sum(), a.weight, retain_graph=True)[0].abs().sum(0) > 0 for row in layer(x)]
     mask = torch.stack(reached)  # which elements of x reached A
     assert 0 < mask.sum() < mask.numel()
-    twin.lora_dropout["default"] = Masked(mask.double() / (1 - p))
+    setattr(*(twin, "dropout") if of_torchtune else (twin.lora_dropout, "default"), Masked(mask.double() / (1 - p)))
     got = results(layer, {"x": x}, seeded)
     assert_true(got, truth_of(twin, x, dtype))
     again = seeded(x)
     assert torch.equal(again, got[0][0])  # one seed, one mask
     assert not torch.equal(call(x), again)  # the next call draws another
-    assert fastfuse.status(layer).fallbacks == {}
+    assert status(layer).fallbacks == {}
 
 
 # What else is fused, and what runs the own forward
@@ -238,7 +241,6 @@ FUSED = {
     "a scaling that is a tensor": ({}, lambda m: layer_of(m).scaling.update(default=torch.tensor(0.7)), of_the_model),  # PEFT's hot swapping
     "dropout in eval": ({"lora_dropout": 0.5}, nn.Module.eval, of_the_model),
     "dropout of everything": ({"lora_dropout": 1.0}, nn.Module.train, lambda m, x, host: (m(x), [])),
-    "by keyword": ({}, nn.Module.train, lambda m, x, host: (layer_of(m)(x=x), [])),
     "bare, by keyword": (None, nn.Module.train, lambda m, x, host: (m.up(**{"input" if host == "torchao" else "x": x}), [])),
     "changed in place": (None, nn.Module.train, lambda m, x, host: (m.up(x.requires_grad_()).relu_(), [])),
 }
@@ -251,11 +253,11 @@ def test_fused_all_the_same(what, host):
     model, x = quantized(host) if config is None else lora(host, **config), torch.randn(3, 128)
     change(model)
     want = call(model, x, host)
-    fastfuse.patch(model)
+    patch(model)
     state = torch.get_rng_state()
     assert_same(call(model, x, host), want)
     assert torch.equal(torch.get_rng_state(), state) or what == "dropout of everything"
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 class Louder(bnb.nn.Linear4bit):
@@ -263,7 +265,7 @@ class Louder(bnb.nn.Linear4bit):
         return 2 * super().forward(x)
 
 
-def code_of(hook: str, child: str) -> str:
+def code_of(hook, child):
     """Of a hook on a child of an adapted layer."""
     if child == "dropout":
         return "DROPOUT"
@@ -299,14 +301,14 @@ def test_runs_pefts_forward(what):
         return out, torch.autograd.grad(out.square().sum(), [x, *(p for p in up.parameters() if p.requires_grad)])
 
     want = run()
-    report = fastfuse.patch(model)
+    report = patch(model)
     entry = next(e for e in report.entries if e.name.endswith("up"))
     assert (entry.code, code in str(report)) == (("", False) if mixed else (code, True))
     with pytest.warns(UserWarning, match=code):
         assert_same(run(), want, K=128)
-    assert fastfuse.status(model).fallbacks == {code: 1}
+    assert status(model).fallbacks == {code: 1}
     up.eval()(x)
-    assert fastfuse.status(model).fallbacks == {code: 1 if mixed or "with dropout" in what else 2}
+    assert status(model).fallbacks == {code: 1 if mixed or "with dropout" in what else 2}
 
 
 @pytest.mark.parametrize("wrap", ["bare", "lora"])
@@ -320,12 +322,12 @@ def test_a_dtype_without_a_kernel(host, wrap):
     else:
         getattr(layer, "base_layer", layer).compute_dtype = torch.float64
     want = layer(x)
-    fastfuse.patch(model)
+    patch(model)
     with pytest.warns(UserWarning, match="DTYPE"):
         got = layer(x)
     # bitsandbytes' own CPU path leaves a float64 weight unwritten, which the poisoned memory here shows as NaN.
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    assert set(fastfuse.status(model).fallbacks) == {"DTYPE"}
+    assert set(status(model).fallbacks) == {"DTYPE"}
 
 
 def test_other_tuners_are_not_lora():
@@ -335,23 +337,14 @@ def test_other_tuners_are_not_lora():
     config = peft.AdaLoraConfig(target_modules=["up", "down"], init_r=8, target_r=4, total_step=10, init_lora_weights=False)
     model = get_peft_model(model, config)
     want = model(x)
-    assert {e.op for e in fastfuse.patch(model).patched} == {"nf4_linear"}
+    assert {e.op for e in patch(model).patched} == {"nf4_linear"}
     assert_rounding_apart(model(x), want, K=256, products=6)  # three products a layer, two layers
-
-
-def test_unload_leaves_no_patched_forward():
-    model = lora("bitsandbytes")
-    fastfuse.patch(model)
-    base = model.unload()
-    assert fastfuse.status(base).counts == {"patched": 2}
-    fastfuse.unpatch(base)
-    assert not any("_fastfuse" in m.__dict__ for m in base.modules()) and base(torch.randn(2, 128)).shape == (2, 10)
 
 
 # What the weight of a bitsandbytes layer may be
 
 
-def with_own_state(wrap: str, host: str = "bitsandbytes"):
+def with_own_state(wrap, host="bitsandbytes"):
     """(model, its layer "up", that layer's base) where each Linear4bit keeps its weight's quant_state, as bitsandbytes has it after quantizing or loading."""
     model = quantized(host) if wrap == "bare" else lora(host)
     for module in model.modules():
@@ -371,7 +364,7 @@ def test_a_linear4bit_around_a_plain_weight(wrap, dtype):
         model.is_loaded_in_4bit = wrap == "PEFT's 4-bit layer"
         model = get_peft_model(model, LoraConfig(r=8, target_modules=["up"], init_lora_weights=False)).base_model.model
         model.up.base_layer.weight = plain
-    found = {e.name: (e.status, e.code, e.reason) for e in fastfuse.patch(model).entries}
+    found = {e.name: (e.status, e.code, e.reason) for e in patch(model).entries}
     words = f"its weight is a plain {str(dtype).removeprefix('torch.')} Parameter"
     assert found.pop("down") == ("patched", "", "")
     assert found == dict.fromkeys(["up"] if wrap == "bare" else ["up", "up.base_layer"], ("skipped", "NOT_NF4", words))
@@ -382,9 +375,9 @@ def test_a_linear4bit_around_a_plain_weight(wrap, dtype):
 def test_a_weight_made_plain_after_the_patch(host, wrap):
     """Dequantized by hand: a quant_state of the layer's own belongs to no codes. The own forward runs, the report says so, and unpatch finds the module."""
     model, layer, base = with_own_state(wrap, host)
-    fastfuse.patch(model)
+    patch(model)
     base.weight = nn.Parameter(torch.randn(256, 128), requires_grad=False)
-    entry = next(e for e in fastfuse.status(model).entries if e.name.endswith("up"))
+    entry = next(e for e in status(model).entries if e.name.endswith("up"))
     if host == "bitsandbytes":
         assert (entry.code, entry.reason) == ("NOT_NF4", "runs its own forward for now: its weight is a plain float32 Parameter")
     else:
@@ -406,15 +399,15 @@ def test_scales_quantized_from_16_bits_as_the_layers_own_product_takes_them(wrap
     w = fastfuse.ops.nf4_dequantize_ref(of_bitsandbytes(base.weight, base.weight.quant_state, as_linear=True), F32).double()
     if wrap == "lora":
         w = w + layer.scaling["default"] * b_of(layer).weight.double() @ a_of(layer).weight.double()
-    fastfuse.patch(model, on_unsupported="raise")
+    patch(model, on_unsupported="raise")
     x, dy = torch.randn(6, 128, requires_grad=True), torch.randn(6, 256)
     y = layer(x)
     assert_rounding_apart(y, (x.double() @ w.T + base.bias.double()).float(), K=128, products=2)
     assert_rounding_apart(torch.autograd.grad(y, x, dy)[0], (dy.double() @ w).float(), K=256, products=2)
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 @pytest.mark.parametrize("storage", ["flat", "nested"])
 def test_the_report_names_the_storage(storage):
-    report = fastfuse.patch(quantized("bitsandbytes", storage=storage))
+    report = patch(quantized("bitsandbytes", storage=storage))
     assert [e.layout for e in report.entries] == [f"bitsandbytes {storage}, blocks of 64"] * 2

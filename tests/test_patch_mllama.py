@@ -13,16 +13,16 @@ from hosts import model as model
 from hosts import shared as shared
 from numerics import Orders, assert_no_worse
 from reference import assert_results_no_worse
-from torch import nn
 from transformers import CompileConfig
 from transformers.models.mllama import modeling_mllama
 from waiting import Allocated
 
 import fastfuse
+from cases.linear import BF16, F32
+from fastfuse import patch, status
 
 NAMES = [n for n in inspect.signature(modeling_mllama.MllamaModel.forward).parameters if n in ("cache", "past_key_values")]  # what transformers calls it
 NAMES += ["past_key_values"] if NAMES == ["cache"] else []  # 5.24 takes the old name as well
-F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_logits_and_every_gradient(model, samples, side, implementation, dtype):
     model.to(dtype).set_attn_implementation(implementation)
     call = conversations(samples, side)
     eager, exact = Orders(mllama.results, copy.deepcopy(model), call), mllama.results(mllama.exactly(model), call)
-    assert fastfuse.patch(model).counts == {"patched": 5}
+    assert patch(model).counts == {"patched": 5}
     assert_results_no_worse(mllama.results(model, call), eager, exact)
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_generated_tokens(model, samples, side, n, options):
         return model.generate(**conversations(samples, side), **{"max_new_tokens": n, "min_new_tokens": n, "do_sample": False} | options)
 
     want = run()
-    fastfuse.patch(model)
+    patch(model)
     assert torch.equal(run(), want)
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 def test_compiled_decoding_with_a_static_cache():
@@ -77,7 +77,7 @@ def test_compiled_decoding_with_a_static_cache():
     model, call = mllama.build(mllama.config(**SMALL)), conversations(side="left")
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     want = model.generate(**call, **options)
-    fastfuse.patch(model)
+    patch(model)
     graphs = []
 
     def backend(graph, inputs):
@@ -114,9 +114,9 @@ def test_the_dense_mask_is_never_made(model, implementation):
         model.generate(**call, max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
     assert dense(train) and dense(decode), "the count finds transformers' own"
-    fastfuse.patch(model)
+    patch(model)
     assert dense(train) == [] and dense(decode) == []
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_zero_is_meta_s_rule(model, how):
     """Blind text is what it would be without any image, also by transformers' own attention, where dropout asks for that."""
     call = conversations([["coffee"]])
     text = {k: call[k][:, :1] for k in ("input_ids", "attention_mask")}
-    fastfuse.patch(model, masked_rows="zero", backend="torch" if how == "torch" else "auto")
+    patch(model, masked_rows="zero", backend="torch" if how == "torch" else "auto")
     own = model(**text).logits
     if how == "dropout":
         model.train()
@@ -184,12 +184,12 @@ def test_turns_of_a_dynamic_cache(model, mask):
         return model(**second, past_key_values=cache, use_cache=True).logits
 
     want = turns()
-    fastfuse.patch(model)
+    patch(model)
     torch.testing.assert_close(turns(), want)
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
-def step(module: nn.Module, call: dict, cache, by: str):
+def step(module, call, cache, by):
     """One call with the cache by one of its names, or positional."""
     if by != "positional":
         return module(**call, **{by: cache})
@@ -199,7 +199,7 @@ def step(module: nn.Module, call: dict, cache, by: str):
 
 
 @torch.no_grad()
-def two_steps(model: nn.Module, path: str, by: str, static: bool) -> list[torch.Tensor]:
+def two_steps(model, path, by, static):
     """A prompt with an image and a step without: what comes out, and what is in the cache after it."""
     dtype, module, call = model.dtype, model.get_submodule(path), conversations()
     if path == "model":
@@ -228,17 +228,17 @@ WAYS = [*NAMES, "positional"]
 def test_the_cache_by_each_of_its_names(model, path, static, by):
     model.set_attn_implementation("sdpa")
     want, exact = two_steps(model, path, by, static), two_steps(mllama.exactly(model), path, by, static)
-    fastfuse.patch(model)
+    patch(model)
     for got, eager, true in zip(two_steps(model, path, by, static), want, exact, strict=True):
         assert_no_worse(got, eager, true)
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
-def caches(model: nn.Module, n: int = 2) -> list:
+def caches(model, n=2):
     return [transformers.DynamicCache(config=model.config.get_text_config()) for _ in range(n)]
 
 
-def lengths(found: list) -> list[int]:
+def lengths(found):
     return [cache.get_seq_length(1) for cache in found]
 
 
@@ -255,18 +255,18 @@ def test_of_two_names_the_newer_counts(model, newer):
         return lengths(both)
 
     want = held()
-    fastfuse.patch(model)
+    patch(model)
     assert held() == want == [8 if newer else 0, 0]
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}
 
 
 def test_a_cache_given_twice_is_transformers_own_error(model):
     attn, (cache,) = attention_of(model), caches(model, 1)
-    fastfuse.patch(model)
+    patch(model)
     for name in NAMES:
         with pytest.warns(UserWarning, match="ARGUMENTS") if name == NAMES[0] else warnings.catch_warnings(), pytest.raises(TypeError, match="multiple values"):
             attn(torch.randn(2, 1, 64), torch.randn(2, 8, 64), cache, **{name: cache})
-    assert fastfuse.status(model).fallbacks == {"ARGUMENTS": len(NAMES)}
+    assert status(model).fallbacks == {"ARGUMENTS": len(NAMES)}
 
 
 @torch.no_grad()
@@ -288,6 +288,6 @@ def test_the_cache_gets_what_transformers_hands_it(model):
         return list(seen)
 
     want = calls()
-    fastfuse.patch(model)
+    patch(model)
     assert calls() == want and want[0] == (1, (), {"kwargs": ["position_ids"]} if NAMES[0] == "cache" else {})
-    assert fastfuse.status(model).fallbacks == {}
+    assert status(model).fallbacks == {}

@@ -8,6 +8,7 @@ import mllama
 import pytest
 import torch
 import torch.distributed as dist
+from fronts import front
 from numerics import assert_no_worse, assert_rounding_apart
 from prepared_layers import IN_THE_WAY, a_of, b_of, layer_of
 from qlora import HOSTS, UNREAD, assert_same, in_order, lora, quantized, said
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-import fastfuse
+from fastfuse import patch, status, unpatch
 from fastfuse.modules.peft import LoRALinear
 
 ORDERS = ["patch, shard", "shard, patch"]
@@ -32,15 +33,15 @@ def mesh():
     dist.destroy_process_group()
 
 
-def as_dtensor(t, mesh, requires_grad=True) -> nn.Parameter:
+def as_dtensor(t, mesh, requires_grad=True):
     return nn.Parameter(distribute_tensor(t.data, mesh, [Replicate()]), requires_grad=requires_grad)
 
 
-def made(wrap: str, host: str = "bitsandbytes", **config) -> nn.Module:
+def made(wrap, host="bitsandbytes", **config):
     return quantized(host) if wrap == "bare" else lora(host, **config)
 
 
-def columns(model, storage=torch.uint8) -> nn.Module:
+def columns(model, storage=torch.uint8):
     """With codes that FSDP2 can shard: a column, as bitsandbytes itself makes it, whose quant_state the layer keeps too."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
@@ -79,8 +80,8 @@ def test_fsdp2(units, order, host, mesh, taken):
         for unit in [*UNITS[units](layers[0]), *UNITS[units](layers[1]), model]:
             fully_shard(unit, mesh=mesh, ignored_params=whole)
 
-    in_order(order, patch=lambda: fastfuse.patch(model), shard=shard)
-    assert isinstance(model, FSDPModule) and fastfuse.status(model).counts == {"patched": 4}
+    in_order(order, patch=lambda: patch(model), shard=shard)
+    assert isinstance(model, FSDPModule) and status(model).counts == {"patched": 4}
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (model, twin)]
     for steps in range(1, 4):
         results = []
@@ -92,8 +93,8 @@ def test_fsdp2(units, order, host, mesh, taken):
             optimizer.step()
         assert_same(*results, products=2 * steps)
     hooked = units in ("base layers", "adapters")
-    assert fastfuse.status(model).fallbacks == ({"HOOKED": 6} if hooked else {}) and (hooked or taken == [True] * 4)
-    fastfuse.unpatch(model)
+    assert status(model).fallbacks == ({"HOOKED": 6} if hooked else {}) and (hooked or taken == [True] * 4)
+    unpatch(model)
     assert isinstance(model, FSDPModule)
     assert_rounding_apart(model(x), twin(x), K=256, products=8)
 
@@ -120,12 +121,12 @@ def test_fsdp2_shards_bitsandbytes_codes(names, wrap, order, mesh):
             if names == NAMES[2]:
                 del module.__dict__["_load_state_dict_post_hooks"]
 
-    in_order(order, patch=lambda: fastfuse.patch(model), shard=shard)
+    in_order(order, patch=lambda: patch(model), shard=shard)
     code = "" if names == NAMES[0] else "DTENSOR"
     state = "patched" if order == ORDERS[0] or not code else "unpatched"
 
     def check():
-        report = fastfuse.status(model)
+        report = status(model)
         assert said(report) == [(state, code)] * (2 if wrap == "bare" else 4) and report.fallbacks == {}
         assert all(e.reason.startswith("runs its own forward for now: ") == bool(code) for e in report.entries if state == "patched")
 
@@ -148,11 +149,11 @@ def test_a_shard_that_no_call_finds_gathered(mesh):
     hook.__qualname__ = "FSDPParam.hook"
     layer.register_load_state_dict_post_hook(hook)
     layer.weight = as_dtensor(layer.weight, mesh, requires_grad=False)
-    assert fastfuse.patch(model).counts == {"patched": 2}
+    assert patch(model).counts == {"patched": 2}
     layer._fastfuse.original = lambda given: given @ torch.ones(128, 256)  # bitsandbytes' cannot multiply by one
     with pytest.warns(UserWarning, match="DTENSOR"):
         assert torch.equal(layer(x), x @ torch.ones(128, 256))
-    assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
+    assert status(model).fallbacks == {"DTENSOR": 1}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -164,9 +165,9 @@ def test_fsdp2_shards_what_no_kernel_reads(what, order, mesh):
         layer.quant_state = layer.weight.quant_state
     spoil(model.up, model.up.quant_state)
     if order == ORDERS[0]:
-        assert said(fastfuse.patch(model)) == [("skipped", code), ("patched", "")]
+        assert said(patch(model)) == [("skipped", code), ("patched", "")]
     fully_shard(model, mesh=mesh)
-    report = fastfuse.status(model) if order == ORDERS[0] else fastfuse.patch(model)
+    report = status(model) if order == ORDERS[0] else patch(model)
     assert said(report) == [("unpatched" if order == ORDERS[0] else "skipped", code), ("patched", "")]
 
 
@@ -177,34 +178,34 @@ def test_fsdp2_hides_no_other_reason(what, mesh):
     act(layer_of(model))
     fully_shard(model, mesh=mesh)
     parameters = dict(model.named_parameters())
-    report = fastfuse.patch(model, ops="nf4_lora_linear").patched
+    report = patch(model, ops="nf4_lora_linear").patched
     assert [(e.code, e.reason.partition(": ")[0]) for e in report] == [(code, "runs its own forward for now"), ("", "")]
     assert all(parameters[name] is p for name, p in model.named_parameters())  # the very same
     with pytest.warns(UserWarning, match=code):
         model(torch.randn(3, 128))
-    assert fastfuse.status(model).fallbacks == {code: 1}
+    assert status(model).fallbacks == {code: 1}
 
 
-def fsdp2_over_torchao(rank: int, folder: str) -> None:
+def fsdp2_over_torchao(rank, folder):
     """One of two processes: torchao gathers its weights over two at least."""
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
     torch.manual_seed(0)
     own = nn.Sequential(LoRALinear(128, 256, 8, 16.0, quantize_base=True), LoRALinear(256, 128, 8, 16.0, quantize_base=True))
-    for model, status in ((quantized("torchao"), "patched"), (own, "already")):
+    for model, state in ((quantized("torchao"), "patched"), (own, "already")):
         model.requires_grad_(False)
         x = torch.randn(3, 128)
         want = stepped(model, x)
-        fastfuse.patch(model)
+        patch(model)
         for unit in [*model.children(), model]:
             fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
-        before = fastfuse.status(model)
+        before = status(model)
         got = stepped(model, x)
         assert all(type(p).__name__ == "DTensor" for p in next(model.children()).parameters())
-        for report in (before, fastfuse.status(model)):
-            assert [(e.status, e.code, e.reason, dict(e.fallbacks)) for e in report.entries] == [(status, "", "", {})] * 2
+        for report in (before, status(model)):
+            assert [(e.status, e.code, e.reason, dict(e.fallbacks)) for e in report.entries] == [(state, "", "", {})] * 2
         assert_same(got, want)
-        fastfuse.unpatch(model)
-        assert fastfuse.patch(model).counts == {status: 2}  # of shards too
+        unpatch(model)
+        assert patch(model).counts == {state: 2}  # of shards too
     dist.destroy_process_group()
 
 
@@ -235,11 +236,11 @@ def test_a_dtensor_is_left_to_the_modules_own_forward(part, when, mesh):
     owner, want = layer.get_submodule(path), layer(x)
     whole = getattr(owner, name)
     if when == "after the patch" or part == "the base's weight":  # sharded, it is not patched at all
-        fastfuse.patch(model, ops=ops)
+        patch(model, ops=ops)
     setattr(owner, name, as_dtensor(getattr(owner, name), mesh, name == "bias" or "base" not in part))
     if when == "before the patch":
-        fastfuse.patch(model, ops=ops)
-    first, second = [e for e in fastfuse.status(model).entries if e.status == "patched"]
+        patch(model, ops=ops)
+    first, second = [e for e in status(model).entries if e.status == "patched"]
     words = "runs its own forward for now: a weight is sharded (DTensor): the op would see one shard"
     assert (first.code, first.reason, second.code) == ("DTENSOR", words, "") or part == "the base's weight"
     if part == "the base's bias":  # PyTorch has no rule by which bitsandbytes' op takes it: the error is the unpatched layer's too
@@ -248,10 +249,16 @@ def test_a_dtensor_is_left_to_the_modules_own_forward(part, when, mesh):
         own_error = contextlib.suppress(NotImplementedError, RuntimeError) if path in ("base_layer", "") else contextlib.nullcontext()
     with implicit_replication(), pytest.warns(UserWarning, match="DTENSOR"), own_error:
         assert_rounding_apart(layer(x).full_tensor(), want, K=128, products=2)
-    assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
+    assert status(model).fallbacks == {"DTENSOR": 1}
     setattr(owner, name, whole)  # and back: the op runs again
     assert_rounding_apart(layer(x), want, K=128, products=2)
-    assert fastfuse.status(model).fallbacks == {"DTENSOR": 1}
+    assert status(model).fallbacks == {"DTENSOR": 1}
+
+
+def test_a_convolution_that_is_a_dtensor_is_left_alone(mesh):
+    module = front("SiglipVision")
+    module.patch_embedding.weight = as_dtensor(module.patch_embedding.weight, mesh)
+    assert [e.code for e in patch(module).entries] == ["DTENSOR"]
 
 
 class Twice(nn.Module):
@@ -277,13 +284,13 @@ def test_a_vision_model_whose_class_becomes_another(how, order, mesh):
     def wrap(model):
         BECOMING_ANOTHER[how](model.model.vision_model, mesh)
 
-    in_order(order, patch=lambda: fastfuse.patch(model), wrap=lambda: wrap(model))
+    in_order(order, patch=lambda: patch(model), wrap=lambda: wrap(model))
     wrap(exact)
     wrap(eager)
-    assert set(said(fastfuse.status(model))) == {("patched", "")}  # FSDP2 gathers its shards before a call
-    assert fastfuse.status(model).counts == {"patched": 4}
+    assert set(said(status(model))) == {("patched", "")}  # FSDP2 gathers its shards before a call
+    assert status(model).counts == {"patched": 4}
     want, true = eager(**given).logits, exact(**(given | {"pixel_values": given["pixel_values"].double()})).logits
     assert_no_worse(model(**given).logits, want, true)
-    assert fastfuse.status(model).fallbacks == {}
-    fastfuse.unpatch(model)
+    assert status(model).fallbacks == {}
+    unpatch(model)
     assert torch.equal(model(**given).logits, want)

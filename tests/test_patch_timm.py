@@ -6,12 +6,11 @@ import pytest
 import torch
 from fronts import PATCH, SIZE, D, PatchEmbed, photos, shaken
 from hosts import assert_true, exchanged, is_skipped, results, runs_its_own, truth_of
-from peft import LoraConfig, get_peft_model
+from qlora import said
 from torch import nn
 
-import fastfuse
-
-F32, BF16 = torch.float32, torch.bfloat16
+from cases.linear import BF16, F32
+from fastfuse import patch, status
 
 
 def timm(img_size=SIZE, dtype: torch.dtype = F32, **options) -> nn.Module:
@@ -44,11 +43,11 @@ def test_with_a_norm(norm, dtype, autocast):
         for p in module.norm.parameters():
             p.add_(torch.randn_like(p))
     true = truth_of(module, given, dtype, autocast)
-    fastfuse.patch(module)
+    patch(module)
     with torch.autocast("cpu", BF16, enabled=autocast):
         got = results(module, given)
     assert_true(got, true)
-    assert fastfuse.status(module).fallbacks == {}
+    assert status(module).fallbacks == {}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -56,10 +55,10 @@ def test_norms_under_autocast_are_called(autocast, monkeypatch):
     """They give fp32 on a GPU then, which the op does not."""
     module, calls, own = timm(norm_layer=nn.LayerNorm), [], nn.LayerNorm.forward
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda m, x: calls.append(m) or own(m, x))
-    fastfuse.patch(module)
+    patch(module)
     with torch.autocast("cpu", BF16, enabled=autocast):
         module(photos())
-    assert calls == [module.norm] * autocast and fastfuse.status(module).fallbacks == {}
+    assert calls == [module.norm] * autocast and status(module).fallbacks == {}
 
 
 def test_images_that_are_padded_run_its_own_forward():
@@ -68,25 +67,19 @@ def test_images_that_are_padded_run_its_own_forward():
 
 def test_layout_that_changes_after_the_patch():
     module = timm()
-    fastfuse.patch(module)
+    patch(module)
     module.flatten = False
     with pytest.warns(UserWarning, match="LAYOUT"):
         assert module(photos()).shape == (3, D, 4, 4)
-    assert [(e.status, e.code) for e in fastfuse.status(module).entries] == [("patched", "LAYOUT")]
+    assert said(status(module)) == [("patched", "LAYOUT")]
 
 
 @pytest.mark.parametrize("options, size, message", [({}, 40, r"Input height \(40\) doesn't match"), ({"strict_img_size": False}, 35, "should be divisible")])
 def test_raises_its_own_errors(options, size, message):
     module = timm(**options)
-    fastfuse.patch(module)
+    patch(module)
     with pytest.warns(UserWarning, match="SIZE"), pytest.raises(AssertionError, match=message):
         module(torch.randn(1, 3, size, size))
-
-
-def test_with_an_adapter():
-    wrapped = get_peft_model(nn.Sequential(timm()), LoraConfig(r=4, target_modules=["proj"], init_lora_weights=False))
-    module = next(m for m in wrapped.modules() if isinstance(m, PatchEmbed))
-    runs_its_own(module, {"x": photos()}, "CHILD_TYPE")
 
 
 class WithSize(PatchEmbed):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import peft
 import pytest
@@ -10,21 +11,20 @@ import torchtune_modules as tt
 from conftest import GPU
 from hosts import exchanged, pictures, results, runs_its_own, text
 from numerics import assert_no_worse, assert_rounding_apart, in_several_orders
-from qlora import quantized
+from qlora import said
 from torch import nn
 
 import fastfuse
-from fastfuse import modules as own
-from fastfuse.patching.hosts import torchtune
+from cases.linear import BF16, F16, F32
+from fastfuse import patch, status
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPS = {"lora": "nf4_lora_linear", "dora": "nf4_lora_linear", "frozen": "nf4_linear"}
 TRITON = "auto" if GPU else "triton"  # the interpreter is for machines without a GPU
 adapters = pytest.mark.parametrize("kind", ["lora", "dora"])
 linears = pytest.mark.parametrize("kind", OPS)
 
 
-def rows(kind: str, dtype: torch.dtype = F32) -> dict[str, torch.Tensor]:
+def rows(kind, dtype=F32):
     return {"input" if kind == "frozen" else "x": torch.randn(6, 128, dtype=dtype)}
 
 
@@ -49,31 +49,6 @@ def test_disabled_and_merged(kind):
     exchanged(module.eval(), rows(kind))
 
 
-@adapters
-def test_dropout(kind):
-    """Another mask for a seed, the same distribution as torchtune's."""
-    module, x, draws = tt.adapted(kind, use_bias=kind == "lora", dropout=0.25), torch.randn(5, 128), 128
-    with torch.no_grad():
-        module.lora_b.weight.mul_(20)  # an update worth dropping
-    twin, training = copy.deepcopy(module).eval(), copy.deepcopy(module)
-    fastfuse.patch(module)
-    with torch.no_grad():
-        want = twin(x).double()
-        drawn, before = (torch.stack([m(x).double() for _ in range(draws)]) for m in (module, training))
-    assert fastfuse.status(module).fallbacks == {} and not torch.equal(drawn[0], drawn[1])
-    spread = drawn.var(0).sum()
-    assert (drawn.mean(0) - want).norm() ** 2 <= 4 * spread / draws  # twice the standard error
-    # The update has rank 8: 5 x 8 independent variances, each known to sqrt(2 / draws).
-    assert abs(spread / before.var(0).sum() - 1) < 3 * 2**0.5 * (2 / draws / 40) ** 0.5
-    outs = []
-    for p in (0.25, 0.25, 0.0):
-        module.dropout.p = p
-        torch.manual_seed(1)
-        outs.append(module(x))
-    assert torch.equal(outs[0], outs[1])
-    assert_rounding_apart(outs[2], twin(x), 256, 4)
-
-
 # A factor may carry an adapter of its own.
 ADAPTED = {
     "bias": ("LORA_BIAS", lambda m: m.lora_b.register_parameter("bias", nn.Parameter(torch.randn(256)))),
@@ -96,9 +71,9 @@ def test_a_bias_of_another_dtype_promotes_as_it_did(kind):
     module.bias = nn.Parameter(torch.randn(256))
     eager, exact = in_several_orders(module, x), copy.deepcopy(module)
     exact.weight = nn.Parameter(fastfuse.ops.nf4_dequantize_ref(fastfuse.quant.NF4View.of(module.weight), torch.float64), requires_grad=False)
-    fastfuse.patch(module)
+    patch(module)
     got = module(x)
-    assert got.dtype == eager[0].dtype == F32 and fastfuse.status(module).fallbacks == {}
+    assert got.dtype == eager[0].dtype == F32 and status(module).fallbacks == {}
     assert_no_worse(got, eager, exact.double()(x.double()))
 
 
@@ -109,47 +84,16 @@ def test_autocast_of_a_narrow_input(kind, fallbacks):
     with torch.autocast("cpu", BF16), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = module(x)
-        fastfuse.patch(module)
+        patch(module)
         got = module(x)
-    assert fastfuse.status(module).fallbacks == fallbacks and got.dtype == want.dtype
+    assert status(module).fallbacks == fallbacks and got.dtype == want.dtype
     assert_rounding_apart(got.bfloat16(), want.bfloat16(), 128, 2)
-
-
-def raises_as_it_did(module: nn.Module, *args, match: str = "") -> None:
-    with pytest.raises((RuntimeError, ValueError)) as before:
-        module(*args)
-    fastfuse.patch(module)
-    with pytest.raises(type(before.value)) as after, pytest.warns(UserWarning, match=match):
-        module(*args)
-    assert str(before.value) == str(after.value)
-
-
-def test_dtypes_that_do_not_fit_raise_as_they_did():
-    raises_as_it_did(tt.adapted("lora"), torch.randn(4, 128, dtype=BF16), match="DTYPE: the input is torch.bfloat16, the adapter torch.float32")
 
 
 def test_layers_without_nf4_are_nobodys():
     module = nn.Sequential(tt.LoRALinear(128, 256, 8, 16, quantize_base=False), tt.DoRALinear(256, 128, 8, 16, quantize_base=False))
     with pytest.warns(UserWarning, match="found nothing to patch"):
-        assert fastfuse.patch(module).entries == ()
-
-
-def test_other_layers_keep_their_hosts():
-    adapted = quantized("bitsandbytes")
-    adapted.is_loaded_in_4bit = True
-    adapted = peft.get_peft_model(adapted, peft.LoraConfig(r=8, target_modules=["up", "down"]))
-    for model in (quantized("torchao"), adapted):
-        assert not any(host.matches(m) for host in torchtune.HOSTS for m in model.modules())
-    assert {e.host for e in fastfuse.patch(adapted).patched} == {"PEFT LoRA", "bitsandbytes"}
-    ours = own.peft.LoRALinear(128, 256, 8, 16, quantize_base=True)
-    assert [(e.host, e.status) for e in fastfuse.status(ours).entries] == [("fastfuse", "already")]
-
-
-def test_a_renamed_weight_is_reported():
-    module = tt.adapted("lora")
-    module.base = module.weight
-    del module.weight
-    assert [(e.code, e.reason.split(":")[0]) for e in fastfuse.patch(module).entries] == [("STRUCTURE", "LoRALinear has no weight")]
+        assert patch(module).entries == ()
 
 
 # The vision transformer
@@ -177,15 +121,14 @@ def test_vision(tiles, options):
 def test_vision_without_ratios():
     exchanged(tt.vision(1), {"images": torch.randn(2, 2, 1, 3, 12, 12)})
     exchanged(tt.vision(4), {"images": torch.randn(2, 1, 1, 3, 12, 12)})
-    raises_as_it_did(tt.vision(1), torch.randn(1, 1, 2, 3, 12, 12), match="ARGUMENTS")
 
 
-def of_another_dtype(module: nn.Module) -> None:
+def of_another_dtype(module):
     for part in (module.cls_token_embedding, module.ln_post, module.layers, module.post_tile_pos_embed):
         part.double()
 
 
-def lost_table(module: nn.Module) -> None:
+def lost_table(module):
     pre = module.pre_tile_pos_embed
     pre.__class__ = type("TilePositionalEmbedding", (nn.Module,), {"forward": lambda self, x, ratio: x, "__module__": "torchtune.models.clip"})
     pre.table = pre.embedding
@@ -208,17 +151,10 @@ FRONTS = {
 def test_an_unusual_front_is_called(what):
     module, (code, change) = tt.vision(4), FRONTS[what]
     change(module)
-    report = fastfuse.patch(module, dry_run=True)
-    assert [(e.status, e.code) for e in report.entries] == [("planned", code)]
+    report = patch(module, dry_run=True)
+    assert said(report) == [("planned", code)]
     assert what != "renamed table" or "TilePositionalEmbedding has no embedding" in report.entries[0].reason
     runs_its_own(module, pictures(F32), code)
-
-
-@pytest.mark.parametrize(
-    "shape, dtype", [((2, 2, 4, 3, 8, 12), F32), ((2, 2, 4, 1, 12, 12), F32), ((2, 2, 4, 3, 12, 12), torch.float64), ((4, 3, 12, 12), F32)]
-)
-def test_images_that_do_not_fit_raise_as_they_did(shape, dtype):
-    raises_as_it_did(tt.vision(4), torch.randn(shape, dtype=dtype), pictures(F32)["aspect_ratio"])
 
 
 # Cross-attention
@@ -242,7 +178,7 @@ def test_cross_attention(mask, kv_heads, dtype, backend):
 
 def test_rows_that_see_nothing_stay_and_give_no_gradient():
     module, given = tt.cross_layer(linear=lambda a, b: nn.Linear(a, b)), text()
-    fastfuse.patch(module)
+    patch(module)
     (out,), grads = results(module, given)
     assert torch.equal(out[0, :2], given["x"][0, :2]) and not torch.equal(out[0, 2:], given["x"][0, 2:])
     assert all(g is not None for draws in grads.values() for g in draws)
@@ -253,7 +189,7 @@ def test_masked_rows_uniform(cached):
     """Rows that see nothing attend to every token there is, and their MLP is left out."""
     module, given = tt.cross_layer(), text()
     attended = copy.deepcopy(module)
-    fastfuse.patch(module, masked_rows="uniform")
+    patch(module, masked_rows="uniform")
     attended.mlp_scale.scale.data.zero_()
     seen = given["encoder_mask"] | ~given["encoder_mask"].any(-1, keepdim=True)
     want = attended(**(given | {"encoder_mask": seen}))
@@ -273,7 +209,7 @@ def test_with_a_cache(backend):
     module = tt.cross_layer()
     module.attn.setup_cache(2, F32, 32)
     twin = copy.deepcopy(module)
-    fastfuse.patch(module, backend=backend)
+    patch(module, backend=backend)
     seen = torch.zeros(2, 6, 32, dtype=torch.bool)
     seen[:, 2:, :10] = True
     seen[1, :, 3:20:2] = True
@@ -300,7 +236,7 @@ def test_with_a_cache(backend):
     assert both(x) is x
     both(x, first, seen[..., :12])
     both(x, first)
-    assert fastfuse.status(module).fallbacks == {}
+    assert status(module).fallbacks == {}
 
 
 @torch.no_grad()
@@ -308,11 +244,11 @@ def test_what_a_full_cache_says_is_said_once():
     """Its own error, and not a second update by the layer's own forward."""
     module, given = tt.cross_layer(), text(mask=None)
     module.attn.setup_cache(2, F32, 30)
-    fastfuse.patch(module)
+    patch(module)
     module(**given)
     with pytest.raises(IndexError):
         module(**given)
-    assert module.attn.kv_cache.size == 24 and fastfuse.status(module).fallbacks == {}
+    assert module.attn.kv_cache.size == 24 and status(module).fallbacks == {}
 
 
 def test_projections_are_called():
@@ -325,7 +261,7 @@ def test_projections_are_called():
     assert seen.count(module.mlp) == seen.count(module.attn.q_proj) == 12  # in ten orders, patched and given back
 
 
-def with_hooked_cache(module: nn.Module, given: dict) -> None:
+def with_hooked_cache(module, given):
     module.attn.kv_cache = tt.KVCache(2, 30, 2, 8, F32)
     module.attn.kv_cache.register_forward_hook(lambda m, args, out: out)
 
@@ -353,7 +289,7 @@ def test_no_image_is_no_reason():
     """Nor in a graph, which does not ask what the cache holds."""
     module, x, given = tt.cross_layer(), torch.randn(2, 1, 32), text()
     mask = given["encoder_mask"][:, -1:]
-    fastfuse.patch(module)
+    patch(module)
     assert module(x) is x and module(x, encoder_mask=mask) is x
     module.attn.setup_cache(2, F32, 24)
     twin = copy.deepcopy(module)
@@ -362,12 +298,32 @@ def test_no_image_is_no_reason():
     assert torch.equal(step(x, encoder_mask=mask), x)
     for call in (given, {"x": x, "encoder_mask": mask}):
         assert_rounding_apart(step(**call), twin(**call), 64, 6)
-    assert fastfuse.status(module).fallbacks == {}
+    assert status(module).fallbacks == {}
 
 
 def test_verify():
     """Of a layer that drops, one that is causal, images of one tile, and one with a cache, which is not written to."""
     model = nn.ModuleDict({"lora": tt.adapted("lora", dropout=0.5), "one": tt.vision(1), "causal": tt.cross_layer(is_causal=True), "cached": tt.cross_layer()})
     model["cached"].attn.setup_cache(2, F32, 24)
-    assert fastfuse.patch(model, verify=True).counts == {"patched": 4}
+    assert patch(model, verify=True).counts == {"patched": 4}
     assert model["causal"].attn.kv_cache is None and model["cached"].attn.kv_cache.size == 0
+
+
+RATIO = pictures(F32)["aspect_ratio"]
+RAISES = [
+    (partial(tt.adapted, "lora"), (torch.randn(4, 128, dtype=BF16),), "DTYPE: the input is torch.bfloat16, the adapter torch.float32"),
+    (partial(tt.vision, 1), (torch.randn(1, 1, 2, 3, 12, 12),), "ARGUMENTS"),
+    *((partial(tt.vision, 4), (torch.randn(shape), RATIO), "") for shape in ((2, 2, 4, 3, 8, 12), (2, 2, 4, 1, 12, 12), (4, 3, 12, 12))),
+    (partial(tt.vision, 4), (torch.randn(2, 2, 4, 3, 12, 12).double(), RATIO), ""),
+]
+
+
+@pytest.mark.parametrize("make, args, match", RAISES)
+def test_what_does_not_fit_raises_as_it_did(make, args, match):
+    module = make()
+    with pytest.raises((RuntimeError, ValueError)) as before:
+        module(*args)
+    patch(module)
+    with pytest.raises(type(before.value)) as after, pytest.warns(UserWarning, match=match):
+        module(*args)
+    assert str(before.value) == str(after.value)

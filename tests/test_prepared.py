@@ -12,6 +12,7 @@ from prepared_layers import (
     LAYERS,
     Another,
     P,
+    X,
     a_of,
     adapted,
     children,
@@ -29,13 +30,14 @@ from qlora import HOSTS, lora
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from cases.linear import BF16, F16
 from cases.weights import quantize, requantized
 from fastfuse.modules import _prepared
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.quant import NF4View
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastfuse. .* runs its own forward", "ignore:Unmerge lora module", "ignore:Merge lora module")
-DTYPES = [F32, torch.bfloat16, torch.float16]
+DTYPES = [F32, BF16, F16]
 SAME = [(kind, dtype, (i + j) % 2 == 0) for i, kind in enumerate(LAYERS) for j, dtype in enumerate(DTYPES)]
 
 
@@ -48,10 +50,10 @@ def test_same_bits(kind, dtype, grad, taken, monkeypatch):
         with monkeypatch.context() as patch:
             if kind != "DoRALinear":  # which may keep its norms, and reads the weight to know
                 patch.setattr(NF4View, "__post_init__", None)
-            got = results(layer, x, grad)
+            got = results(layer, grad, x)
         assert taken[before:] == [True]
         forget(layer)
-        want = results(layer, x, grad)
+        want = results(layer, grad, x)
         assert taken[before:] == [True] and same(got, want) and all(t is not None for t in got)
 
 
@@ -107,7 +109,7 @@ def another_adapter(act):
 
 def an_adapter_that_was_active_before(up):
     up._active_adapter.append("other")
-    up(weights(3, 128))
+    up(X)
     twice_the_adapter(up)
 
 
@@ -152,7 +154,7 @@ BITSANDBYTES = {
     "base replaced": lambda up: setattr(up.base_layer, "weight", other_base("bitsandbytes")),
     "base replaced by one with flat scales": lambda up: setattr(up.base_layer, "weight", quantize(weights(256, 128), "flat")),
     "quant_state replaced": lambda up: setattr(up.base_layer.weight, "quant_state", other_base("bitsandbytes").quant_state),
-    "compute_dtype": put("base_layer.compute_dtype", torch.bfloat16),
+    "compute_dtype": put("base_layer.compute_dtype", BF16),
     **changes("base_layer.", "weight", hows=("edited", ".data")),
     **changes("base_layer.weight.quant_state.", "absmax", "offset", "code", "state2.absmax", "state2.code"),
 }
@@ -171,19 +173,18 @@ CHANGES = {"bitsandbytes": COMMON | BITSANDBYTES, "torchao": {n: c for n, c in C
 
 @pytest.mark.parametrize("host, name", [(host, name) for host in HOSTS for name in CHANGES[host]])
 def test_a_change_is_seen_by_the_next_call(host, name):
-    x = weights(3, 128)
     for grad in (False, True):
-        layer = prepared(adapted(host, lora_dropout=0.1, training=False), x)
-        before = results(layer, x, grad)
+        layer = prepared(adapted(host, lora_dropout=0.1, training=False))
+        before = results(layer, grad)
         layer.set_adapter(["default"])  # a list, that can be changed in place
-        prepared(layer, x)
+        prepared(layer)
         CHANGES[host][name](layer)
-        got = results(layer, x, grad)
+        got = results(layer, grad)
         forget(layer)
-        assert same(got, results(layer, x, grad))
+        assert same(got, results(layer, grad))
         assert not grad or name == "merged and unmerged" or not same(got, before)
-        layer(x)
-        assert served(layer, x) != (name in NOT_AGAIN)
+        layer(X)
+        assert served(layer) != (name in NOT_AGAIN)
 
 
 OWN = {
@@ -204,63 +205,71 @@ OF_DORA = changes("", "magnitude") | {"magnitude in bf16": put("magnitude", P(we
 
 @pytest.mark.parametrize("kind, name", [*((LoRALinear, name) for name in OWN), *((DoRALinear, name) for name in OWN | OF_DORA)])
 def test_a_change_of_a_module_of_ones_own(kind, name):
-    x = weights(3, 128)
     for grad in (False, True):
-        layer = prepared(own(kind), x)
-        before = results(layer, x, grad)
+        layer = prepared(own(kind))
+        before = results(layer, grad)
         (OWN | OF_DORA)[name](layer)
-        got = results(layer, x, grad)
+        got = results(layer, grad)
         forget(layer)
-        assert same(got, results(layer, x, grad)) and not same(got, before)
+        assert same(got, results(layer, grad)) and not same(got, before)
 
 
-@pytest.mark.parametrize("child", ["A", "B", "dropout", "base"])
-@pytest.mark.parametrize("hook", ["forward hook", "pre-hook", "backward hook", "backward pre-hook", "accelerate"])
+TAKEN_OFF = [
+    ("forward hook", "A"),
+    ("pre-hook", "B"),
+    ("backward hook", "dropout"),
+    ("backward pre-hook", "base"),
+    ("accelerate", "A"),
+    ("forward hook", "base"),
+]
+
+
+@pytest.mark.parametrize("hook, child", TAKEN_OFF)
 def test_a_hook_that_is_taken_off_again(hook, child):
-    layer, x = prepared(adapted("bitsandbytes"), weights(3, 128)), weights(3, 128)
-    want, module = results(layer, x), children(layer)[child]
+    layer = prepared(adapted("bitsandbytes"))
+    want, module = results(layer), children(layer)[child]
     handle = HOOKS[hook](module)
-    assert not served(layer, x) and not same(results(layer, x), want)
+    assert not served(layer) and not same(results(layer), want)
     remove_hook_from_module(module) if hook == "accelerate" else handle.remove()
-    assert same(results(layer, x), want)
-    layer(x)
-    assert served(layer, x)
+    assert same(results(layer), want)
+    layer(X)
+    assert served(layer)
 
 
 @torch.no_grad()
 def test_a_hook_on_every_module_runs():
-    layer, x, seen = prepared(adapted("bitsandbytes"), weights(3, 128)), weights(3, 128), []
+    layer, seen = prepared(adapted("bitsandbytes")), []
     with nn_module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
-        layer(x)
-    assert "Linear4bit" in seen and len(seen) > 2 and served(layer, x)
+        layer(X)
+    assert "Linear4bit" in seen and len(seen) > 2 and served(layer)
 
 
 def test_a_forward_of_the_class_replaced(monkeypatch):
-    layer, x = prepared(adapted("torchao"), weights(3, 128)), weights(3, 128)
+    layer = prepared(adapted("torchao"))
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias))
-    assert not served(layer, x)
-    got = results(layer, x)
+    assert not served(layer)
+    got = results(layer)
     forget(layer)
-    assert same(got, results(layer, x)) and served(layer, x)
+    assert same(got, results(layer)) and served(layer)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_a_16_bit_offset_is_copied_at_every_call(dtype):
-    layer, x = adapted("bitsandbytes"), weights(3, 128)
-    layer.base_layer.weight = requantized(torch.bfloat16, dtype, 256, 128)
-    layer(x)
-    before = results(layer, x)
+    layer = adapted("bitsandbytes")
+    layer.base_layer.weight = requantized(BF16, dtype, 256, 128)
+    layer(X)
+    before = results(layer)
     layer.base_layer.weight.quant_state.offset.mul_(3)
-    got = results(layer, x)
+    got = results(layer)
     forget(layer)
-    assert same(got, results(layer, x)) and not same(got, before)
+    assert same(got, results(layer)) and not same(got, before)
 
 
 def test_without_pytorchs_guards(monkeypatch):
     """They are private. Every call then compares by hand what they compare."""
     monkeypatch.setattr(_prepared, "TensorGuards", None)
     layer, x = adapted("bitsandbytes"), weights(2, 3, 128)
-    want = results(layer, x, grad=False)
-    assert same(results(prepared(layer, x), x, grad=False), want) and served(layer, x)
+    want = results(layer, False, x)
+    assert same(results(prepared(layer, x), False, x), want) and served(layer, x)
     data(A, torch.Tensor.double)(layer)
     assert not served(layer, x)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from numerics import assert_rounding_apart
-from prepared_layers import LAYERS, P, adapted, bare, children, forget, other_base, patched, plan_of, prepared, results, same, served, weights
+from prepared_layers import LAYERS, P, X, adapted, bare, children, forget, other_base, patched, plan_of, prepared, results, same, served
 from qlora import HOSTS, quantized
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -53,17 +53,16 @@ AROUND = {
 @pytest.mark.parametrize("kind", ["PEFT over bitsandbytes", "bare torchao", "DoRALinear"])
 @pytest.mark.parametrize("around", AROUND)
 def test_whoever_looks_on_sees_the_call(around, kind, taken):
-    x = weights(3, 128)
-    layer = prepared(LAYERS[kind](), x)
-    want, plan = layer(x), plan_of(layer)
+    layer = prepared(LAYERS[kind]())
+    want, plan = layer(X), plan_of(layer)
     del taken[:]
     refused = around == "forward mode" and kind == "DoRALinear"
     with AROUND[around](), pytest.raises(fastfuse.Unsupported, match="forward-mode") if refused else contextlib.nullcontext():
-        got = layer(x)
+        got = layer(X)
         assert type(got) is torch.Tensor or around == "fake tensors"
         assert got.shape == want.shape and (around != "dispatch mode" or torch.equal(got, want))
     assert taken == [False] and plan_of(layer) is plan
-    assert torch.equal(layer(x), want) and taken == [False, True]
+    assert torch.equal(layer(X), want) and taken == [False, True]
 
 
 def outcome(f, *args):
@@ -118,68 +117,68 @@ def is_served(name: str, kind: str) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("name, kind", [*((n, k) for n in TRANSFORMS for k in KINDS), *((n, k) for n in INPUTS for k in (*KINDS, "DoRA"))])
 def test_transforms_and_inputs_of_another_kind(name, kind, taken):
-    layer, usual = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128)
-    call, x = TRANSFORMS.get(name, lambda layer, x: layer(x)), INPUTS.get(name, torch.clone)(usual)
-    before = layer(usual)
+    layer = prepared(LAYERS[kind]())
+    call, x = TRANSFORMS.get(name, lambda layer, x: layer(x)), INPUTS.get(name, torch.clone)(X)
+    before = layer(X)
     del taken[:]
     got = outcome(call, layer, x)
     assert taken[: 1 if name in TRANSFORMS else None] == [is_served(name, kind)]
     forget(layer)
     assert same_outcome(got, outcome(call, layer, x))
-    assert torch.equal(layer(usual), before)
-    layer(usual)
-    assert served(layer, usual)
+    assert torch.equal(layer(X), before)
+    layer(X)
+    assert served(layer)
 
 
 def test_by_name_and_with_more(taken):
-    layer, x = prepared(adapted("bitsandbytes"), weights(3, 128)), weights(3, 128)
-    want = layer(x)
-    assert torch.equal(layer(x=x), want) and taken == [True, True]
+    layer = prepared(adapted("bitsandbytes"))
+    want = layer(X)
+    assert torch.equal(layer(x=X), want) and taken == [True, True]
     with pytest.raises(TypeError, match="unknown"):
-        layer(x, unknown=1)
+        layer(X, unknown=1)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_copies_carry_no_plan(kind):
-    layer, x = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128)
+    layer = prepared(LAYERS[kind]())
     shallow = [] if "_fastfuse" in layer.__dict__ else [copy.copy(layer), pickle.loads(pickle.dumps(layer))]
     for twin in (copy.deepcopy(layer), *shallow):
-        assert plan_of(twin) is None and torch.equal(twin(x), layer(x))
-        twin(x)
-        assert served(twin, x) and plan_of(twin) is not plan_of(layer)
+        assert plan_of(twin) is None and torch.equal(twin(X), layer(X))
+        twin(X)
+        assert served(twin) and plan_of(twin) is not plan_of(layer)
     if hasattr(layer, "disabled"):
-        want, twin = layer(x), shallow[0]
+        want, twin = layer(X), shallow[0]
         twin.disabled = True
-        assert not torch.equal(twin(x), want) and torch.equal(layer(x), want)
+        assert not torch.equal(twin(X), want) and torch.equal(layer(X), want)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind, compiled_first", [("PEFT over bitsandbytes", False), ("LoRALinear", True)])
 def test_compile_does_not_see_it(kind, compiled_first, taken):
     torch.compiler.reset()
-    layer, x = LAYERS[kind](), weights(3, 128)
+    layer = LAYERS[kind]()
     if not compiled_first:
-        prepared(layer, x)
+        prepared(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got = compiled(x)
+    got = compiled(X)
     assert (plan_of(layer) is None) == compiled_first and taken == []
-    want = prepared(layer, x)(x)
+    want = prepared(layer)(X)
     torch.testing.assert_close(got, want)
     del taken[:]
-    assert torch.equal(compiled(x), got) and taken == []
-    assert torch.equal(layer(x), want) and taken == [True]
+    assert torch.equal(compiled(X), got) and taken == []
+    assert torch.equal(layer(X), want) and taken == [True]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["PEFT over bitsandbytes", "bare torchao", "DoRA", "LoRALinear", "DoRALinear"])
 def test_checkpointing_recomputes_by_the_plan(kind, reentrant, taken):
     """The first forward goes the whole way, its recomputation does not: both must save the same."""
-    layer, x = LAYERS[kind](), weights(3, 128)
-    want = results(layer, x)
+    layer = LAYERS[kind]()
+    want = results(layer)
     forget(layer)
     for asked in ([True], [True, True]):
         del taken[:]
-        t = x.clone().requires_grad_()
+        t = X.clone().requires_grad_()
         with set_checkpoint_early_stop(False):  # else the recomputed call does not come back
             y = checkpoint(layer, t, use_reentrant=reentrant)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
@@ -190,36 +189,36 @@ def test_checkpointing_recomputes_by_the_plan(kind, reentrant, taken):
 
 @torch.no_grad()
 def test_threads_and_inference_mode():
-    layer, x, got = prepared(adapted("torchao"), weights(3, 128)), weights(3, 128), []
-    want = layer(x)
-    threads = [threading.Thread(target=lambda: got.extend(layer(x) for _ in range(20))) for _ in range(2)]
+    layer, got = prepared(adapted("torchao")), []
+    want = layer(X)
+    threads = [threading.Thread(target=lambda: got.extend(layer(X) for _ in range(20))) for _ in range(2)]
     for act in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             act(thread)
     with torch.inference_mode():
-        assert served(layer, x)
-        got.append(layer(x))
+        assert served(layer)
+        got.append(layer(X))
     assert len(got) == 41 and all(torch.equal(y, want) for y in got)
 
 
 def test_accelerate_s_hooks_that_only_align():
-    layer, x = prepared(adapted("bitsandbytes"), weights(3, 128)), weights(3, 128)
-    want = layer(x)
+    layer = prepared(adapted("bitsandbytes"))
+    want = layer(X)
     for child in children(layer).values():
         add_hook_to_module(child, AlignDevicesHook(execution_device="cpu"))
-    assert not served(layer, x) and torch.equal(layer(x), want)
-    layer(x)
-    assert served(layer, x)
+    assert not served(layer) and torch.equal(layer(X), want)
+    layer(X)
+    assert served(layer)
     layer.base_layer._hf_hook.io_same_device = True  # now the base alone is fused, and the update is PEFT's: summed in another order
-    assert not served(layer, x)
-    assert_rounding_apart(layer(x), want, 128, products=3)
+    assert not served(layer)
+    assert_rounding_apart(layer(X), want, 128, products=3)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("host", HOSTS)
 def test_an_old_base_weight_is_let_go(host):
     """One that was replaced, and the scales of one that an adapter was merged into."""
-    layer, gone = prepared(adapted(host), weights(3, 128)), []
+    layer, gone = prepared(adapted(host)), []
 
     def watch(*tensors):
         for t in tensors:
@@ -231,53 +230,53 @@ def test_an_old_base_weight_is_let_go(host):
     gc.collect()
     assert gone == [1] and plan_of(layer) is not None
     if host == "bitsandbytes":  # PEFT cannot merge into an NF4Tensor
-        prepared(layer, weights(3, 128))
+        prepared(layer)
         watch(base.weight.data, base.weight.quant_state.absmax)
         layer.merge()
-        layer(weights(3, 128))
+        layer(X)
         gc.collect()
         assert gone == [1, 1, 1] and plan_of(layer) is None
 
 
 def test_unpatch_and_patch_again():
-    model, x = quantized("bitsandbytes"), weights(3, 128)
-    layer = prepared(patched(model), x)
-    want, plan = layer(x), weakref.ref(plan_of(layer))
+    model = quantized("bitsandbytes")
+    layer = prepared(patched(model))
+    want, plan = layer(X), weakref.ref(plan_of(layer))
     fastfuse.unpatch(model)
     gc.collect()
     assert plan() is None and "_fastfuse" not in layer.__dict__
     fastfuse.patch(model)
-    layer(x)
-    assert torch.equal(layer(x), want) and served(layer, x)
+    layer(X)
+    assert torch.equal(layer(X), want) and served(layer)
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "DoRALinear"])
 def test_dora_s_norms_are_computed_once_a_call(kind, monkeypatch):
-    layer, x, calls, cpu = prepared(LAYERS[kind](), weights(3, 128)), weights(3, 128), [], row_norms.cpu
+    layer, calls, cpu = prepared(LAYERS[kind]()), [], row_norms.cpu
     monkeypatch.setattr(row_norms, "cpu", lambda args: (calls.append(args), cpu(args))[1])
     for grad in (False, False, True, True):
-        results(layer, x, grad)
+        results(layer, grad)
     assert len(calls) == 4
 
 
 def test_what_never_serves_is_seldom_prepared(monkeypatch):
     made, init = [], PreparedLinear.__init__
     monkeypatch.setattr(PreparedLinear, "__init__", lambda self, *args, **kwargs: (made.append(call), init(self, *args, **kwargs))[1])
-    layer, x = bare("torchao"), weights(3, 128)
+    layer = bare("torchao")
     for call in range(1, 101):  # noqa: B007  the function above reads it
-        layer(input=x)
+        layer(input=X)
     assert made == [1, 2, 4, 8, 16, 32, 64, 96]
 
 
 def test_after_long_training_with_dropout():
-    layer, x = adapted("bitsandbytes", lora_dropout=0.1), weights(3, 128)
+    layer = adapted("bitsandbytes", lora_dropout=0.1)
     for _ in range(100):
-        layer(x)
+        layer(X)
     assert plan_of(layer) is None
     layer.eval()
     for _ in range(32):
-        layer(x)
-    assert served(layer, x)
+        layer(X)
+    assert served(layer)
 
 
 @pytest.mark.parametrize("kind", ["bare torchao", "FrozenNF4Linear", "DoRALinear"])

@@ -2,23 +2,22 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ROOT, python
 
 from fastfuse import info, tune
 
-ROOT = Path(__file__).parents[1]
 OPS = info.tuned_ops()
 SHAPE = {"dtype": "16-bit", "decode": "prmt", "N": 4096, "K": 4096}
 
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 
+from bench import harness  # noqa: E402
 from bench import tune as sweep  # noqa: E402
 from bench import tune_space as space  # noqa: E402
 from bench import tune_table as tables  # noqa: E402
@@ -30,7 +29,7 @@ from bench.tune_clock import Clock, Refused, Unprepared  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def text_of(rows: list[dict]) -> str:
+def text_of(rows):
     return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
@@ -99,7 +98,7 @@ def path(tmp_path):
     return path
 
 
-def told(answers: dict, others: float = 10.0):
+def told(answers, others=10.0):
     """A clock: us, or what it raises, of a tile's name at a shape, of a name, or of a shape."""
 
     def clock(op, case, tile):
@@ -112,7 +111,7 @@ def told(answers: dict, others: float = 10.0):
     return clock
 
 
-def reported(faults: dict, bounds: dict | None = None):
+def reported(faults, bounds=None):
     """As the compiler: `faults` = {words of a tile's name: what is wrong with it}, of all variants alone where they start with "gate "."""
 
     def compiled(jobs):
@@ -153,28 +152,28 @@ def test_a_faster_tile_takes_its_rows_place_and_the_other_lines_stay(path):
     assert sum("us" in row for row in rows) == 3  # what fastfuse.info counts as measured
 
 
-@pytest.mark.parametrize(
-    "answers, config, tile, words",
-    [
-        pytest.param({OTHER_NAME: 9.9}, {}, FEW, "stays", id="within the margin"),
-        pytest.param({OTHER_NAME: 9.9}, {"margin": 0.005}, OTHER, "faster", id="of a smaller margin"),
-        pytest.param({(OTHER_NAME, "M1"): 5.0, (OTHER_NAME, "M16"): 30.0}, {}, FEW, "stays", id="the mean over a row's cases decides"),
-        pytest.param(
-            {OTHER_NAME: 1.0, (OTHER_NAME, "M16"): Refused("wrong: 3.2 times the limit"), WIDE_NAME: 9.0},
-            {}, WIDE, f"{OTHER_NAME} refused at M16: wrong", id="wrong at one case, however fast",
-        ),
-        pytest.param({FEW_NAME: Refused("wrong"), WIDE_NAME: 9.0}, {}, WIDE, "the row's own tile is refused", id="the row's own is wrong"),
-        pytest.param(
-            {OTHER_NAME: 8.0, WIDE_NAME: 9.0}, {"compiled": reported({"16x64x64 SPLIT_K=4": "gate spill"})}, WIDE,
-            "refused: nf4_linear kernel: 8 bytes of stack", id="stopped by the gate of all variants",
-        ),
-        *(
-            pytest.param({WIDE_NAME: 1.0}, {"compiled": reported({"16x128": fault})}, FEW, f" {said}, ", id=said)
-            for fault, said in (("spill", "spilled"), ("shared", "shared memory"), ("error", "did not compile"))
-        ),
-    ],
-)  # fmt: skip
-def test_which_tile_a_row_gets(path, answers, config, tile, words):
+WHICH = {
+    "within the margin": ({OTHER_NAME: 9.9}, {}, FEW, "stays"),
+    "of a smaller margin": ({OTHER_NAME: 9.9}, {"margin": 0.005}, OTHER, "faster"),
+    "the mean over a row's cases decides": ({(OTHER_NAME, "M1"): 5.0, (OTHER_NAME, "M16"): 30.0}, {}, FEW, "stays"),
+    "wrong at one case, however fast": (
+        {OTHER_NAME: 1.0, (OTHER_NAME, "M16"): Refused("wrong: 3.2 times the limit"), WIDE_NAME: 9.0}, {}, WIDE, f"{OTHER_NAME} refused at M16: wrong",
+    ),
+    "the row's own is wrong": ({FEW_NAME: Refused("wrong"), WIDE_NAME: 9.0}, {}, WIDE, "the row's own tile is refused"),
+    "stopped by the gate of all variants": (
+        {OTHER_NAME: 8.0, WIDE_NAME: 9.0}, {"compiled": reported({"16x64x64 SPLIT_K=4": "gate spill"})}, WIDE,
+        "refused: nf4_linear kernel: 8 bytes of stack",
+    ),
+    **{
+        said: ({WIDE_NAME: 1.0}, {"compiled": reported({"16x128": fault})}, FEW, f" {said}, ")
+        for fault, said in (("spill", "spilled"), ("shared", "shared memory"), ("error", "did not compile"))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WHICH)
+def test_which_tile_a_row_gets(path, what):
+    answers, config, tile, words = WHICH[what]
     rows, said = tuned(path, told(answers), **config)
     assert rows[1]["tile"] == tile and words in said
     assert "us" in rows[1] and (tile != FEW or rows[1]["us"] == [10.0, 10.0])
@@ -344,7 +343,8 @@ def tiny_cases():
 
 
 @pytest.mark.parametrize("op, case", [pytest.param(op, c, id=f"{op} {c.bench.shape}".replace(" ", "-")) for op, c in tiny_cases()])
-def test_every_case_is_right_and_asks_for_what_it_declares(op, case):
+def test_every_case_is_right_and_asks_for_what_it_declares(op, case, monkeypatch):
+    monkeypatch.setattr(harness, "cpu_repeats", lambda *_: 1)
     family = tune.covering_arch(op, tune.arch_of(torch.device(DEVICE)))
     assert Clock(DEVICE)(op, case, tune.match(tune.table(op), family, case.shape)["tile"]) > 0
     assert case.bench.cost(case.bench.make("meta", 0)).bytes > 0
@@ -380,9 +380,7 @@ if __name__ == "__main__":
         clock.compile_launches("nf4_linear", case, [tile(64, 64, 4, 2), None, tile(64, 32, 4, 2)], (target("sm_90"), "sm_90", 132), 2)
     print(json.dumps([*names, kept[1].bound, kept[1].resident, hits]))
 """
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}  # interpreted kernels cannot be compiled
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-W", "ignore", "-c", code, TRITON_CACHE_DIR=str(tmp_path))
     kept, pruned, bound, resident, hits = json.loads(done.stdout.splitlines()[-1])
     assert kept == ["unfused", "64x64x64 TRANSPOSED w4 s3"] and 20 < bound <= 100 and resident >= 8
     assert pruned == {
@@ -442,7 +440,7 @@ def test_the_command_from_its_arguments_to_the_file(tmp_path, monkeypatch, capsy
         (torch.cuda, "is_available", lambda: True),
         (tune, "arch_of", lambda device: "interpreter"),
         (sweep.peaks, "measure", lambda device: sweep.peaks.DATA_SHEET["H200"]),
-        (sweep.harness, "environment", lambda device, commit: where),
+        (harness, "environment", lambda device, commit: where),
         (sweep, "_chip", lambda: None),
         (sweep.Clock, "compile_launches", lambda self, op, case, tiles, chip, workers: None),  # there is nothing to compile for
         (sweep, "Clock", lambda device, clock=sweep.Clock: clock("cpu")),
