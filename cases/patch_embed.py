@@ -214,10 +214,13 @@ def _refused(error: type[Exception], message: str, given: dict | None = None, *,
     return call, error, message
 
 
-def _refusals() -> list[Refusal]:
-    ones, ratios = torch.ones, torch.tensor
-    of_value, of_type = partial(_refused, ValueError), partial(_refused, TypeError)
-    uncovered, bare = partial(_refused, Unsupported, backend="triton"), dict.fromkeys(("local_pos", "global_pos", "gate", "pre_pos", "pre_gate"))
+of_value, of_type, uncovered = partial(_refused, ValueError), partial(_refused, TypeError), partial(_refused, Unsupported, backend="triton")
+ones, ratios = torch.ones, torch.tensor
+
+
+def _refusals_of_images() -> list[Refusal]:
+    """And of the weight and of how tiles lie."""
+    bare = dict.fromkeys(("local_pos", "global_pos", "gate", "pre_pos", "pre_gate"))
     return [
         of_value("tiles are 3 x 6 pixels, patches 2 x 3: patches must divide tiles", images=lambda t: t[..., :3, :]),
         of_value("tiles are 4 x 4 pixels, patches 2 x 3", images=lambda t: t[..., :4]),
@@ -239,6 +242,20 @@ def _refusals() -> list[Refusal]:
         of_value(r"aspect_ratio has shape \(2, 3\), images need \(2, 2\)", aspect_ratio=ratios([[1, 1, 1], [1, 1, 1]])),
         of_value(r"aspect_ratio has shape \(1, 2\), images need \(2, 2\)", aspect_ratio=ratios([[1, 1]]), **bare),
         of_type("aspect_ratio is a list, not a tensor", aspect_ratio=[[1, 1], [1, 1]]),
+        of_value("aspect_ratio has 9, tables have ids 0 to 8", {"ids": 9, "ratios": (3, 9)}),
+        of_value("aspect_ratio has -1, tables have ids 0 to 8", {"ids": 9, "ratios": (-1, 3)}),
+        of_value("images have 5 tiles, tables for ids hold 4", {"ids": 9, "ratios": (1, 3), "n_tiles": 5}),
+        of_value("images is on cpu, weight on meta", weight=lambda t: t.to("meta")),
+        of_value("weight is torch.int8, expected floating point", weight=lambda t: t.detach().to(torch.int8)),
+        uncovered("weight is torch.float64, covered are bf16, fp16 and fp32", weight=Tensor.double),
+        uncovered("weight is torch.float8_e4m3fn", weight=lambda t: t.detach().to(torch.float8_e4m3fn)),
+        uncovered("images is torch.float64, covered are uint8", images=Tensor.double),
+    ]
+
+
+def _refusals_of_additions() -> list[Refusal]:
+    """Of all that is added to the products, and of options."""
+    return [
         of_value(r"local_pos has shape \(4, 20\), expected \(5, 20\)", local_pos=lambda t: t[:4]),
         of_value(r"global_pos has shape \(4, 4, 4, 20\), expected \[T, T, 5, 20\] or \[ids, T, 5, 20\]", global_pos=lambda t: t[:, :, :4]),
         of_value(r"global_pos has shape \(4, 5, 20\), expected \[T, T, 5, 20\]", global_pos=lambda t: t[0]),
@@ -257,9 +274,6 @@ def _refusals() -> list[Refusal]:
         of_value("gate is given, global_pos is None: there is nothing to gate", global_pos=None),
         of_value("pre_gate is given, pre_pos is None", pre_pos=None),
         of_type("gate is a float, not a tensor", gate=0.5),
-        of_value("aspect_ratio has 9, tables have ids 0 to 8", {"ids": 9, "ratios": (3, 9)}),
-        of_value("aspect_ratio has -1, tables have ids 0 to 8", {"ids": 9, "ratios": (-1, 3)}),
-        of_value("images have 5 tiles, tables for ids hold 4", {"ids": 9, "ratios": (1, 3), "n_tiles": 5}),
         of_value("scale has 2 numbers, images have 3 channels", scale=[1.0, 2.0]),
         of_value("shift has 4 numbers, images have 3 channels", shift=(1.0, 2.0, 3.0, 4.0)),
         of_type("scale is a tensor, expected a number or one for each channel", scale=ones(3)),
@@ -267,14 +281,9 @@ def _refusals() -> list[Refusal]:
         of_type("scale is 'much', expected a number", scale="much"),
         of_value("pad_tokens_to is 0, expected a whole number >= 1", pad_tokens_to=0),
         of_value("pad_tokens_to is 1.5", pad_tokens_to=1.5),
-        of_value("images is on cpu, weight on meta", weight=lambda t: t.to("meta")),
         of_value("images is on cpu, pre_pos on meta", pre_pos=lambda t: t.to("meta")),
-        of_value("weight is torch.int8, expected floating point", weight=lambda t: t.detach().to(torch.int8)),
         of_value("backend is 'cuda', not one of", backend="cuda"),
-        uncovered("weight is torch.float64, covered are bf16, fp16 and fp32", weight=Tensor.double),
         uncovered("local_pos is torch.float64, covered are", local_pos=Tensor.double),
-        uncovered("images is torch.float64, covered are uint8", images=Tensor.double),
-        uncovered("weight is torch.float8_e4m3fn", weight=lambda t: t.detach().to(torch.float8_e4m3fn)),
     ]
 
 
@@ -286,6 +295,6 @@ OPS = [
         backwards={"patchify_kernel": {"weight"}, "place_bwd_kernel": {"global_pos", "gate", "pre_pos", "pre_gate"}},
         autocast=("weight",),
         dynamic=({"images": (0,), "aspect_ratio": (0,)}, [{**SMALL, "ids": 9, "ratios": (3,) * n, "pixels": torch.uint8, "scale": 0.1, "norm": True, "pad_tokens_to": 8} for n in (2, 5, 7)]),
-        refusals=_refusals(),
+        refusals=[*_refusals_of_images(), *_refusals_of_additions()],
     )
 ]  # fmt: skip

@@ -105,6 +105,13 @@ class CacheStrides(NamedTuple):
     v: Any
 
 
+class RowSums(NamedTuple):
+    """Of each row of q what cross-attention's backward goes by, fp32 [b * key heads, s, GP]."""
+
+    lse: Any  # of the scores' exponentials, base 2
+    delta: Any  # sum(o do) less the gradient of lse
+
+
 class Lengths(NamedTuple):
     """The mask of KIND 0: a batch row sees the first tokens."""
 

@@ -2,9 +2,9 @@
 
 BLOCK_M rows are tokens and query heads of one key head: row r is token t0 + r // GP and head r % GP of its group, GP the group's G heads
 rounded up to a power of two. Encoder tokens go by BLOCK_N at a time. lse and delta lie as [b * key heads, s, GP], a block's rows side
-by side. Logarithms are base 2 inside, natural outside. `mask` is Lengths of arguments.py with KIND 0, Mask with KIND 1 and 2, whose blocks are of
-128 columns or of TOKENS_PER_BLOCK tokens; `strides` has a Strides for each of a kernel's tensors; scale is that of the scores times log2(e).
-k and v are pointers, or with TMA descriptors of [b, key heads, s_e, D].
+by side, for backwards together in `sums`. Logarithms are base 2 inside, natural outside. `mask` is Lengths of arguments.py with KIND 0, Mask with KIND 1
+and 2, whose blocks are of 128 columns or of TOKENS_PER_BLOCK tokens; `strides` has a Strides for each of a kernel's tensors; scale is that of the scores
+times log2(e). k and v are pointers, or with TMA descriptors of [b, key heads, s_e, D].
 """
 
 import triton
@@ -103,6 +103,17 @@ def _visible(mask, b, t, ok, lo, hi, n0, end, shape, BLOCK_N: tl.constexpr, KIND
 
 
 @triton.jit
+def _sees(total, mask, b, t, ok, lo, hi, shape, KIND: tl.constexpr):
+    """Which rows see anything, where `total` is the sum of their weights: of NaN too, which must not pass for nothing."""
+    if KIND == 0:
+        return total != 0
+    elif KIND == 1:
+        return (total != 0) & (lo < hi)
+    else:
+        return (total != 0) & (tl.load(mask.rows_empty + (b % shape.masks).to(tl.int64) * shape.s + t, mask=ok, other=1) == 0)
+
+
+@triton.jit
 def _part(list_ptr, j, SIZE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """The first of SIZE tokens or columns, the j-th of the parts of the listed blocks of BLOCK."""
     j += tl.full((), 0, tl.int32)  # no tensor in the interpreter
@@ -174,11 +185,7 @@ def cross_attention_fwd_kernel(
             shrink = tl.math.exp2(m - base)
             m, total = new, total * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=PRECISION)
-    live = total != 0  # of NaN too, which must not pass for nothing
-    if KIND == 1:
-        live = live & (lo < hi)
-    elif KIND == 2:
-        live = live & (tl.load(mask.rows_empty + (b % masks).to(tl.int64) * s + t, mask=ok, other=1) == 0)
+    live = _sees(total, mask, b, t, ok, lo, hi, shape, KIND)
     total = tl.where(live, total, 1.0)
     o = tl.where(live[:, None], acc / total[:, None], 0.0)
     row = bh.to(tl.int64) * s * GP + t0 * GP
@@ -244,7 +251,7 @@ def cross_attention_delta_kernel(
 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
 def cross_attention_dq_kernel(
-    q_ptr, k, v, do_ptr, lse_ptr, delta_ptr, dq_ptr, mask, strides, s, s_e, key_heads, masks, scale,
+    q_ptr, k, v, do_ptr, sums, dq_ptr, mask, strides, s, s_e, key_heads, masks, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -257,8 +264,8 @@ def cross_attention_dq_kernel(
     q = _load_rows(q_ptr, strides.q, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     do = _load_rows(do_ptr, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D)
     row = bh.to(tl.int64) * s * GP + t0 * GP + r
-    lse = tl.load(lse_ptr + row, mask=ok, other=float("inf"))
-    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
+    lse = tl.load(sums.lse + row, mask=ok, other=float("inf"))
+    delta = tl.load(sums.delta + row, mask=ok, other=0.0)
     lo, hi = _intervals(mask, b, t, ok, shape, KIND)
     blocks, full, last, end = _column_lists(mask, b, t0, shape, BLOCK_N, KIND, TOKENS_PER_BLOCK)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -283,7 +290,7 @@ def cross_attention_dq_kernel(
 
 @triton.jit(do_not_specialize=["s", "s_e", "masks"])
 def cross_attention_dkdv_kernel(
-    q, k_ptr, v_ptr, do, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask, strides, s, s_e, key_heads, masks, scale,
+    q, k_ptr, v_ptr, do, sums, dk_ptr, dv_ptr, mask, strides, s, s_e, key_heads, masks, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -312,7 +319,7 @@ def cross_attention_dkdv_kernel(
         y = _load_rows(do, strides.do, b, head * G, t0, s, G, GP, D, BLOCK_M, BLOCK_D, TMA)
         ok = r < (s - t0) * GP
         p = tl.dot(k, tl.trans(x), input_precision=PRECISION) * scale
-        lse = tl.load(lse_ptr + rows + t0 * GP + r, mask=ok, other=float("inf"))
+        lse = tl.load(sums.lse + rows + t0 * GP + r, mask=ok, other=float("inf"))
         p = tl.math.exp2(p - lse[None, :])
         if KIND != 0:
             t = t0 + r // GP
@@ -322,7 +329,7 @@ def cross_attention_dkdv_kernel(
             dv = tl.dot(p.to(y.dtype), y, dv, input_precision=PRECISION)
         if DK:
             ds = tl.dot(v, tl.trans(y), input_precision=PRECISION)
-            delta = tl.load(delta_ptr + rows + t0 * GP + r, mask=ok, other=0.0)
+            delta = tl.load(sums.delta + rows + t0 * GP + r, mask=ok, other=0.0)
             ds = p * (ds - delta[None, :])
             dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)

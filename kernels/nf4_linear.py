@@ -188,6 +188,66 @@ def nf4_linear_fwd_kernel(
     _store(acc, group, index, out_ptr, offs_m, offs_n, M, N)
 
 
+@triton.jit
+def _tile_of_weights(
+    acc, offs, x_ptrs, group, tile, begin, end, K,
+    DTYPE: tl.constexpr, PROJECTIONS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, DECODE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of tile number `tile` over the rows of every W, with k from begin to end: (acc + x W^T, offs of its rows in W, how many W has, column of W's first)."""
+    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
+    _index, weight, _out, rows, _R, _scaling, number, _column = _projection(group, tile, PROJECTIONS, BLOCK_N)
+    start = 0
+    before = 0
+    for i in tl.static_range(1, PROJECTIONS):
+        before += tl.cdiv(group[i - 1].N, BLOCK_N)
+        start += tl.where(tile >= before, group[i - 1].N, 0)
+    offs += number * BLOCK_N
+    rows_n = tl.minimum(offs, rows - 1).to(tl.int64)
+    packed_ptrs = weight.packed + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+    first = rows_n[:, None] * K + begin + tl.arange(0, GROUPS)[None, :] * BLOCK_SIZE
+    for k in range(0, end - begin, BLOCK_K):  # from 0: a k whose sign is unknown is dearer to divide
+        packed = tl.load(packed_ptrs + k // 2)
+        scale = block_scale(weight.scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
+        w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
+        acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
+    return acc, offs, rows, start
+
+
+@triton.jit
+def _tile_of_adapters(
+    acc, offs, x_ptr, rows_m, stride_xm, group, tile, columns_w, begin, end, K,
+    PROJECTIONS: tl.constexpr, DECODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same of the rows of every A, which come behind the columns_w rows of the W."""
+    rows = group[0].R
+    index = 0
+    number = tile
+    start = columns_w
+    before = 0
+    ranks = 0
+    for i in tl.static_range(1, PROJECTIONS):
+        before += tl.cdiv(group[i - 1].R, BLOCK_N)
+        ranks += group[i - 1].R
+        take = tile >= before
+        index = tl.where(take, i, index)
+        rows = tl.where(take, group[i].R, rows)
+        number = tl.where(take, tile - before, number)
+        start = tl.where(take, columns_w + ranks, start)
+    offs += number * BLOCK_N
+    if group[0].a is not None:
+        a_ptr = _nth([layer.a for layer in group], index)
+        WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else x_ptr.dtype.element_ty
+        rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
+        STEP: tl.constexpr = min(BLOCK_K, 64)  # 128 of fp32 spill
+        x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, STEP)[None, :]
+        a_ptrs = a_ptr + rows_r[:, None] * K + begin + tl.arange(0, STEP)[None, :]
+        for k in tl.range(0, end - begin, STEP, num_stages=2):
+            a = tl.load(a_ptrs + k).to(WIDE)
+            acc = tl.dot(tl.load(x_ptrs + k).to(WIDE), a.T, acc, input_precision=_precision(DECODE))
+    return acc, offs, rows, start
+
+
 @triton.jit(do_not_specialize=["M"])
 def nf4_skinny_kernel(
     x_ptr, group, part_ptr,
@@ -202,8 +262,6 @@ def nf4_skinny_kernel(
     the splits are what fills the chip. x A^T comes out of the same launch. K must be a multiple of BLOCK_K, SPLIT_K at most K / BLOCK_K.
     """
     tl.static_assert(BLOCK_K % 32 == 0 and BLOCK_SIZE % 32 == 0)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    GROUPS: tl.constexpr = max(BLOCK_K // BLOCK_SIZE, 1)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     steps = K // BLOCK_K
@@ -220,48 +278,13 @@ def nf4_skinny_kernel(
     offs = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if tile < tiles_w:
-        _index, weight, _out, rows, _R, _scaling, number, _column = _projection(group, tile, PROJECTIONS, BLOCK_N)
-        start = 0
-        before = 0
-        for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1].N, BLOCK_N)
-            start += tl.where(tile >= before, group[i - 1].N, 0)
-        offs += number * BLOCK_N
-        rows_n = tl.minimum(offs, rows - 1).to(tl.int64)
-        packed_ptrs = weight.packed + rows_n[:, None] * (K // 2) + begin // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        first = rows_n[:, None] * K + begin + tl.arange(0, GROUPS)[None, :] * BLOCK_SIZE
-        for k in range(0, end - begin, BLOCK_K):  # from 0: a k whose sign is unknown is dearer to divide
-            packed = tl.load(packed_ptrs + k // 2)
-            scale = block_scale(weight.scales, _block(first, k, BLOCK_SIZE, BLOCK_K), SCALE_BLOCK)
-            w = decode(packed, scale, weight, DTYPE, DECODE, BLOCK_N, GROUPS, BLOCK_K // 2)
-            acc = tl.dot(tl.load(x_ptrs + k), w.T, acc, input_precision="ieee")
+        acc, offs, rows, start = _tile_of_weights(
+            acc, offs, x_ptrs, group, tile, begin, end, K, x_ptr.dtype.element_ty, PROJECTIONS, BLOCK_SIZE, SCALE_BLOCK, DECODE, BLOCK_N, BLOCK_K
+        )
     else:
-        rows = group[0].R
-        tile -= tiles_w
-        index = 0
-        number = tile
-        start = columns_w
-        before = 0
-        ranks = 0
-        for i in tl.static_range(1, PROJECTIONS):
-            before += tl.cdiv(group[i - 1].R, BLOCK_N)
-            ranks += group[i - 1].R
-            take = tile >= before
-            index = tl.where(take, i, index)
-            rows = tl.where(take, group[i].R, rows)
-            number = tl.where(take, tile - before, number)
-            start = tl.where(take, columns_w + ranks, start)
-        offs += number * BLOCK_N
-        if group[0].a is not None:
-            a_ptr = _nth([layer.a for layer in group], index)
-            WIDE: tl.constexpr = tl.float32 if a_ptr.dtype.element_ty == tl.float32 else DTYPE
-            rows_r = tl.minimum(offs, rows - 1).to(tl.int64)
-            STEP: tl.constexpr = min(BLOCK_K, 64)  # 128 of fp32 spill
-            xa_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * stride_xm + begin + tl.arange(0, STEP)[None, :]
-            a_ptrs = a_ptr + rows_r[:, None] * K + begin + tl.arange(0, STEP)[None, :]
-            for k in tl.range(0, end - begin, STEP, num_stages=2):
-                a = tl.load(a_ptrs + k).to(WIDE)
-                acc = tl.dot(tl.load(xa_ptrs + k).to(WIDE), a.T, acc, input_precision=_precision(DECODE))
+        acc, offs, rows, start = _tile_of_adapters(
+            acc, offs, x_ptr, rows_m, stride_xm, group, tile - tiles_w, columns_w, begin, end, K, PROJECTIONS, DECODE, BLOCK_N, BLOCK_K
+        )
     offs_m = tl.arange(0, BLOCK_M)
     part_ptrs = part_ptr + (split * M + offs_m[:, None]).to(tl.int64) * columns + start + offs[None, :]
     tl.store(part_ptrs, acc, mask=(offs_m[:, None] < M) & (offs[None, :] < rows))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastfuse import tune
 from fastfuse.errors import Unsupported
-from fastfuse.kernels.arguments import DkDvStrides, DqStrides, ForwardStrides, Lengths, Mask, Strides
+from fastfuse.kernels.arguments import DkDvStrides, DqStrides, ForwardStrides, Lengths, Mask, RowSums, Strides
 from fastfuse.ops._attention_ref import (
     LOG2E,
     AttentionArgs,
@@ -360,9 +360,10 @@ def _grad_launch(args: AttentionGradArgs) -> Plan:
         q, k, v, o, do = tensors if c.as_it_is else c.readable(tensors)
         delta, dlse = torch.empty_like(args.lse), args.dlse
         subtract(grid, o, do, dlse if dlse is None else dlse.contiguous(), delta, o_strides, do_strides, *c.shape)
-        grads = [] if d_q is None else [d_q(args, q, k, v, do, delta)]
+        sums = _new(RowSums, (args.lse, delta))
+        grads = [] if d_q is None else [d_q(args, q, k, v, do, sums)]
         if d_kv is not None:
-            grads += d_kv(args, q, k, v, do, delta)
+            grads += d_kv(args, q, k, v, do, sums)
         return tuple(grads) if c.work == c.dtype else tuple([t.to(c.dtype) for t in grads])
 
     return run
@@ -375,11 +376,11 @@ def _dq_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., Tensor]:
     empty_dq, dq_strides = c.like(args.q)
     strides = DqStrides(q, k, v, do, dq_strides)
 
-    def run(args, q, k, v, do, delta):
+    def run(args, q, k, v, do, sums):
         if describe is not None:
             k, v = describe[0](k), describe[1](v)
         dq = empty_dq()
-        launch(grid, q, k, v, do, args.lse, delta, dq, _columns_of(args.mask), strides, *c.shape, c.scale)
+        launch(grid, q, k, v, do, sums, dq, _columns_of(args.mask), strides, *c.shape, c.scale)
         return dq.neg_() if c.negative else dq
 
     return run
@@ -394,7 +395,7 @@ def _dkdv_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., list[Tensor
     strides = DkDvStrides(q, k, v, do, dk_strides if needs_k else k, dv_strides if needs_v else v)
     describe = [_descriptor(c.read[i].transpose(1, 2), 1, BLOCK_M // c.GP, c.G, c.block_d) for i in (0, 4)] if tile["TMA"] else None
 
-    def run(args, q, k, v, do, delta):
+    def run(args, q, k, v, do, sums):
         mask = args.mask
         if c.kind:
             mask = _new(Mask, (mask.rows, mask.rows_empty, mask.blocks.token_blocks, mask.blocks.token_block_counts))
@@ -402,7 +403,7 @@ def _dkdv_plan(args: AttentionGradArgs, c: _Common) -> Callable[..., list[Tensor
             q, do = describe[0](q.transpose(1, 2)), describe[1](do.transpose(1, 2))
         dk = empty_dk() if needs_k else k.new_empty(0)
         dv = empty_dv() if needs_v else v.new_empty(0)
-        launch(grid, q, k, v, do, args.lse, delta, dk, dv, mask, strides, *c.shape, c.scale)
+        launch(grid, q, k, v, do, sums, dk, dv, mask, strides, *c.shape, c.scale)
         return [dk, dv] if needs_k and needs_v else [dk] if needs_k else [dv]
 
     return run
