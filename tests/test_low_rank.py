@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from numerics import assert_no_worse, in_several_orders, opcheck
+from numerics import Orders, assert_no_worse, opcheck
 
 from fastfuse import tune
 from fastfuse.ops.low_rank import LoRAGradArgs, drop, keep_mask, lora_down, lora_grad, lora_up
@@ -46,8 +46,8 @@ def test_down_and_up(M, K, R, kind, device):
     with tune.pin("lora_down", DOWN), tune.pin("lora_up", UP):
         xa = lora_down(x, a, *dropout)
         up = lora_up(xa, a, 1.5, x_dtype, *dropout)
-    assert_no_worse(xa, in_several_orders(lambda: kept.to(low) @ a.to(low).T), kept.double() @ a.double().T, "down")
-    eager = in_several_orders(lambda: drop((xa @ a.to(low)) * 1.5, *dropout).to(x_dtype))
+    assert_no_worse(xa, Orders(lambda: kept.to(low) @ a.to(low).T), kept.double() @ a.double().T, "down")
+    eager = Orders(lambda: drop((xa @ a.to(low)) * 1.5, *dropout).to(x_dtype))
     assert_no_worse(up, eager, drop((xa.double() @ a.double()) * 1.5, *dropout), "up")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import assert_no_worse, in_several_orders, opcheck
+from numerics import Orders, assert_no_worse, in_several_orders, opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastfuse
@@ -133,7 +133,7 @@ def test_fp16_adapters_keep_their_digits(scaling, size, backend, device):
     def eager():
         return (((dy * scaling) @ b) if size < 1 else (dy @ b) * scaling).T @ x
 
-    assert_no_worse(da, in_several_orders(eager), (scaling * dy.double() @ b.double()).T @ x.double())
+    assert_no_worse(da, Orders(eager), (scaling * dy.double() @ b.double()).T @ x.double())
 
 
 @every_backend
@@ -189,7 +189,7 @@ def test_row_norms(size, dtype, storage, backend, device):
         got = lora_row_norms(*p[:4], backend=backend)
     unrounded = backend == "triton" and dtype == BF16 and device == "cpu"  # the interpreter has no bf16
     w = nf4_dequantize_ref(p.weight, F32 if unrounded else dtype)
-    assert_no_worse(got, in_several_orders(lengths, w.float(), p), lengths(w.double(), p))
+    assert_no_worse(got, Orders(lengths, w.float(), p), lengths(w.double(), p))
     assert not got.requires_grad
 
 

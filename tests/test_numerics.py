@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from numerics import in_several_orders, worse_than_eager
+from numerics import Orders, worse_than_eager
 from reference import assert_gradients_no_worse
 from torch.nn import functional as F
 
@@ -50,7 +50,7 @@ def test_what_passes_and_what_is_caught(shape, dtype):
     draws = torch.randn(4, M, K).to(dtype)
 
     def judge(x):
-        eager, exact = in_several_orders(F.linear, x, w), x.double() @ w.double().T
+        eager, exact = Orders(F.linear, x, w), x.double() @ w.double().T
         return lambda result: worse_than_eager(result, eager, exact)
 
     x, *more = draws
@@ -77,7 +77,7 @@ def test_a_gradient_by_one_wrong_scale_is_caught(dtype):
         return dict(zip(leaves, zip(*draws, strict=True), strict=True))
 
     right, wrong = nf4_dequantize(weight), one_wrong_scale(weight)
-    eager, exact = in_several_orders(gradients, right, dtype), gradients(right, torch.float64)
+    eager, exact = Orders(gradients, right, dtype), gradients(right, torch.float64)
     assert_gradients_no_worse(gradients(right, dtype), eager, exact)
     with pytest.raises(AssertionError, match="'x'"):
         assert_gradients_no_worse(gradients(wrong, dtype), eager, exact)
