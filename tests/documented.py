@@ -5,7 +5,7 @@ from pathlib import Path
 import mllama
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 from cases.weights import quantize
 from fastfuse.checkpoints import save_checkpoint
@@ -15,33 +15,29 @@ from fastfuse.demo.show import Size
 MLLAMA = Size(64, 112, 4, 2, 2, 32, 64, 4, 2, mllama.TILE, mllama.VOCAB, torch.bfloat16)
 
 
-def peft_mllama() -> nn.Module:
+def peft_mllama():
     """transformers' Mllama with PEFT LoRA over bitsandbytes, bf16, a layer of each kind."""
     return build(MLLAMA, torch.device("cpu"), Progress(disable=True))
 
 
-def _batch() -> dict[str, Tensor]:
-    made = mllama.batch([["coffee"], ["coffee"]])
-    return made | {"labels": made["input_ids"] % mllama.VOCAB, "pixel_values": made["pixel_values"].bfloat16()}
+batch = mllama.batch([["coffee"], ["coffee"]])
+batch |= {"labels": batch["input_ids"] % mllama.VOCAB, "pixel_values": batch["pixel_values"].bfloat16()}
 
 
-batch = _batch()
-
-
-def checkpoint(name: str) -> None:
+def checkpoint(name):
     """A folder in the working directory, which transformers takes before it looks for a download of that name."""
     made = mllama.build(mllama.config(cross=(1,), layers=2, vision_layers=(1, 1), taken=(0,)))
     made.bfloat16().save_pretrained(Path(name))
 
 
-def torchao_linear(K: int, N: int) -> nn.Linear:
+def torchao_linear(K, N):
     """In NF4."""
     linear = nn.Linear(K, N, bias=False).requires_grad_(False)
     linear.weight = nn.Parameter(quantize(linear.weight, "torchao"), requires_grad=False)
     return linear
 
 
-def linear_inputs(M: int = 3, K: int = 128, N: int = 64, H: int = 192, R: int = 4) -> dict:
+def linear_inputs(M=3, K=128, N=64, H=192, R=4):
     """For the ops over NF4 weights."""
     given = {"torch": torch, "x": torch.randn(M, K, requires_grad=True), "scaling": 2.0, "s": 2.0, "bias": torch.randn(N), "m": torch.rand(N)}
     shapes = {("weight", "lora_a", "lora_b"): (N, K), ("gate", "ag", "bg"): (H, K), ("up", "au", "bu"): (H, K), ("down", "ad", "bd"): (N, H)}
@@ -51,7 +47,7 @@ def linear_inputs(M: int = 3, K: int = 128, N: int = 64, H: int = 192, R: int = 
     return given | {"dense_weight": torch.randn(N, K)}
 
 
-def image_inputs(b: int = 2, tiles: int = 4, size: int = 28, patch: int = 14, D: int = 32) -> dict[str, Tensor]:
+def image_inputs(b=2, tiles=4, size=28, patch=14, D=32):
     """For patch embedding, as torchtune holds its tables, and for a ViT of one tile."""
     n = (size // patch) ** 2 + 1
     shapes = {"local_pos": (n, D), "global_pos": (tiles, tiles, n, D), "pre_pos": (tiles, tiles, 1, D), "positions": (n, D)}
@@ -62,7 +58,7 @@ def image_inputs(b: int = 2, tiles: int = 4, size: int = 28, patch: int = 14, D:
     return given | {"aspect_ratio": torch.tensor([[2, 2], [1, 3]]), "scale": [1 / 255] * 3, "shift": [-0.5] * 3}
 
 
-def attention_inputs(b: int = 2, hq: int = 4, hkv: int = 2, s: int = 5, d: int = 64, tokens_per_tile: int = 5) -> dict:
+def attention_inputs(b=2, hq=4, hkv=2, s=5, d=64, tokens_per_tile=5):
     """For cross-attention over an image of four tiles, of which three are real."""
     visible = torch.ones(b, s, 1, 4, dtype=torch.bool)
     visible[..., 3], visible[:, 0] = False, False
@@ -73,32 +69,24 @@ def attention_inputs(b: int = 2, hq: int = 4, hkv: int = 2, s: int = 5, d: int =
     return given | sizes | {"torch": torch, "visible": visible, "device": "cpu"}
 
 
-def fastfuse_checkpoint(model: nn.Module, name: str) -> None:
+def fastfuse_checkpoint(model, name):
     """A folder of Meta's weights as Hugging Face has them."""
     save_checkpoint(model, Path(name), format="hf")
 
 
-def _images(config, b: int) -> dict[str, Tensor]:
-    return {"images": torch.randn(b, 1, 1, 3, config.tile_size, config.tile_size), "aspect_ratio": torch.ones(b, 1, 2, dtype=torch.int64)}
-
-
-def _tokens_per_tile(config) -> int:
-    return (config.tile_size // 14) ** 2 + 1
-
-
-def fastfuse_prompt(config, s: int = 4) -> dict:
-    """A prompt over one image of one tile, in bf16."""
-    images = _images(config, 1)
-    mask = torch.ones(1, s, _tokens_per_tile(config), dtype=torch.bool)
-    return {"tiles": images["images"].bfloat16(), "ratios": images["aspect_ratio"], "prompt": torch.arange(1, s + 1)[None], "mask": mask}
-
-
-def fastfuse_batch(config, b: int = 2, s: int = 6) -> dict:
-    """As the collate function makes it."""
-    tokens = torch.randint(1, config.vocab_size, (b, s))
+def fastfuse_batch(config, b=2, s=6):
+    """As the collate function makes it, with an image of one tile."""
+    tokens, images = torch.randint(1, config.vocab_size, (b, s)), torch.randn(b, 1, 1, 3, config.tile_size, config.tile_size)
     return {
         "tokens": tokens,
         "labels": tokens.roll(-1, 1),
-        "encoder_input": _images(config, b),
-        "encoder_mask": torch.ones(b, s, _tokens_per_tile(config), dtype=torch.bool),
+        "encoder_input": {"images": images, "aspect_ratio": torch.ones(b, 1, 2, dtype=torch.int64)},
+        "encoder_mask": torch.ones(b, s, config.tokens_per_tile, dtype=torch.bool),
     }
+
+
+def fastfuse_prompt(config):
+    """A prompt over one image, in bf16."""
+    made = fastfuse_batch(config, 1, 4)
+    images = made["encoder_input"]
+    return {"tiles": images["images"].bfloat16(), "ratios": images["aspect_ratio"], "prompt": made["tokens"], "mask": made["encoder_mask"]}

@@ -58,11 +58,9 @@ def batch(samples: list[list[str]], text: int = 12) -> dict[str, torch.Tensor]:
     ids = []
     for photos in samples:
         words = torch.randint(3, VOCAB, (text,), generator=generator).tolist()
-        row = [1]
         for i in range(len(photos)):
-            row += [IMAGE, *words[3 * i : 3 * i + 3]]
-        row += words[3 * len(photos) :]
-        ids.append(row[:text])
+            words.insert(4 * i, IMAGE)
+        ids.append([1, *words][:text])
     made = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids), text, dtype=torch.int64)}
     if any(samples):
         pixels = processor([[Image.fromarray(PHOTOS[name]()) for name in photos] for photos in samples], return_tensors="pt")
@@ -82,16 +80,12 @@ LENGTHS = (12, 9, 7)
 
 def padded(given: dict, side: str) -> dict:
     """The batch with its rows cut to different lengths, and filled up on one side as a processor does: no mask, no image."""
-    if side == "none":
-        return given
     given = {k: v.clone() for k, v in given.items()}
-    for i in range(len(given["input_ids"])):
-        n = LENGTHS[i]
-        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("cross_attention_mask", 0)):
-            if name in given:
-                row = given[name][i].clone()
-                given[name][i] = fill
-                given[name][i, slice(len(row) - n, None) if side == "left" else slice(0, n)] = row[:n]
+    for name in given.keys() & ({"input_ids", "attention_mask", "cross_attention_mask"} if side != "none" else ()):
+        for row, n in zip(given[name], LENGTHS, strict=False):
+            kept = row[:n].clone()
+            row.zero_()
+            row[slice(-n, None) if side == "left" else slice(n)] = kept
     return given
 
 
@@ -120,13 +114,13 @@ def assert_same_logits(ours: nn.Module, theirs: nn.Module, samples: list[list[st
     assert got.shape == want.shape and got.dtype == want.dtype and (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def converted(theirs: MllamaForConditionalGeneration, **options) -> dict[str, torch.Tensor]:
-    """Its state dict with torchtune's names, with a row per aspect ratio unless options say otherwise."""
+def converted(theirs: MllamaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Its state dict with torchtune's names, with a row per aspect ratio."""
     text, vision = theirs.config.text_config, theirs.config.vision_config
     return llama3_vision_hf_to_tune(
         theirs.state_dict(), text.num_attention_heads, text.num_key_value_heads, text.hidden_size, vocab_size=text.vocab_size,
         cross_attention_layers=text.cross_attention_layers, encoder_dim=vision.hidden_size, num_tiles=vision.max_num_tiles,
-        supported_aspect_ratios=vision.supported_aspect_ratios, num_hidden_layers=text.num_hidden_layers, **{"tile_tables": "ratios"} | options,
+        supported_aspect_ratios=vision.supported_aspect_ratios, num_hidden_layers=text.num_hidden_layers, tile_tables="ratios",
     )  # fmt: skip
 
 
@@ -156,14 +150,19 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def in_nf4(linear: nn.Linear, dtype: torch.dtype = torch.float32) -> nn.Module:
+    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    made.weight = quantize(linear.weight.detach(), "nested")
+    made.support_avx512bf16_for_cpu = False  # else the unpatched layer repacks its weight for good in eval mode
+    return made
+
+
 def qlora(made: MllamaConfig | None = None, dtype: torch.dtype = torch.float32, **lora) -> nn.Module:
     """What people train: NF4 in the language model, adapters over it, the rest as it is. Rows of whole blocks: see weights.host_dequantize."""
     model = build(made or config(intermediate_size=128)).to(dtype)
     for name, linear in list(model.model.language_model.named_modules()):
         if isinstance(linear, nn.Linear):
-            made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4", device="meta")
-            made.weight, made.support_avx512bf16_for_cpu = quantize(linear.weight.detach(), "nested"), False
-            model.model.language_model.set_submodule(name, made)
+            model.model.language_model.set_submodule(name, in_nf4(linear, dtype))
     model.is_loaded_in_4bit = True
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, exclude_modules=".*vision_model.*", init_lora_weights=False, **lora))

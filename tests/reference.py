@@ -5,12 +5,12 @@ assert_no_worse, in another dtype the eager one: norms, rotation and softmax in 
 """
 
 import copy
+import functools
 import math
-from collections.abc import Iterable
 
 import torch
 from numerics import Orders, assert_no_worse
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from fastfuse.modules import (
@@ -27,18 +27,23 @@ from fastfuse.modules.model_fusion import DeepFusionModel, FusionEmbedding, Fusi
 
 D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, FUSED = 16, 4, 2, 4, 24, 11, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+unbiased = functools.partial(nn.Linear, bias=False)
 
 
-def wide(x: Tensor) -> Tensor:
+def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def rms(x, scale, eps):
     w = wide(x)
     return (w / torch.sqrt((w * w).sum(-1, keepdim=True) / x.shape[-1] + eps)).to(x.dtype) * scale
 
 
-def rotate(x: Tensor, positions: Tensor, thetas: list[float]) -> Tensor:
+def normed(m, x):
+    return rms(x, m.scale, m.eps)
+
+
+def rotate(x, positions, thetas):
     """x: [b, s, heads, dim], positions: [b, s]. Pair k is one complex number and turns by position * thetas[k]."""
     w = wide(x)
     theta = torch.tensor(thetas, dtype=w.dtype)
@@ -47,46 +52,38 @@ def rotate(x: Tensor, positions: Tensor, thetas: list[float]) -> Tensor:
     return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
 
 
-def plain_thetas(dim: int, base: float) -> list[float]:
+def plain_thetas(dim, base):
     return [base ** (-2 * k / dim) for k in range(dim // 2)]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """q: [b, s, hq, d], k, v: [b, s_k, hkv, d]  ->  [b, s, hq, d], one head at a time."""
-    group = q.shape[2] // k.shape[2]
-    heads = []
-    for h in range(q.shape[2]):
-        scores = wide(q[:, :, h]) @ wide(k[:, :, h // group]).transpose(1, 2) / math.sqrt(q.shape[3])
-        visible = torch.ones(scores.shape, dtype=torch.bool)
-        if mask is not None:
-            visible = visible & (mask if mask.dtype == torch.bool else mask > -torch.inf)
-            scores = scores if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-        if causal:
-            visible = visible.tril()
-        scores = torch.where(visible, scores, torch.full_like(scores, -1e30))
-        weights = torch.where(visible, torch.softmax(scores, -1), torch.zeros_like(scores))
-        heads.append(weights.to(v.dtype) @ v[:, :, h // group])
-    return torch.stack(heads, 2)
+def softmax_attention(q, k, v, mask=None, causal=False):
+    """q: [b, s, hq, d], k, v: [b, s_k, hkv, d]  ->  [b, s, hq, d]; a row that sees nothing gives zero."""
+    q, k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2).transpose(1, 2) for t in (q, k, v))
+    scores = wide(q) @ wide(k).mT / math.sqrt(q.shape[3])
+    if mask is not None:
+        scores = scores + (mask.to(scores.dtype) if mask.is_floating_point() else torch.where(mask, 0.0, -torch.inf))[:, None]
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def linear(m: nn.Linear, x: Tensor) -> Tensor:
+def linear(m, x):
     return F.linear(x, m.weight, m.bias)
 
 
-def attention(m: MultiHeadAttention, x: Tensor, y: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-    q = linear(m.q_proj, x).view(*x.shape[:2], m.num_heads, m.head_dim)
-    k, v = (linear(p, y).view(*y.shape[:2], m.num_kv_heads, m.head_dim) for p in (m.k_proj, m.v_proj))
+def attention(m, x, y, mask=None, positions=None):
+    q, k, v = (linear(p, t).unflatten(-1, (-1, m.head_dim)) for p, t in ((m.q_proj, x), (m.k_proj, y), (m.v_proj, y)))
     if m.pos_embeddings is not None:
         positions = torch.arange(x.shape[1])[None] if positions is None else positions
-        thetas = plain_thetas(m.head_dim, m.pos_embeddings.base)
-        q, k = rotate(q, positions, thetas), rotate(k, positions, thetas)
+        q, k = (rotate(t, positions, plain_thetas(m.head_dim, m.pos_embeddings.base)) for t in (q, k))
     if m.q_norm is not None:
-        q, k = rms(q, m.q_norm.scale, m.q_norm.eps), rms(k, m.k_norm.scale, m.k_norm.eps)
-    out = softmax_attention(q, k, v, mask, causal=mask is None and m.is_causal)
-    return linear(m.output_proj, out.reshape(*x.shape[:2], -1))
+        q, k = normed(m.q_norm, q), normed(m.k_norm, k)
+    return linear(m.output_proj, softmax_attention(q, k, v, mask, causal=mask is None and m.is_causal).flatten(2))
 
 
-def mlp(m: FeedForward, x: Tensor) -> Tensor:
+def mlp(m, x):
     return linear(m.w2, F.silu(linear(m.w1, x)) * linear(m.w3, x))
 
 
@@ -95,9 +92,9 @@ def gated(m, x):
 
 
 def self_layer(m, x, mask=None, positions=None):
-    n = rms(x, m.sa_norm.scale, m.sa_norm.eps)
+    n = normed(m.sa_norm, x)
     h = x + gated(m.sa_scale, attention(m.attn, n, n, mask, positions))
-    return h + gated(m.mlp_scale, mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)))
+    return h + gated(m.mlp_scale, mlp(m.mlp, normed(m.mlp_norm, h)))
 
 
 def cross_layer(m, x, encoded=None, mask=None):
@@ -108,12 +105,12 @@ def cross_layer(m, x, encoded=None, mask=None):
     if mask is not None:
         sees = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1, keepdim=True)
         mask = mask | ~sees if uniform else mask
-    h = x + gated(m.ca_scale, attention(m.attn, rms(x, m.ca_norm.scale, m.ca_norm.eps), encoded, mask))
-    out = h + gated(m.mlp_scale, mlp(m.mlp, rms(h, m.mlp_norm.scale, m.mlp_norm.eps)))
+    h = x + gated(m.ca_scale, attention(m.attn, normed(m.ca_norm, x), encoded, mask))
+    out = h + gated(m.mlp_scale, mlp(m.mlp, normed(m.mlp_norm, h)))
     return torch.where(sees, out, h if uniform else x)
 
 
-def embed(m: FusionEmbedding, tokens: Tensor) -> Tensor:
+def embed(m, tokens):
     table = torch.cat([m.embedding.weight, m.fusion_embedding.weight])
     return torch.stack([torch.stack([table[i] for i in row]) for row in tokens.tolist()])
 
@@ -126,7 +123,7 @@ def fusion_layer(m, x, encoded=None, encoder_mask=None, mask=None, positions=Non
     return x
 
 
-def decoder_states(m, tokens, mask=None, encoded=None, encoder_mask=None, positions=None) -> list[Tensor]:
+def decoder_states(m, tokens, mask=None, encoded=None, encoder_mask=None, positions=None):
     """The input of every layer, and the last layer's output."""
     states = [embed(m.tok_embeddings, tokens)]
     for layer in m.layers:
@@ -134,60 +131,59 @@ def decoder_states(m, tokens, mask=None, encoded=None, encoder_mask=None, positi
     return states
 
 
-def decoder(m, *args, **kwargs) -> Tensor:
-    return wide(linear(m.output, rms(decoder_states(m, *args, **kwargs)[-1], m.norm.scale, m.norm.eps)))
+def decoder(m, *args, **kwargs):
+    return wide(linear(m.output, normed(m.norm, decoder_states(m, *args, **kwargs)[-1])))
 
 
-def model(m, tokens, images, encoder_mask=None, scale=1.0) -> Tensor:
+def model(m, tokens, images, encoder_mask=None, scale=1.0):
     encoded = linear(m.encoder.projection, torch.tanh(linear(m.encoder.backbone, images))) * scale
     return decoder(m.decoder, tokens, None, encoded, encoder_mask)
 
 
-def make_attention(*, cross: bool = False, rope: nn.Module | None = None, norms: bool | None = None, **kwargs) -> MultiHeadAttention:
-    kv_heads = kwargs.pop("num_kv_heads", KV_HEADS)
+def make_attention(*, cross=False, rope=None, norms=None, num_kv_heads=KV_HEADS, **kwargs):
     norms = cross if norms is None else norms
     return MultiHeadAttention(
         embed_dim=D,
         num_heads=HEADS,
-        num_kv_heads=kv_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=HEAD_DIM,
-        q_proj=nn.Linear(D, HEADS * HEAD_DIM, bias=False),
-        k_proj=nn.Linear(D, kv_heads * HEAD_DIM, bias=False),
-        v_proj=nn.Linear(D, kv_heads * HEAD_DIM, bias=False),
-        output_proj=nn.Linear(HEADS * HEAD_DIM, D, bias=False),
+        q_proj=unbiased(D, HEADS * HEAD_DIM),
+        k_proj=unbiased(D, num_kv_heads * HEAD_DIM),
+        v_proj=unbiased(D, num_kv_heads * HEAD_DIM),
+        output_proj=unbiased(HEADS * HEAD_DIM, D),
         pos_embeddings=rope,
         q_norm=RMSNorm(HEAD_DIM, eps=1e-5) if norms else None,
         k_norm=RMSNorm(HEAD_DIM, eps=1e-5) if norms else None,
-        is_causal=kwargs.pop("is_causal", not cross),
+        is_causal=not cross,
         **kwargs,
     )
 
 
-def make_mlp() -> FeedForward:
-    return FeedForward(gate_proj=nn.Linear(D, HIDDEN, bias=False), down_proj=nn.Linear(HIDDEN, D, bias=False), up_proj=nn.Linear(D, HIDDEN, bias=False))
+def make_mlp():
+    return FeedForward(gate_proj=unbiased(D, HIDDEN), down_proj=unbiased(HIDDEN, D), up_proj=unbiased(D, HIDDEN))
 
 
-def make_self_layer(rope: nn.Module | None = None, **scales) -> TransformerSelfAttentionLayer:
+def make_self_layer(rope=None, **scales):
     rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64) if rope is None else rope
     return shaken(TransformerSelfAttentionLayer(make_attention(rope=rope), make_mlp(), sa_norm=RMSNorm(D, 1e-5), mlp_norm=RMSNorm(D, 1e-5), **scales))
 
 
-def make_cross_layer(**kwargs) -> TransformerCrossAttentionLayer:
+def make_cross_layer(**kwargs):
     gates = {"ca_scale": TanhGate(), "mlp_scale": TanhGate()}
     return shaken(TransformerCrossAttentionLayer(make_attention(cross=True), make_mlp(), ca_norm=RMSNorm(D), mlp_norm=RMSNorm(D), **gates, **kwargs))
 
 
-def make_decoder(*kinds: str, empty_rows: str = "zero", **kwargs) -> TransformerDecoder:
+def make_decoder(*kinds, empty_rows="zero", **kwargs):
     """Layers of these kinds, the cross-attention of "fusion" before its layer, and a fusion embedding."""
     rope = RotaryPositionalEmbeddings(HEAD_DIM, max_seq_len=64)
 
-    def layer(kind: str) -> nn.Module:
+    def layer(kind):
         if kind in ("self", "cross"):
             return make_self_layer(rope) if kind == "self" else make_cross_layer(empty_rows=empty_rows)
         return FusionLayer(make_self_layer(rope), make_cross_layer(empty_rows=empty_rows), fusion_first=kind == "fusion")
 
     layers = [layer(kind) for kind in kinds or ("self", "fusion", "self")]
-    rest = {"tok_embeddings": FusionEmbedding(VOCAB, FUSED, D), "norm": shaken(RMSNorm(D, 1e-5)), "output": nn.Linear(D, VOCAB, bias=False)}
+    rest = {"tok_embeddings": FusionEmbedding(VOCAB, FUSED, D), "norm": shaken(RMSNorm(D, 1e-5)), "output": unbiased(D, VOCAB)}
     return TransformerDecoder(layers=layers, max_seq_len=64, num_heads=HEADS, head_dim=HEAD_DIM, **rest, **kwargs)
 
 
@@ -203,11 +199,11 @@ class Encoder(nn.Module):
         return self.projection(torch.tanh(self.backbone(images))) * scale
 
 
-def make_model(*kinds: str, empty_rows: str = "zero", **trainable) -> DeepFusionModel:
+def make_model(*kinds, empty_rows="zero", **trainable):
     return DeepFusionModel(make_decoder(*kinds, empty_rows=empty_rows), Encoder(), **trainable)
 
 
-def shaken(module: nn.Module) -> nn.Module:
+def shaken(module):
     """Gates open, norms other than one, small weights larger: nothing is the identity by accident."""
     with torch.no_grad():
         for p in module.parameters():
@@ -218,7 +214,7 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], dtype: torch.dtype, draws: int = 4) -> None:
+def assert_matches(module, run, formula, inputs, dtype, draws=4):
     """run(module, **inputs) in `dtype`, its value and the gradients of every parameter and float input, of `draws` upstream ones, no worse than formula.
 
     `module` and `inputs` are rounded to dtype first; exact is the formula in float64 on those rounded values.
@@ -240,16 +236,13 @@ def assert_matches(module: nn.Module, run, formula, inputs: dict[str, Tensor], d
     assert_results_no_worse(got, eager, results(formula, copy.deepcopy(module).double(), torch.float64))
 
 
-Gradients = dict[str, tuple]
-
-
-def assert_results_no_worse(got: tuple[Tensor, Gradients], eager: Iterable[tuple[Tensor, Gradients]], exact: tuple[Tensor, Gradients]) -> None:
+def assert_results_no_worse(got, eager, exact):
     """assert_no_worse for a value and assert_gradients_no_worse for its gradients; eager: Orders of both."""
     assert_no_worse(got[0], (value for value, _ in eager), exact[0], "value")
     assert_gradients_no_worse(got[1], (grads for _, grads in eager), exact[1])
 
 
-def assert_gradients_no_worse(got: Gradients, eager: Gradients | Iterable[Gradients], exact: Gradients) -> None:
+def assert_gradients_no_worse(got, eager, exact):
     """assert_no_worse for {name: gradients of several upstream gradients}, relative in 2-norm over all of them: of a few
     numbers alone, two correct ways of rounding may well be more than a factor of two apart. eager: one such, or Orders of them."""
     compared = {}
@@ -271,7 +264,7 @@ def assert_gradients_no_worse(got: Gradients, eager: Gradients | Iterable[Gradie
     raise AssertionError(f"allowed {allowed:.2e}: {bad}")
 
 
-def _relative(results: tuple, exact: tuple) -> float:
+def _relative(results, exact):
     results, exact = torch.stack(results).double(), torch.stack(exact)
     assert exact.norm() > 0, "a zero gradient: nothing is compared"
     return ((results - exact).norm() / exact.norm()).item()

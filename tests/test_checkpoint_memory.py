@@ -60,7 +60,6 @@ def test_no_second_copy_in_memory(tmp_path):
             print(file=child.stdin, flush=True)
         size = int(stage.split()[1])
     slack = 64_000_000
-    print({"model": size // 10**6} | {name: peak // 10**6 for name, peak in peaks.items()})
     assert size > 400_000_000
     assert peaks["fill"] < slack
     assert size - slack < peaks["load"] < size + slack

@@ -24,7 +24,7 @@ from fastfuse.demo.show import calls_per_token
 ROOT = Path(__file__).parents[1]
 
 
-def save(folder: Path, name: str, array, **options) -> str:
+def save(folder, name, array, **options):
     path = folder / name
     Image.fromarray(array).save(path, **options)
     return str(path)
@@ -37,43 +37,43 @@ PHOTOS = {
 }
 
 
-def shown(capsys, *args: str) -> str:
-    assert main(["demo", *args]) == 0
-    return capsys.readouterr().out
-
-
-def calls_of_a_token(out: str) -> list[int]:
-    """Before and after."""
-    return [int(n) for n in re.search(r"^Python +a token costs (\d+) calls before, (\d+) after$", out, re.M).groups()]
+def run(*args, **env):
+    base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env={**base, **env}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arch, photo, fused", [
     ("mllama", "astronaut", r"nf4_lora_linear +patched +46"),
-    ("mllama", "cat", r"nf4_lora_linear +patched +46"),
     ("fastfuse", "coffee", "nf4_lora_linear in 46 LoRALinear"),
 ])  # fmt: skip
-def test_a_photo_gives_equal_tokens_and_the_model_comes_back(arch, photo, fused, tmp_path, capsys):
-    path = PHOTOS[photo](tmp_path)
-    args = ["--arch", arch, *(["--image", path] if path else [])]
-    out = shown(capsys, "--tokens", "6", *args)
+def test_a_photo_gives_equal_tokens_and_the_model_comes_back(arch, photo, fused, tmp_path):
+    """And the first screen is the demo's own, with nothing of what other libraries say while they load: of CUDA libraries a CPU lacks,
+    optional kernels, names of theirs that change. Without a GPU the interpreter runs the kernels too."""
+    path, on_gpu = PHOTOS[photo](tmp_path), torch.cuda.is_available()
+    options = [*(["--image", path] if path else []), *([] if on_gpu else ["--interpret"])]
+    done = run("-m", "fastfuse", "demo", "--tokens", "6", "--arch", arch, *options)
+    out = done.stdout
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert re.match(r"photo +(scikit-image's astronaut, 512 x 512|.*coffee.jpg, 600 x 400), 4 tiles of ", out)
     (_, before), (_, after) = re.findall(r"(before|after ) +\[([\d, ]+)\]", out)
     assert len(before.split(",")) == len(after.split(",")) == 6
     assert "logits equal to the bit again" in out and "fallbacks" not in out and re.search(fused, out)
     predicted, measured = re.search(r"predicted ([\d.]+) MiB of weights, measured ([\d.]+) MiB", out).groups()
     assert float(predicted) == pytest.approx(float(measured), rel=0.02)
-    if not torch.cuda.is_available():  # there the model has other widths, and bf16 may turn a close choice: the margin is printed
+    calls = re.search(r"^Python +a token costs (\d+) calls before, (\d+) after$", out, re.M).groups()
+    assert min(map(int, calls)) > 1000
+    if not on_gpu:  # there the model has other widths, and bf16 may turn a close choice: the margin is printed
         assert before == after and "equal, all 6" in out and re.search(r"backend +PyTorch(, NF4 in C \(\w+\))?: no GPU found", out)
-    # what is counted of a token does not depend on how many there are
-    calls = calls_of_a_token(out)
-    assert min(calls) > 1000 and (photo == "cat" or calls == calls_of_a_token(shown(capsys, "--tokens", "1", *args)))
+        apart = re.search(r"14 modules of the first decoder layer as Triton kernels: logits ([\d.e+-]+) apart", out)
+        assert apart and 0 < float(apart[1]) < 1e-4
 
 
 def test_calls_are_counted_exactly():
-    def generate(n: int) -> None:
+    def generate(n):
         for _ in range(n):  # in each turn one call of a Python function and one of a function written in C
             one()
 
-    def one() -> None:
+    def one():
         abs(-1)
 
     before = sys.getprofile()
@@ -90,21 +90,17 @@ def test_photos_reach_the_answer(tmp_path):
         torch.manual_seed(0)
         model = mllama.build(CPU_SIZE, device, progress)
         logits = []
-        for photo in PHOTOS.values():
+        for photo in (PHOTOS["coffee"], PHOTOS["cat"]):
             batch = mllama.prepare(load_image(photo(tmp_path))[0], CPU_SIZE, device)
             batch.pop("tiles")
             logits.append(mllama.answer(model, batch, 0, progress, "").logits)
-    assert (logits[0] - logits[1]).abs().max() > 1e-3 and (logits[1] - logits[2]).abs().max() > 1e-3
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 ODD = {
     "greyscale": lambda: data.camera(),
-    "16-bit greyscale": lambda: data.camera().astype(np.uint16) * 257,
-    "with alpha": lambda: np.dstack([data.astronaut(), np.full((512, 512), 128, np.uint8)]),
     "1 x 5000": lambda: np.zeros((5000, 1, 3), np.uint8),
-    "5000 x 1": lambda: np.zeros((1, 5000, 3), np.uint8),
     "one pixel": lambda: np.zeros((1, 1, 3), np.uint8),
-    "black and white": lambda: data.camera() > 100,
 }
 
 
@@ -121,38 +117,34 @@ def test_odd_images_work(kind, tmp_path):
 
 
 def test_pictures_are_read_as_they_are_seen(tmp_path):
-    """16 bits are not clipped, what is transparent is white, and a photo is turned upright."""
+    """As test_data_images.py says, so that 16 bits are not clipped, and a photo is turned upright."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # its first row is the right side
     rows = np.arange(6, dtype=np.uint8).reshape(2, 3)
     for name, array, want, options in (
         ("grey.png", data.camera().astype(np.uint16) * 257, data.camera(), {}),
-        ("clear.png", np.zeros((8, 8, 4), np.uint8), np.full((8, 8), 255), {}),
         ("turned.png", rows, [[3, 0], [4, 1], [5, 2]], {"exif": exif}),
     ):
         seen = np.asarray(load_image(save(tmp_path, name, array, **options))[0])[..., 0]
         assert np.abs(seen.astype(int) - want).max() <= (name == "grey.png")
 
 
-def wrong_images(folder: Path) -> dict[str, str]:
-    (folder / "text.png").write_text("not an image")
-    (folder / "empty.png").touch()
-    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(folder / "floats.tiff")
-    whole = Path(save(folder, "whole.jpg", data.coffee())).read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    return {
-        str(folder / "missing.png"): "no such file",
-        str(folder / "text.png"): "not an image that Pillow can read",
-        str(folder / "empty.png"): "not an image that Pillow can read",
-        str(folder / "cut.jpg"): "cannot be read: image file is truncated",
-        str(folder / "floats.tiff"): "Input image has mode F and values from 0 to 1: scale them to 0..255",
-        str(folder): "cannot be read: Is a directory",
-    }
-
-
 def test_wrong_images_are_one_line(tmp_path, capsys):
-    for path, message in wrong_images(tmp_path).items():
-        assert main(["demo", "--image", path]) == 1
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(tmp_path / "floats.tiff")
+    whole = Path(save(tmp_path, "whole.jpg", data.coffee())).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    for name, message in {
+        "missing.png": "no such file",
+        "text.png": "not an image that Pillow can read",
+        "empty.png": "not an image that Pillow can read",
+        "cut.jpg": "cannot be read: image file is truncated",
+        "floats.tiff": "Input image has mode F and values from 0 to 1: scale them to 0..255",
+        "": "cannot be read: Is a directory",
+    }.items():
+        path = tmp_path / name
+        assert main(["demo", "--image", str(path)]) == 1
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"fastfuse demo: --image {path}: {message}") and err.count("\n") == 1
 
@@ -164,11 +156,6 @@ def test_a_pipe_is_refused_not_waited_for(tmp_path, capsys):
     assert "not a regular file" in capsys.readouterr().err
 
 
-def run(*args: str, **env: str) -> subprocess.CompletedProcess:
-    base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env={**base, **env}, capture_output=True, text=True)
-
-
 def test_command_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--tokens", "0"])
@@ -176,25 +163,6 @@ def test_command_line(capsys):
     done = run("-c", "from fastfuse.__main__ import main; assert main(['info']) == main(['hosts']) == 0")
     assert done.returncode == 0 and done.stderr == ""
     assert all(words in done.stdout for words in (f"fastfuse {fastfuse.__version__}", "nf4_linear", "sm_90", "`LoRALinear`"))
-
-
-@pytest.mark.parametrize("arch", ["mllama", "fastfuse"])
-def test_the_first_screen_is_the_demos_own(arch):
-    """Nothing of what other libraries say while they load: of CUDA libraries a CPU lacks, optional kernels, names of theirs that change.
-    Without a GPU the interpreter runs the kernels too."""
-    interpret = [] if torch.cuda.is_available() else ["--interpret"]
-    done = run("-m", "fastfuse", "demo", "--tokens", "1", "--arch", arch, *interpret)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert re.fullmatch(r"photo +scikit-image's astronaut, 512 x 512, 4 tiles of .*", done.stdout.splitlines()[0])
-    if interpret:
-        apart = re.search(r"14 modules of the first decoder layer as Triton kernels: logits ([\d.e+-]+) apart", done.stdout)
-        assert apart and 0 < float(apart[1]) < 1e-4
-
-
-def test_a_wrong_image_is_one_line_on_a_fresh_screen():
-    done = run("-m", "fastfuse", "demo", "--image", "README.md")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "fastfuse demo: --image README.md: not an image that Pillow can read\n"
 
 
 def test_imports_are_quieted_narrowly(caplog, recwarn):

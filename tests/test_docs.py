@@ -18,6 +18,7 @@ from bench import draw_patch
 from fastfuse.patching.hosts import table
 
 ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text()
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", ROOT / "findings" / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 PYTHON = re.compile(
@@ -25,7 +26,7 @@ PYTHON = re.compile(
 )
 
 
-def name_of(path: Path) -> str:
+def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
@@ -44,11 +45,11 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(block["after"] or "", names)
 
 
-def shell_blocks(page: Path) -> list[str]:
+def shell_blocks(page):
     return re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands_in_prose(page: Path) -> list[str]:
+def commands_in_prose(page):
     return [code for code in re.findall(r"`([^`\n]+)`", prose(page)) if code.startswith(("python ", "pytest ", "pip ", "cmake ", "mkdocs ", "bash "))]
 
 
@@ -62,21 +63,20 @@ def test_commands_exist(page):
             check_command([word for word in shlex.split(command) if not word.startswith("TRITON_")])
 
 
-def check_command(words: list[str]) -> None:
+def check_command(words):
     options = {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
-    if words[:2] == ["python", "-m"]:
-        assert options <= options_of(words[2], *[word for word in words[3:4] if words[2] == "fastfuse" and not word.startswith("-")]), words
-    elif words[0] == "python":
-        assert options <= options_of(words[1]), words
+    if words[0] == "python":
+        subcommand = [word for word in words[3:4] if words[2] == "fastfuse" and not word.startswith("-")]
+        assert options <= options_of(words[1 + (words[1] == "-m")], *subcommand), words
     elif words[0] == "pip":
-        (extras,) = re.findall(r"\.\[(.*)\]|fastfuse\[(.*)\]", " ".join(words)) or [("", "")]
-        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)
-        assert set(filter(None, "".join(extras).split(","))) <= set(known), words
+        extras = re.findall(r"(?:\.|fastfuse)\[(.*)\]", " ".join(words))
+        known = re.findall(r"^(\w+) = \[", PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)
+        assert set(",".join(extras).split(",")) <= {"", *known}, words
         assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
     elif words[0] == "pytest":
         assert options <= pytest_options(), words
         assert all((ROOT / word).exists() for word in words[1:] if "/" in word), words
-        assert "-m" not in words or f'"{words[words.index("-m") + 1]}:' in (ROOT / "pyproject.toml").read_text()
+        assert "-m" not in words or f'"{words[words.index("-m") + 1]}:' in PROJECT
     elif words[0] in ("cmake", "ctest"):
         assert all(word[2:].split("=")[0] in (ROOT / "CMakeLists.txt").read_text() for word in words if word.startswith("-D")), words
     elif words[0] == "bash":
@@ -86,7 +86,7 @@ def check_command(words: list[str]) -> None:
 
 
 @cache
-def options_of(script: str, *subcommand: str) -> set[str]:
+def options_of(script, *subcommand):
     """What `--help` of a module, or of a file with a slash in its name, says that it takes."""
     out, argv = io.StringIO(), sys.argv
     sys.argv = [script, *subcommand, "--help"]
@@ -99,24 +99,24 @@ def options_of(script: str, *subcommand: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", out.getvalue()))
 
 
-def file_of(module: str) -> str:
+def file_of(module):
     """That `python -m` runs."""
     spec = importlib.util.find_spec(module)
     return importlib.util.find_spec(f"{module}.__main__").origin if spec.submodule_search_locations else spec.origin
 
 
 @cache
-def pytest_options() -> set[str]:
+def pytest_options():
     """pytest's, its plugins' and bench/conftest.py's."""
     told = subprocess.run([sys.executable, "-m", "pytest", "--help", "bench"], cwd=ROOT, capture_output=True, text=True).stdout
     return set(re.findall(r"--[a-z][a-z-]*", told))
 
 
-def prose(page: Path) -> str:
+def prose(page):
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """Of its headings, as code hosts and mkdocs name them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -44,7 +44,7 @@ def meta():
 
 
 @pytest.fixture(scope="module")
-def theirs(meta) -> nn.Module:
+def theirs(meta):
     """Meta's model with random weights."""
     args = meta.ModelArgs(
         dim=64, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=mllama.VOCAB, multiple_of=64, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True,

