@@ -97,10 +97,6 @@ def test_rows_are_those_of_the_triton_that_compiles():
     assert ast.literal_eval(done.stdout) == [tune.served(row, v)["tile"] for v in versions] == [{"num_warps": w} for w in (4, 8, 2)]
 
 
-def test_parameters_come_from_the_cubin():
-    assert "(8, 8, 8, 8, 8, 8, 8, 8, 8)" in drifted("").stdout  # packed, 4 of the scale, out, n, two for scratch
-
-
 @pytest.mark.parametrize(
     "change, said",
     [
