@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,25 +21,25 @@ PEAKS = Peaks("chip", "measured", 1e12, {"bfloat16": 1e14, "float32": 1e13}, 2.0
 ENVIRONMENT = {"device": "a chip, 2 threads", "device_type": "cpu", "commit": "0" * 40}
 
 
-def case_with(**providers) -> harness.Case:
+def case_with(**providers):
     case = layers_case(LINEAR, 2, [(128, 128)])
     return replace(case, providers={name: case.providers[name] for name in (harness.OURS, harness.EAGER)} | providers)
 
 
-def rows_of(case: harness.Case) -> dict[str, dict]:
+def rows_of(case):
     return {row["provider"]: row for row in harness.measure(case, "cpu", PEAKS, ENVIRONMENT)}
 
 
 @pytest.mark.parametrize(
     ("cost", "floor"),
-    [pytest.param(Cost(10**8, 1), 100.0, id="memory"), pytest.param(Cost(1, 10**10), 100.0, id="matrix"), pytest.param(Cost(1, 1), 2.0, id="launch")],
+    [(Cost(10**8, 1), 100.0), (Cost(1, 10**10), 100.0), (Cost(1, 1), 2.0)],  # of memory, of the matrix unit, of a launch
 )
-def test_floor_is_the_largest_of_three(cost: Cost, floor: float) -> None:
+def test_floor_is_the_largest_of_three(cost, floor):
     assert harness.floor_us(cost, PEAKS, torch.bfloat16) == pytest.approx(floor)
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y + y.abs().max() / 16, lambda y: y * torch.nan, lambda y: y[:1], lambda y: y.float()])
-def test_a_wrong_peer_gets_no_speed_up(wrong) -> None:
+def test_a_wrong_peer_gets_no_speed_up(wrong):
     eager = case_with().providers[harness.EAGER]
     rows = rows_of(case_with(peer=lambda i: (wrong(eager(i)[0]),)))
     assert rows["peer"]["parity"] is False and rows[harness.OURS]["parity"] is True
@@ -48,15 +47,15 @@ def test_a_wrong_peer_gets_no_speed_up(wrong) -> None:
     assert "WRONG" in lines["peer"] and "as fast" not in lines["peer"] and "as fast" in lines["eager"]
 
 
-def test_no_speed_up_at_all_where_fastfuse_is_wrong() -> None:
+def test_no_speed_up_at_all_where_fastfuse_is_wrong():
     eager = case_with().providers[harness.EAGER]
     rows = rows_of(replace(case_with(), providers={harness.OURS: lambda i: (2 * eager(i)[0],), harness.EAGER: eager}))
     assert rows[harness.OURS]["parity"] is False
     assert "as fast" not in harness.table(rows.values())
 
 
-def test_what_raises_or_is_absent_is_a_row() -> None:
-    def broken(_inputs: dict) -> tuple:
+def test_what_raises_or_is_absent_is_a_row():
+    def broken(_inputs):
         raise RuntimeError("no such kernel")
 
     rows = rows_of(case_with(broken=broken, absent=None))
@@ -65,7 +64,7 @@ def test_what_raises_or_is_absent_is_a_row() -> None:
     assert rows[harness.OURS]["us"] > 0
 
 
-def test_results_are_only_ever_added_to(tmp_path: Path) -> None:
+def test_results_are_only_ever_added_to(tmp_path):
     for n in range(2):
         harness.append([ENVIRONMENT | {"n": n}], tmp_path)
     (file,) = tmp_path.iterdir()
@@ -75,13 +74,13 @@ def test_results_are_only_ever_added_to(tmp_path: Path) -> None:
     assert [row["n"] for row in harness.read(file)] == [0, 1]
 
 
-def test_host_libraries_are_imported_only_when_timed() -> None:
+def test_host_libraries_are_imported_only_when_timed():
     check = "import sys, bench.harness as h; h.all_cases('cuda'); print([m for m in ('bitsandbytes', 'peft', 'torchao') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path):
     command = [sys.executable, "-m", "bench.all", "--out", str(tmp_path), "--device", "cpu", "--quick", "--minutes", "3"]
     run = subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = tmp_path / "results.jsonl"
@@ -103,7 +102,7 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) <= 8
 
 
-def test_of_a_whole_model_patched_is_ours() -> None:
+def test_of_a_whole_model_patched_is_ours():
     base = {"op": "decode", "shape": "tiny", "dtype": "bfloat16", "device": "chip", "date": "", "floor_us": 100.0, "parity": True, "tokens": 8}
     rows = [base | {"provider": "unpatched", "us": 600.0, "peak_bytes": 2**31}, base | {"provider": "patched", "us": 200.0, "peak_bytes": None}]
     unpatched, patched = harness.table(rows).splitlines()[1:]
@@ -112,17 +111,17 @@ def test_of_a_whole_model_patched_is_ours() -> None:
     assert "as fast" not in harness.table(rows)
 
 
-def test_a_long_case_that_no_longer_fits_costs_no_other(tmp_path: Path) -> None:
+def test_a_long_case_that_no_longer_fits_costs_no_other(tmp_path):
     short = case_with()
     run = argparse.Namespace(deadline=time.monotonic() + 50)
     bench.all._measure_all(run, "cpu", [replace(short, op="long", seconds=100), short], set(), PEAKS, ENVIRONMENT, tmp_path / "results.jsonl")
     assert {row["op"] for row in harness.read(tmp_path / "results.jsonl")} == {short.op}
 
 
-def test_a_case_may_bring_its_own_inputs_and_clock() -> None:
+def test_a_case_may_bring_its_own_inputs_and_clock():
     seen = []
 
-    def timer(fn, sets: list[dict]) -> tuple:
+    def timer(fn, sets):
         seen.append(sets)
         return 5.0, "own clock", {"peak_bytes": 3}
 

@@ -9,7 +9,7 @@ interpreter's bf16 is no bf16: the library thinks that it is, and both sides kee
 import ctypes as C
 import re
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 BUILD = Path(sys.argv[1])
@@ -19,15 +19,18 @@ library.ffs_last_error.restype = C.c_char_p
 sys.path.insert(0, str(Path(__file__).parents[1] / "c"))
 
 import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
 from variants import variants  # noqa: E402
 
+from cases.linear import F16, layer  # noqa: E402
+from cases.linear import linear as formula  # noqa: E402
+from cases.patch_embed import make as make_patches  # noqa: E402
 from fastfuse.kernels.nf4 import BITSANDBYTES  # noqa: E402
-from fastfuse.ops import EncoderMask, cross_attention, nf4_dequantize, nf4_linear, nf4_lora_linear, patch_embed  # noqa: E402
-from fastfuse.quant.nf4 import NF4View  # noqa: E402
+from fastfuse.ops import EncoderMask, Projection, cross_attention, nf4_dequantize  # noqa: E402
 from tests.numerics import assert_no_worse  # noqa: E402
 
 BF16, P, I64 = 1, C.c_void_p, C.c_int64
-TYPES = {"bf16": torch.float16, "fp32": torch.float32, "u8": torch.uint8, "i8": torch.int8, "i1": torch.bool, "i32": torch.int32, "i64": torch.int64}
+TYPES = {"bf16": F16, "fp32": torch.float32, "u8": torch.uint8, "i8": torch.int8, "i1": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
 
 class Launch(C.Structure):
@@ -39,7 +42,7 @@ class State(C.Structure):
     _fields_ = [(name, C.c_int) for name in ("ordinal", "major", "minor", "processors", "next_error", "loads", "launches")] + [("launch", Launch * 64)]
 
 
-def struct(name: str) -> type[C.Structure]:
+def struct(name):
     """As the header declares it."""
     body, fields = re.search(rf"typedef struct {{([^}}]*)}} {name};", HEADER)[1], []
     for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
@@ -58,7 +61,7 @@ arena = torch.full((16 << 20,), 0xFF, dtype=torch.uint8)  # all memory that kern
 used = -arena.data_ptr() % 256
 
 
-def made(t: torch.Tensor) -> torch.Tensor:
+def made(t):
     """t in the arena."""
     global used
     place = arena[used : used + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
@@ -66,15 +69,15 @@ def made(t: torch.Tensor) -> torch.Tensor:
     return place.copy_(t)
 
 
-def nan(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def nan(*shape, dtype=F16):
     return made(torch.full(shape, float("nan"), dtype=dtype))
 
 
-def memory(n: int) -> tuple[P, C.c_size_t]:
+def memory(n):
     return P(made(torch.full((n,), 0xFF, dtype=torch.uint8)).data_ptr() if n else None), C.c_size_t(n)
 
 
-def table() -> list[tuple[bytes, object]]:
+def table():
     """(cubin, variant), numbered as c/compile.py numbers them."""
     found = {}
     for v in variants(90, ["bf16"], True):
@@ -82,7 +85,7 @@ def table() -> list[tuple[bytes, object]]:
     return [((BUILD / f"kernels/{i}.cubin").read_bytes(), v) for i, v in enumerate(found.values())]
 
 
-def argument(leaf, values: Iterator[bytes]):
+def argument(leaf, values):
     """What the interpreter takes for a leaf of a signature, out of the next of the recorded values."""
     if isinstance(leaf, tuple):
         parts = [argument(part, values) for part in leaf]
@@ -98,7 +101,7 @@ def argument(leaf, values: Iterator[bytes]):
     return int.from_bytes(value[: 8 if kind == "i64" else 4], "little", signed=True)
 
 
-def call(function: str, *args) -> None:
+def call(function, *args):
     """Calls it, and interprets what it launched."""
     fake.launches = 0
     if getattr(library, function)(*args):
@@ -119,69 +122,58 @@ def call(function: str, *args) -> None:
         v.kernel[tuple(launch.grid)](**given, **constants)
 
 
-def workspace(function: str, *args) -> tuple[P, C.c_size_t]:
+def workspace(function, *args):
     n = C.c_size_t()
     if getattr(library, function)(*args, C.byref(n)):
         raise SystemExit(library.ffs_last_error().decode())
     return memory(n.value)
 
 
-def pointer(t: torch.Tensor | None) -> P:
+def pointer(t):
     return P(None if t is None else t.data_ptr())
 
 
-def half(*shape: int, size: float = 1.0) -> torch.Tensor:
+def half(*shape, size=1.0):
     return made(torch.randn(shape).mul(size).half())
 
 
-def linear(M: int, N: int, K: int, R: int, biased: bool) -> None:
-    blocks = N * K // 64
-    scales = torch.randint(256, (blocks,), dtype=torch.uint8), torch.rand(256), torch.rand(-(-blocks // 256)) * 0.1, torch.tensor([0.02])
-    scales = tuple(made(t) for t in scales)
-    view = NF4View(made(torch.randint(256, (N * K // 2,), dtype=torch.uint8)), TABLE_OF_CODES, scales, 64, (N, K), torch.float16)
-    weight = Weight(N, K, *(t.data_ptr() for t in (view.packed, *scales)))
-    x, out, bias = half(M, K + 16), nan(M, N), half(N) if biased else None
-    a, b = (half(R, K, size=0.05), half(N, R)) if R else (None, None)
-    lora = C.byref(Lora(R, 0.5, BF16, a.data_ptr(), b.data_ptr())) if R else None
+def linear(M, N, K, R, biased):
+    p = layer(N, K, R, dtype=F16, bias=biased)
+    view = replace(p.weight, packed=made(p.weight.packed), code=TABLE_OF_CODES, scales=tuple(map(made, p.weight.scales)))
+    x, out, (a, b, bias) = half(M, K + 16), nan(M, N), (t if t is None else made(t.detach()) for t in (p.lora_a, p.lora_b, p.bias))
+    weight = Weight(N, K, *(t.data_ptr() for t in (view.packed, *view.scales)))
+    lora = C.byref(Lora(R, p.scaling, BF16, a.data_ptr(), b.data_ptr())) if R else None
     given = workspace("ffs_nf4_linear_workspace", BF16, I64(M), C.byref(weight), lora)
     call("ffs_nf4_linear", None, BF16, I64(M), pointer(x), I64(K + 16), C.byref(weight), lora, pointer(bias), pointer(out), *given)
 
     def reference(dtype):
-        w, xs = nf4_dequantize(view, torch.float32).to(dtype), x[:, :K].to(dtype)
-        y = xs @ w.T + (0 if bias is None else bias.to(dtype))
-        return y + 0.5 * (xs @ a.to(dtype).T) @ b.to(dtype).T if R else y
+        low, high, added = (t if t is None else t.to(dtype) for t in (a, b, bias))
+        return formula(x[:, :K].to(dtype), Projection(view, low, high, p.scaling, added), lambda x: x)
 
-    eager = nf4_lora_linear(x[:, :K], view, a, b, 0.5, bias=bias, backend="torch") if R else nf4_linear(x[:, :K], view, bias, backend="torch")
-    assert_no_worse(out, eager, reference(torch.float64))
+    assert_no_worse(out, reference(F16), reference(torch.float64))
     decoded = nan(N, K)
     call("ffs_nf4_dequantize", None, BF16, C.byref(weight), pointer(decoded))
-    assert torch.equal(decoded, nf4_dequantize(view, torch.float16))
+    assert torch.equal(decoded, nf4_dequantize(view, F16))
 
 
-def patches(normed: bool) -> None:
+def patches(normed):
     D, H, W = 48, 28, 42
-    images, weight, cls, local, gates = half(2, 4, 3, H, W), half(D, 3, 14, 14, size=0.05), half(D), half(7, D), half(2)
-    table, pre, ratio = half(4, 4, 7, D), half(4, 4, 1, D), made(torch.tensor([[2, 2], [1, 2]]))
-    rows, out, fits = made(torch.nn.functional.pad(weight.flatten(1), (0, 640 - 588))), nan(2, 4, 8, D), made(torch.tensor([7], dtype=torch.uint8))
-    norm = (half(D), half(D)) if normed else (None, None)
+    options = {"ratios": ((2, 2), (1, 2)), "grid": (2, 3), "patch": (14, 14), "D": D, "norm": normed, "pad_tokens_to": 8}
+    taken = make_patches("cpu", dtype=F16, **options).only().mapped(made)
+    t = {name: None if t is None else t.data_ptr() for name, t in taken.tensors.items()}
+    rows, out, fits = made(functional.pad(taken.tensors["weight"].flatten(1), (0, 640 - 588))), nan(2, 4, 8, D), made(torch.tensor([7], dtype=torch.uint8))
     args = Patches(
-        dtype=BF16, image_dtype=BF16, images=2, tiles=4, height=H, width=W, patch=14, D=D, pixels=images.data_ptr(), stride_tile=3 * H * W,
-        stride_channel=H * W, stride_line=W, weight=rows.data_ptr(), cls=cls.data_ptr(), local_pos=local.data_ptr(), global_pos=table.data_ptr(),
-        pre_pos=pre.data_ptr(), gate=gates.data_ptr(), pre_gate=gates.data_ptr() + 2, aspect_ratio=ratio.data_ptr(), entries=4, side=4, fits=fits.data_ptr(),
-        norm_weight=pointer(norm[0]), norm_bias=pointer(norm[1]), eps=1e-5, pad_tokens_to=8, out=out.data_ptr(),
+        dtype=BF16, image_dtype=BF16, images=2, tiles=4, height=H, width=W, patch=14, D=D, pixels=t["images"], stride_tile=3 * H * W,
+        stride_channel=H * W, stride_line=W, weight=rows.data_ptr(), cls=t["cls"], local_pos=t["local_pos"], global_pos=t["global_pos"],
+        pre_pos=t["pre_pos"], gate=t["gate"], pre_gate=t["pre_gate"], aspect_ratio=t["aspect_ratio"], entries=4, side=4, fits=fits.data_ptr(),
+        norm_weight=t["norm_weight"], norm_bias=t["norm_bias"], eps=1e-5, pad_tokens_to=8, out=out.data_ptr(),
     )  # fmt: skip
     call("ffs_patch_embed", None, C.byref(args), *workspace("ffs_patch_embed_workspace", C.byref(args)))
-
-    def reference(dtype):
-        i, w, c, lo, t, p, g = (x.to(dtype) for x in (images, weight, cls, local, table, pre, gates))
-        options = {"norm": (norm[0].to(dtype), norm[1].to(dtype), 1e-5)} if normed else {}
-        return patch_embed(i, w, c, ratio, lo, t, g[:1], p, g[1:], pad_tokens_to=8, backend="torch", **options)
-
     assert fits.item() == 1
-    assert_no_worse(out, reference(torch.float16), reference(torch.float64))
+    assert_no_worse(out, taken.by_formula()[0], taken.double().by_formula()[0])
 
 
-def attention(b: int, s: int, s_e: int, kind: str) -> None:
+def attention(b, s, s_e, kind):
     q, k, v, out = half(b, s, 8, 128), half(b, 2, s_e, 128), half(b, 2, s_e, 128), nan(b, s, 8, 128)
     text, cache = (I64 * 3)(s * 1024, 128, 1024), (I64 * 3)(2 * s_e * 128, s_e * 128, 128)
     args = Attention(BF16, b, 8, 2, s, s_e, 128, *(t.data_ptr() for t in (q, k, v, out)), text, cache, cache, text, scale=0.125)
@@ -208,7 +200,7 @@ def attention(b: int, s: int, s_e: int, kind: str) -> None:
     def reference(dtype):
         return cross_attention(q.to(dtype).transpose(1, 2), k.to(dtype), v.to(dtype), visible, scale=0.125, backend="torch").transpose(1, 2)
 
-    assert_no_worse(out, reference(torch.float16), reference(torch.float64))
+    assert_no_worse(out, reference(F16), reference(torch.float64))
 
 
 TABLE, TABLE_OF_CODES = table(), made(torch.tensor(BITSANDBYTES))

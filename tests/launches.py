@@ -21,14 +21,14 @@ ARCH = "sm_90"
 unnamed: set[str] = set()
 
 
-def watched(self: JITFunction, *args, grid: tuple, **options):
+def watched(self, *args, grid, **options):
     assert all(0 < n < 2**31 for n in grid), grid
     if "enable_fp_fusion" not in options:
         unnamed.add(self.__name__)
     return real(self, *args, grid=grid, **options)
 
 
-def texts(tokens: int, s_e: int, batch: int) -> None:
+def texts(tokens, s_e, batch):
     for kind in ("bits", "interval", "none"):
         attend(tokens, kind, s_e=s_e, b=batch)
     ops.EncoderMask.from_dense(empty(batch, tokens, s_e, dtype=torch.bool))
@@ -36,7 +36,7 @@ def texts(tokens: int, s_e: int, batch: int) -> None:
         decode(batch, s_e, compact=compact, device="cpu")
 
 
-def cases_without_a_kernel() -> list[str]:
+def cases_without_a_kernel():
     """Those of bench.tune that launch nothing of their op even with a tile of it: what is timed is what is compiled before."""
     found = []
     for op in OPS:
@@ -47,7 +47,7 @@ def cases_without_a_kernel() -> list[str]:
     return found
 
 
-def main() -> None:
+def main():
     every = [(each.run, n) for each in launches(ARCH) for n in each.counts]
     calls = [("", lambda run=run, n=n: run(n)) for run, n in every]
     calls += [("", lambda s_e=s_e: texts(37, s_e, 2)) for s_e in (300, 1601, 6404)]

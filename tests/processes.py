@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: object, fails: bool = False, **env: str) -> subprocess.CompletedProcess:
+def run(*command, fails=False, **env):
     """At the root of the repository. fails: it may."""
     path = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path} | env

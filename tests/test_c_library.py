@@ -1,34 +1,23 @@
 """The C library builds, its launches reach a driver as its kernels expect them and compute what the ops do, and a server builds against what is installed."""
 
 import ast
-import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, python, run
 
 from fastfuse import tune
-
-ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("triton", reason="Triton ships for Linux alone")
 if missing := [name for name in ("cmake", "make", "cc", "c++") if shutil.which(name) is None]:
     pytest.skip(f"{' and '.join(missing)} not found: the C library is not built", allow_module_level=True)
 
 
-def run(*command: object, **env: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def build(tmp_path_factory) -> Path:
+def build(tmp_path_factory):
     path = tmp_path_factory.mktemp("c")
     options = {"Python_EXECUTABLE": sys.executable, "FASTFUSE_VARIANTS": "small", "FASTFUSE_ARCHS": "90", "FASTFUSE_JOBS": "2"}
     run("cmake", "-S", ROOT, "-B", path, *(f"-D{name}={value}" for name, value in options.items()))
@@ -38,23 +27,23 @@ def build(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("test", ["launches_nf4", "launches_patch_embed", "launches_attention", "consumer"])
 def test_ctest(build, test):
-    assert "100% tests passed, 0 tests failed out of 1" in run("ctest", "--test-dir", build, "-R", f"^{test}$")
+    assert "100% tests passed, 0 tests failed out of 1" in run("ctest", "--test-dir", build, "-R", f"^{test}$").stdout
 
 
 def test_launches_compute_what_the_ops_do(build):
     """Pointers, sizes, grids and workspaces as C has them, through the interpreter, against the references."""
-    assert run(sys.executable, "-m", "tests.c_launches", build, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").endswith("ok\n")
+    assert python("-m", "tests.c_launches", build, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").stdout.endswith("ok\n")
 
 
 @pytest.mark.gpu
 def test_numbers_on_a_gpu(build):
-    assert "Passed" in run("ctest", "--test-dir", build, "-R", "^gpu$")
+    assert "Passed" in run("ctest", "--test-dir", build, "-R", "^gpu$").stdout
 
 
 def test_without_a_driver_every_call_says_so(build):
     code = f"import ctypes; lib = ctypes.CDLL('{build}/libfastfuse.so'); n = ctypes.c_size_t(); lib.ffs_last_error.restype = ctypes.c_char_p; "
     code += "print(lib.ffs_nf4_linear_workspace(1, ctypes.c_int64(1), None, None, ctypes.byref(n)), lib.ffs_last_error().decode())"
-    out = run(sys.executable, "-c", code)
+    out = python("-c", code).stdout
     if not shutil.which("nvidia-smi"):
         assert out.startswith("3 libcuda.so.1: ")
 
@@ -67,7 +56,7 @@ def test_only_the_interface_is_exported_and_no_path_of_the_build_is_in_it(build)
     assert str(ROOT).encode() not in library and str(build).encode() not in library
 
 
-def dynamic_functions(elf: bytes) -> set[str]:
+def dynamic_functions(elf):
     """Names of the functions that a shared library defines for others."""
     offset, count = struct.unpack_from("<Q", elf, 0x28)[0], struct.unpack_from("<H", elf, 0x3C)[0]
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + 64 * i) for i in range(count)]
@@ -81,7 +70,7 @@ def dynamic_functions(elf: bytes) -> set[str]:
     return found
 
 
-def drifted(change: str) -> subprocess.CompletedProcess:
+def drifted(change):
     """Compiles one kernel as variants.py has it after `change` to its Variant v."""
     code = f"""
 import sys, dataclasses
@@ -91,8 +80,7 @@ v = next(v for v in compile.variants(90, ["bf16"], True) if v.id == "NF4_DEQUANT
 {change}
 print(compile.build(v, 90).parameters)
 """
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    return python("-c", code, fails=True)
 
 
 def test_every_kernel_says_whether_products_and_sums_become_fmas():
@@ -107,10 +95,6 @@ def test_rows_are_those_of_the_triton_that_compiles():
     versions = ("3.7.1", "3.9.0", "3.10.0+git1")
     done = drifted(f"import variants; print([variants._served({row}, v)['tile'] for v in {versions}]); sys.exit()")
     assert ast.literal_eval(done.stdout) == [tune.served(row, v)["tile"] for v in versions] == [{"num_warps": w} for w in (4, 8, 2)]
-
-
-def test_parameters_come_from_the_cubin():
-    assert "(8, 8, 8, 8, 8, 8, 8, 8, 8)" in drifted("").stdout  # packed, 4 of the scale, out, n, two for scratch
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import mllama
 import pytest
 import torch
 from numerics import assert_no_worse
+from suite import without_waiting
 from torch.utils._pytree import tree_map
 
+from cases.linear import BF16, F32
 from fastfuse.generation import generate, generate_next_token
 from fastfuse.models.llama3_2_vision import Llama3VisionConfig, build, build_lora
 from fastfuse.modules import local_kv_cache
@@ -25,7 +27,7 @@ def photos(device, dtype):
 
 
 @pytest.mark.parametrize("profile", ["torchtune", "meta", "transformers"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [F32, BF16])
 def test_logits_are_as_good_as_the_cpus(profile, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # cuDNN's default rounds fp32 convolutions to 10 bits
     model = mllama.randomize(build(CONFIG, profile=profile)).eval().to(dtype)
@@ -53,23 +55,16 @@ def qlora():
 
 
 def test_nothing_waits_for_the_device():
-    model = qlora()
-    batch = photos("cuda", torch.float32)
-    model(**batch)  # compiles the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(**batch).square().mean().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    model, batch = qlora(), photos("cuda", F32)
+    without_waiting(lambda: model(**batch).square().mean().backward())
 
 
 def test_decode_steps_are_one_cuda_graph():
     model = qlora().eval()
-    given = photos("cuda", torch.float32)
+    given = photos("cuda", F32)
     prompt = given.pop("tokens")
     expected, _ = generate(model, prompt, max_generated_tokens=8, temperature=0, **given)
     step = torch.compile(generate_next_token, mode="reduce-overhead", fullgraph=True)
-    with local_kv_cache(model, batch_size=3, device="cuda", dtype=torch.float32, encoder_max_seq_len=160, decoder_max_seq_len=32):
+    with local_kv_cache(model, batch_size=3, device="cuda", dtype=F32, encoder_max_seq_len=160, decoder_max_seq_len=32):
         tokens, _ = generate(model, prompt, max_generated_tokens=8, temperature=0, compiled_generate_next_token=step, **given)
     assert torch.equal(tokens, expected)

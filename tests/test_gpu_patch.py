@@ -6,19 +6,21 @@ import mllama
 import pytest
 import torch
 from numerics import assert_no_worse
+from suite import without_waiting
 
 import fastfuse
+from cases.linear import BF16, F16, F32
 
 pytestmark = pytest.mark.gpu
 
 
-def batch(side: str = "left", dtype: torch.dtype = torch.bfloat16) -> dict:
+def batch(side="left", dtype=BF16):
     given = mllama.padded(mllama.batch([["coffee"], ["astronaut", "chelsea"], []]), side)
     return {k: (v.to(dtype) if v.is_floating_point() else v).cuda() for k, v in given.items()}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_logits(dtype, implementation, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # cuDNN's default rounds fp32 convolutions to 10 bits
     model = mllama.build(mllama.config()).to(dtype)
@@ -40,24 +42,14 @@ def test_nothing_waits_for_the_device():
     model.set_attn_implementation("sdpa")
     given = {k: v for k, v in batch().items() if k != "attention_mask"}  # whose values transformers reads
     fastfuse.patch(model)
-    model(**given).logits.sum().backward()  # compiles the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(**given).logits.sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(lambda: model(**given).logits.sum().backward())
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generated_tokens(cache):
-    """A static cache is compiled with CUDA graphs by transformers itself, from 5.18 on (before it fails, patched or not)."""
-    import transformers
-
-    if cache and tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 18):
-        pytest.skip(f"transformers {transformers.__version__} cannot generate with a static cache for Mllama, 5.18 can")
+    """A static cache is compiled with CUDA graphs by transformers itself."""
     model = mllama.build(mllama.config()).cuda()
-    given = batch(dtype=torch.float32)
+    given = batch(dtype=F32)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     want = model.generate(**given, **options)
     fastfuse.patch(model)
@@ -68,9 +60,9 @@ def test_generated_tokens(cache):
 def test_qlora_training():
     model = mllama.qlora().cuda().train()
     twin = copy.deepcopy(model)
-    report = fastfuse.patch(model)
+    report = fastfuse.patch(model, verify=True)
     assert not report.skipped and {e.backend for e in report.patched} == {"triton"}
-    given = batch("right", torch.float32)
+    given = batch("right", F32)
     curves = [mllama.losses(m, given, 5) for m in (model, twin)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
 
@@ -80,7 +72,7 @@ def test_a_warm_model_compiles_nothing(tmp_path, monkeypatch):
     import triton
 
     misses = []
-    model = mllama.qlora(mllama.config(hidden_size=256, intermediate_size=512), torch.bfloat16).cuda()
+    model = mllama.qlora(mllama.config(hidden_size=256, intermediate_size=512), BF16).cuda()
     fastfuse.patch(model)
     with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = str(tmp_path)

@@ -6,12 +6,11 @@ from types import MethodType
 
 import pytest
 import torch
-from accelerate import Accelerator, dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from numerics import assert_rounding_apart
 from peft import LoraConfig, get_peft_model
-from qlora import assert_same, gradients, in_nf4, in_order, lora, said
+from qlora import assert_same, in_nf4, in_order, lora, said
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -141,22 +140,6 @@ def test_forwards_that_another_library_binds(order, fresh_accelerator):
     assert_all_fused(model)
     fastfuse.unpatch(model)
     assert model.base_model.model.model.layers[0].mlp.forward.__func__ is swiglu
-
-
-@pytest.mark.parametrize("order", ["dispatch, patch", "patch, dispatch"])
-def test_a_dispatched_model(order):
-    """accelerate hooks every module of a model spread over devices: that of the adapted layer runs, those inside have nothing left to move."""
-    model, x, seen = lora("bitsandbytes"), torch.randn(3, 128), []
-    want, layer = gradients(model, x), model.base_model.model.up
-    devices = {f"base_model.model.{name}": "cpu" for name in ("up", "down", "head")}
-    in_order(order, patch=lambda: patch(model), dispatch=lambda: dispatch_model(model, devices, main_device="cpu", force_hooks=True))
-    for module in (layer, layer.lora_A["default"]):
-        module._hf_hook.pre_forward = lambda m, *args, _own=module._hf_hook.pre_forward, **kwargs: seen.append(m) or _own(m, *args, **kwargs)
-    assert_same(gradients(model, x), want)
-    assert seen == [layer] and status(model).counts == {"patched": 4} and status(model).fallbacks == {}
-    fastfuse.unpatch(model)
-    remove_hook_from_submodules(model)
-    assert torch.equal(model(x), want[0])
 
 
 # The environment

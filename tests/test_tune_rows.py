@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastfuse import Unsupported, tune
-from fastfuse.tune import Tile, pick, pin
+from fastfuse.tune import pick
 
 SHAPE = {"dtype": "16-bit", "decode": "prmt", "N": 4096, "K": 4096}
 
@@ -27,15 +27,6 @@ def test_an_architecture_without_rows_uses_the_one_below_or_is_refused():
     for arch in ("sm_75", "gfx906", "gfx1100", "xpu"):
         with pytest.raises(Unsupported, match=f"nf4_linear: no kernel covers {arch}, only gfx942, "):
             pick("nf4_linear", arch, **SHAPE, M=1)
-
-
-def test_pin_is_undone():
-    tile, before = Tile({"BLOCK_M": 16}), pick("nf4_linear", "sm_90", **SHAPE, M=1)
-    with pin("nf4_linear", tile):
-        assert pick("nf4_linear", "sm_90", M=1) is tile
-        with pin("nf4_linear", None):
-            assert pick("nf4_linear", "sm_90", M=1) is None
-    assert pick("nf4_linear", "sm_90", **SHAPE, M=1) == before
 
 
 OLD, NEW, NEWER = ({"constants": {"BLOCK_M": 16}, "num_warps": 4, "num_stages": stages} for stages in (2, 3, 4))

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class NoReading(TorchFunctionMode):
 class Launched:
     """A kernel whose launches go to note(name, grid). What the interpreter does inside of one is out of every mode's sight."""
 
-    def __init__(self, kernel: object, name: str, note: Callable):
+    def __init__(self, kernel, name, note):
         self.kernel, self.name, self.note = kernel, name, note
 
     def __getitem__(self, grid):
@@ -47,27 +46,6 @@ OPS = {
 }
 
 
-class Allocated(TorchDispatchMode):
-    """Shapes of all tensors that are made, inside of fastfuse's ops too; views and results in place make none."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastfuse":
-            with self:
-                return OPS[func.overloadpacket.__name__]._backend_fns["cpu"](*args)
-        out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.made += [(tuple(t.shape), str(func)) for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in old]
-        return out
-
-    def of(self, elements: int, *last: int) -> list:
-        """Those of `elements` or more, and those whose shapes end in `last`."""
-        return [(s, f) for s, f in self.made if torch.Size(s).numel() >= elements or (last and s[-len(last) :] == last)]
-
-
 class Counted(TorchDispatchMode):
     """Ops that run, inside of fastfuse's too, and of their results the bytes and the number of elements, apart. Views make nothing."""
 
@@ -82,12 +60,30 @@ class Counted(TorchDispatchMode):
             with self:
                 return OPS[name]._backend_fns["cuda" if torch.cuda.is_available() else "cpu"](*args)
         out = func(*args, **(kwargs or {}))
+        self.note(func, (args, kwargs), [t for t in tree_leaves(out) if isinstance(t, Tensor)])
+        return out
+
+    def note(self, func, given, made):
         if not func.is_view:
-            self.ops[name] += 1
-            made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            self.ops[func.overloadpacket.__name__] += 1
             self.bytes += sum(t.numel() * t.element_size() for t in made)
             self.sizes += [t.numel() for t in made]
-        return out
+
+
+class Allocated(Counted):
+    """Shapes of all tensors that are made, inside of fastfuse's ops too; views and results in place make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def note(self, func, given, made):
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves(given) if isinstance(t, Tensor)}
+        self.made += [(tuple(t.shape), str(func)) for t in made if t.untyped_storage().data_ptr() not in old]
+
+    def of(self, elements, *last):
+        """Those of `elements` or more, and those whose shapes end in `last`."""
+        return [(s, f) for s, f in self.made if torch.Size(s).numel() >= elements or (last and s[-len(last) :] == last)]
 
 
 class NoWaiting(Counted):

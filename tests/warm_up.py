@@ -1,4 +1,4 @@
-"""A model warmed up in one process and used in another. Run by test_warm_up.py, without the interpreter.
+"""A model warmed up in one process and used in another, each of which fails where it is not as promised. Run by test_warm_up.py, without the interpreter.
 
 python -m tests.warm_up warm MODEL     warmup(model) for sm_90, twice
 python -m tests.warm_up use MODEL      calls of it, every launch through Triton's own binder and compiler, for a GPU that is not there
@@ -6,10 +6,10 @@ python -m tests.warm_up calls          warmup with calls of one's own, and with 
 """
 
 import contextlib
-import json
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -126,11 +126,11 @@ def calls():
         seen.append(cross_attention_decode(q, cache))
 
     fastfuse.warmup(nn.Linear(2, 2), decode, target="sm_90", progress=False)
-    found, of_call = {"zeros": not seen[0].any().item()}, sorted(names)
+    assert not seen[0].any() and names == {"cross_attention_fwd_kernel", "cross_attention_merge_kernel", "kv_cache_write_kernel"}
+    hits.clear()
     with launching():
-        hits.clear()
         EncoderMask.from_tiles(torch.zeros(1, 3, 1, 4, dtype=torch.bool), 17)
-    after = "launches again" if hits == [False] else str(hits)
+    assert hits == [False], "it launches again"
     hits.clear()
 
     def wrong():
@@ -138,16 +138,13 @@ def calls():
         _op.replaceable(lambda x: _wrong_kernel[(1,)](x, BLOCK=4))(two)
         EncoderMask.from_tiles(torch.zeros(1, 3, 1, 4, dtype=torch.bool), 40)
 
-    try:
+    with pytest.raises(RuntimeError, match="1 of 2 kernels do not compile, the first:"):
         fastfuse.warmup(nn.Linear(2, 2), wrong, target="sm_90", progress=False)
-        error = ""
-    except RuntimeError as e:
-        error = str(e)
-    return found | {"kernels of the call": of_call, "after": after, "error": error, "compiled before the error": len(hits)}
+    assert len(hits) == 1, "the other one first"
 
 
 @triton.jit
-def _wrong_kernel(x_ptr, BLOCK):
+def _wrong_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), tl.zeros([2 * BLOCK], tl.float32))
 
 
@@ -155,24 +152,28 @@ def warm(model, autocast):
     before, state = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
     model.eval()
     first, again = (fastfuse.warmup(model, target="sm_90", backward=True, autocast=autocast) for _ in range(2))
-    same = all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
-    return {"kernels": first.kernels, "compiled": [first.compiled, again.compiled], "left out": first.left_out, "untouched": same}
+    assert first.left_out == () and first.compiled == first.kernels > 30 and again.compiled == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
 
 
-def use(call):
+def use(call, more):
     triton.knobs.compilation.listener = listen
     with launching():
         for sequences, tokens in ((1, 12), (2, 40), (1, 700)):
             call(sequences, tokens)
-    return {"used": len(hits), "not in the cache": hits.count(False), "kernels": sorted(names)}
+    assert len(hits) >= 20 and all(hits)
+    assert {"nf4_skinny_kernel", "nf4_linear_dx_kernel", "place_kernel", "cross_attention_dkdv_kernel", *more} <= names
 
+
+# Under autocast, where a norm is PyTorch's own, Mllama's patches go another way.
+MODELS = {"mllama": (mllama, BF16, ["patch_embed_fwd_kernel"]), "own": (own, None, [])}
 
 if __name__ == "__main__":
     what, *kind = sys.argv[1:]
     if what == "calls":
-        found = calls()
+        calls()
     else:
         by_the_front_end()
-        model, call = {"mllama": mllama, "own": own}[kind[0]]()
-        found = warm(model, BF16 if kind == ["mllama"] else None) if what == "warm" else use(call)
-    json.dump(found, sys.stdout)
+        make, autocast, more = MODELS[kind[0]]
+        model, call = make()
+        warm(model, autocast) if what == "warm" else use(call, more)
