@@ -111,7 +111,7 @@ def place(make, ratio, tiles=T, **kwargs):
 
 TWO = [(1, 1), (2, 2)]
 REFUSED = [
-    *((rf"\[{h}, {w}\] \(h, w\), images have 4 tiles and max_num_tiles is 4", (h, w), {}) for h, w in ((5, 1), (1, 5), (2, 3), (4, 4), (-1, 1), (0, 5))),
+    *((rf"\[{h}, {w}\] \(h, w\), images have 4 tiles and max_num_tiles is 4", (h, w), {}) for h, w in ((5, 1), (2, 3), (-1, 1), (0, 5))),
     (r"\[1, 2\] \(h, w\), which is not among aspect_ratios=\[\(1, 1\), \(2, 2\)\]", (1, 2), {"aspect_ratios": TWO}),
     ("images have 5 tiles, the position table holds max_num_tiles=4", (1, 1), {"aspect_ratios": SUPPORTED, "tiles": 5}),
     *(

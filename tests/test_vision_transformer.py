@@ -119,9 +119,9 @@ def test_a_ratio_that_decides_nothing_may_be_left_out():
         assert torch.equal(model(pixels)[0], model(pixels, torch.ones(2, 2, 2, dtype=torch.int64))[0])
 
 
-def forward(*shape, ratio=(1, 1), dtype=torch.int64, **made):
+def forward(*shape, ratio=(1, 1), **made):
     """Of one image, or of images of the shape."""
-    return transformer(**made)(torch.zeros(shape or (1, 1, T, 3, TILE, TILE)), torch.tensor([[ratio]], dtype=dtype))
+    return transformer(**made)(torch.zeros(shape or (1, 1, T, 3, TILE, TILE)), torch.tensor([[ratio]]))
 
 
 SIX, SHAPE = (2, 2, T, 3, TILE, TILE), r"images has shape .*, expected \(b, n_imgs, n_tiles, 3, 9, 9\)"
@@ -136,7 +136,6 @@ REFUSED = [
         (rf"aspect_ratio has \[{h}, {w}\] \(h, w\), images have 4 tiles", lambda h=h, w=w, ratios=ratios: forward(ratio=(h, w), ratios=ratios))
         for h, w, ratios in ((2, 3, None), (5, 1, SUPPORTED))
     ),
-    ("aspect_ratio is torch.bool, expected integers", lambda: forward(dtype=torch.bool)),
 ]
 
 
