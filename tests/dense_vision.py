@@ -58,10 +58,10 @@ class Dense:
     uniform_rows: bool = False
     rope: dict = field(default_factory=lambda: {"base": 500_000.0})
 
-    def count(self, prefix: str) -> int:
+    def count(self, prefix):
         return 1 + max(int(k.removeprefix(prefix + ".").split(".")[0]) for k in self.params if k.startswith(prefix + "."))
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def linear(self, name, x):
         w, bias = self.params[name + ".weight"], self.params.get(name + ".bias")
         y = F.linear(x, w, bias)
         if name + ".lora_a.weight" not in self.params:
@@ -73,15 +73,15 @@ class Dense:
         norm = (w + self.scaling * b @ a).norm(dim=1).detach()
         return (y + delta) * (self.params[name + ".magnitude"] / norm)
 
-    def norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+    def norm(self, name, x, eps):
         if name + ".scale" in self.params:
             return rms(x, self.params[name + ".scale"], eps)
         return layer_norm(x, self.params[name + ".weight"], self.params[name + ".bias"], eps)
 
-    def gated(self, name: str, x: Tensor) -> Tensor:
+    def gated(self, name, x):
         return x * torch.tanh(self.params[name + ".scale"]) if name + ".scale" in self.params else x
 
-    def attention(self, name: str, x: Tensor, y: Tensor, heads: int, kv_heads: int, mask: Tensor | None = None, thetas: list | None = None) -> Tensor:
+    def attention(self, name, x, y, heads, kv_heads, mask=None, thetas=None):
         """x: [b, s, d] attends to y: [b, s_k, d]; with thetas queries and keys turn, and see what is before them alone."""
         q, k, v = (
             self.linear(f"{name}.{part}", source).unflatten(-1, (n, -1))
@@ -93,13 +93,13 @@ class Dense:
             q, k = self.norm(f"{name}.q_norm", q, self.eps), self.norm(f"{name}.k_norm", k, self.eps)
         return self.linear(f"{name}.output_proj", softmax_attention(q, k, v, mask, causal=thetas is not None).flatten(2))
 
-    def vision_layer(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    def vision_layer(self, name, x, mask):
         n = self.norm(f"{name}.sa_norm", x, self.clip_eps)
         h = x + self.gated(f"{name}.sa_scale", self.attention(f"{name}.attn", n, n, self.clip_heads, self.clip_heads, mask))
         mlp = self.linear(f"{name}.mlp.w2", self.activation(self.linear(f"{name}.mlp.w1", self.norm(f"{name}.mlp_norm", h, self.clip_eps))))
         return h + self.gated(f"{name}.mlp_scale", mlp)
 
-    def encode(self, prefix: str, images: Tensor, ratio: Tensor | None):
+    def encode(self, prefix, images, ratio):
         """The vision transformer: (x, hidden states without padding tokens, a mask for each image or None)."""
         get = lambda name: self.params.get(prefix + name)  # noqa: E731
         b, i, t = images.shape[:3]
@@ -126,7 +126,7 @@ class Dense:
         hidden = [states[k].unflatten(1, (t, per_tile))[:, :, :n].unflatten(0, (b, i)) for k in kept]
         return x.unflatten(0, (b, i)), hidden, mask
 
-    def vision_mask(self, tiles: list[int], t: int, n: int, per_tile: int) -> Tensor | None:
+    def vision_mask(self, tiles, t, n, per_tile):
         """bool [images, tokens, tokens]: token a may see token b. tiles: of each image."""
         tokens = range(t * per_tile)
         if self.causal_vision:
@@ -136,17 +136,17 @@ class Dense:
         real = torch.tensor([[token // per_tile < max(count, 1) and token % per_tile < n for token in tokens] for count in tiles])
         return real[:, :, None] | real[:, None, :]
 
-    def clip(self, images: Tensor, ratio: Tensor | None, prefix: str = "") -> tuple[Tensor, list[Tensor]]:
+    def clip(self, images, ratio, prefix=""):
         x, hidden, _ = self.encode(prefix, images, ratio)
         x = x[:, :, :, : self.tokens(images, prefix)]
         if prefix + "cls_projection.weight" in self.params:
             x = x[:, :, :, :1] @ self.params[prefix + "cls_projection.weight"]
         return x, hidden
 
-    def tokens(self, images: Tensor, prefix: str) -> int:
+    def tokens(self, images, prefix):
         return (images.shape[-1] // self.params[prefix + "conv.weight"].shape[-1]) ** 2 + 1
 
-    def projection(self, prefix: str, x: Tensor, hidden: list[Tensor], mask: Tensor | None, n: int) -> Tensor:
+    def projection(self, prefix, x, hidden, mask, n):
         """x: [b, i, t, tokens of a tile with padding, d]  ->  [b, i * t * n, d_out]."""
         shape, x = x.shape, x.flatten(0, 1).flatten(1, 2)
         for k in range(self.count(prefix + "layers")):
@@ -155,14 +155,14 @@ class Dense:
         x = torch.cat([x, *(h[..., j : j + 1] for j in range(shape[-1]) for h in hidden)], -1)
         return self.linear(prefix + "output", x).flatten(1, 3)
 
-    def encoder(self, images: Tensor, ratio: Tensor | None, prefix: str = "") -> Tensor:
+    def encoder(self, images, ratio, prefix=""):
         x, hidden, mask = self.encode(prefix + "clip.", images, ratio)
         return self.projection(prefix + "projection.", x, hidden, mask, self.tokens(images, prefix + "clip."))
 
-    def mlp(self, name: str, x: Tensor) -> Tensor:
+    def mlp(self, name, x):
         return self.linear(f"{name}.w2", F.silu(self.linear(f"{name}.w1", x)) * self.linear(f"{name}.w3", x))
 
-    def cross(self, name: str, x: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
+    def cross(self, name, x, encoded, mask):
         empty = ~mask.any(-1, keepdim=True)
         mask = mask | empty if self.uniform_rows else mask
         n = self.norm(f"{name}.ca_norm", x, self.cross_eps)
@@ -172,7 +172,7 @@ class Dense:
         mlp = self.gated(f"{name}.mlp_scale", self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", h, self.cross_eps)))
         return torch.where(empty, h, h + mlp)
 
-    def decoder(self, tokens: Tensor, encoded: Tensor | None, encoder_mask: Tensor | None, prefix: str = "") -> Tensor:
+    def decoder(self, tokens, encoded, encoder_mask, prefix=""):
         """fp32 logits [b, s, vocab], fp64 where the weights are."""
         table = torch.cat([self.params[prefix + "tok_embeddings.weight"], self.params[prefix + "tok_embeddings.fusion_embedding.weight"]])
         x = table[tokens]
@@ -185,7 +185,7 @@ class Dense:
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x, self.eps))
         return wide(self.linear(prefix + "output", self.norm(prefix + "norm", x, self.eps)))
 
-    def logits(self, tokens: Tensor, images: Tensor, ratio: Tensor | None, encoder_mask: Tensor) -> Tensor:
+    def logits(self, tokens, images, ratio, encoder_mask):
         return self.decoder(tokens, self.encoder(images, ratio, "encoder."), encoder_mask, "decoder.")
 
 

@@ -81,7 +81,7 @@ FILES |= {"GraniteDoclingVision": "granite_docling", "ViTMSN": "vit_msn", "Dinov
 FAMILIES = [key.removesuffix("Embeddings.forward") for key in vision._KINDS if not key.startswith("PatchEmbed")]
 
 
-def photos(height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def photos(height=SIZE, width=SIZE, dtype=torch.float32):
     """Three of them, as an image processor scales them, rounded to what every dtype here holds."""
     made = []
     for photo in (skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()):
@@ -90,7 +90,7 @@ def photos(height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.flo
     return torch.cat(made).bfloat16().to(dtype)
 
 
-def shaken(model: nn.Module) -> nn.Module:
+def shaken(model):
     """No CLS token, position or register of zero by initialisation."""
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -99,11 +99,11 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def made(kind: str) -> nn.Module:
+def made(kind):
     return shaken(MODELS[kind]())
 
 
-def front(family: str, **more) -> nn.Module:
+def front(family, **more):
     """One front end by itself, as its model builds it."""
     in_pair = family in ("InternVLVision", "QianfanOCRVision", "Tipsv2Vision")
     config = {

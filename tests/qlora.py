@@ -32,7 +32,7 @@ def in_nf4(linear: nn.Linear, storage: str = "nested") -> nn.Module:
     return made
 
 
-def quantized(host: str, dtype=torch.float32, storage="nested") -> nn.Module:
+def quantized(host, dtype=torch.float32, storage="nested"):
     model = Block().to(dtype)
     for name in ("up", "down"):
         linear = getattr(model, name)
@@ -54,7 +54,7 @@ UNREAD = {
 }
 
 
-def lora(host: str, dtype=torch.float32, **config) -> nn.Module:
+def lora(host, dtype=torch.float32, **config):
     model = quantized(host, dtype)
     model.is_loaded_in_4bit = host == "bitsandbytes"
     return get_peft_model(model, LoraConfig(r=8, target_modules=["up", "down"], init_lora_weights=False, **config))
@@ -66,20 +66,20 @@ def gradients(model, x):
     return out, torch.autograd.grad(out.square().sum(), leaves)
 
 
-def assert_same(got, want, K: int = 256, products: int = 2) -> None:
+def assert_same(got, want, K=256, products=2):
     """Of gradients(): a result of so many products over K, and its gradients, which take twice as many."""
     assert_rounding_apart(got[0], want[0], K, products)
     for g, w in zip(got[1], want[1], strict=True):
         assert_rounding_apart(g, w, K, 2 * products)
 
 
-def in_order(order: str, **acts) -> None:
+def in_order(order, **acts):
     """ "one, other": the acts of these names, one after the other."""
     for name in order.split(", "):
         acts[name]()
 
 
-def said(report) -> list[tuple[str, str]]:
+def said(report):
     return [(e.status, e.code) for e in report.entries]
 
 

@@ -5,7 +5,6 @@ import re
 
 import torch
 from dense_vision import rope_frequencies
-from torch import nn
 
 from fastfuse.models.llama3_2_vision import (
     Llama3VisionConfig,
@@ -28,22 +27,23 @@ SMALL = Llama3VisionConfig(
     clip_num_heads=2, clip_hidden_dim=64, clip_hidden_states=(0, 2),
 )  # fmt: skip
 N = 10
+SUPPORTED = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
 RATIOS = torch.tensor([[[2, 2], [1, 3]], [[4, 1], [1, 1]]])
 KNOWN = {"clip_heads": 2, "heads": 4, "kv_heads": 2, "out_indices": (0, 2)}
 LORA = {"lora_attn_modules": ["q_proj", "output_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": True, "lora_rank": 2, "lora_alpha": 3}
 
 
-def small(**kwargs) -> DeepFusionModel:
+def small(**kwargs):
     return DeepFusionModel(llama3_2_vision_decoder(**DECODER, **kwargs), llama3_2_vision_encoder(**ENCODER, **kwargs), encoder_trainable=True)
 
 
-def small_lora(decoder=True, encoder=True, fusion=True, encoder_kwargs=None, **kwargs) -> DeepFusionModel:
+def small_lora(decoder=True, encoder=True, fusion=True, encoder_kwargs=None, **kwargs):
     made_encoder = lora_llama3_2_vision_encoder(encoder, fusion, **{**LORA, **kwargs}, **ENCODER, **(encoder_kwargs or {}))
     return DeepFusionModel(lora_llama3_2_vision_decoder(decoder, fusion, **{**LORA, **kwargs}, **DECODER), made_encoder)
 
 
-def inputs(dtype=torch.float32, s=7):
-    images = torch.randn(2, 2, 4, 3, 12, 12).to(dtype)
+def inputs(s=7):
+    images = torch.randn(2, 2, 4, 3, 12, 12)
     tokens = torch.randint(0, 26, (2, s))
     mask = torch.rand(2, s, 2 * 4 * N) > 0.5
     mask[0, :3] = False
@@ -55,13 +55,13 @@ def call(model, tokens, images, encoder_mask, **given):
     return model(tokens, encoder_input={"images": images, "aspect_ratio": RATIOS}, encoder_mask=encoder_mask, **given)
 
 
-def rope_table(length: int, dim: int, base: float, **scaling) -> torch.Tensor:
+def rope_table(length, dim, base, **scaling):
     """cos and sin in float64."""
-    angle = torch.outer(torch.arange(length).double(), torch.tensor(rope_frequencies(dim, base, **scaling)).double())
+    angle = torch.outer(torch.arange(length).double(), torch.tensor(rope_frequencies(dim, base, **scaling), dtype=torch.float64))
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
-def in_float64(model) -> nn.Module:
+def in_float64(model):
     """A copy whose rotary tables, which stay fp32 in any model, hold the exact angles too."""
     model = copy.deepcopy(model).double()
     for m in model.modules():
@@ -72,38 +72,38 @@ def in_float64(model) -> nn.Module:
     return model
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes(model):
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-def state_dict_key(name: str) -> str:
+def state_dict_key(name):
     """Of a parameter: FusionLayer and FusionEmbedding leave parts of its name out."""
     return name.replace(".layer.", ".").replace("tok_embeddings.embedding.", "tok_embeddings.")
 
 
-def part_of(key: str) -> str:
+def part_of(key):
     if ".fusion_layer." in key or ".fusion_embedding." in key or key.startswith("encoder.projection."):
         return "fusion"
     return key.split(".")[0]
 
 
-def is_linear(key: str) -> bool:
+def is_linear(key):
     return bool(re.search(r"(attn\.\w+_proj|mlp\.w[123]|(decoder|projection)\.output)\.weight$", key))
 
 
-def is_adapted(key: str, modules, parts, mlp: bool, output: bool) -> bool:
+def is_adapted(key, modules, parts, mlp, output):
     if not is_linear(key) or part_of(key) not in parts:
         return False
     name = key.split(".")[-2]
     return name in modules or (mlp and ".mlp." in key) or (output and name == "output")
 
 
-def is_nf4(key: str, parts) -> bool:
+def is_nf4(key, parts):
     """Of a QLoRA model: what is linear in adapted parts, and every MLP of the decoder, but no last layer."""
     return is_linear(key) and "output.weight" not in key and (part_of(key) in parts or (key.startswith("decoder") and ".mlp." in key))
 
 
-def with_adapters(keys: dict, modules, parts, mlp: bool, output: bool, rank: int, dora: bool) -> list:
+def with_adapters(keys, modules, parts, mlp, output, rank, dora):
     """The plain keys with a layer's adapter after its own parameters."""
     out, names = [], list(keys)
     for at, name in enumerate(names):
@@ -117,5 +117,5 @@ def with_adapters(keys: dict, modules, parts, mlp: bool, output: bool, rank: int
     return out
 
 
-def trained(model) -> set[str]:
+def trained(model):
     return {state_dict_key(name) for name, p in model.named_parameters() if p.requires_grad}

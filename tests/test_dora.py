@@ -15,11 +15,11 @@ from torch import nn
 from fastfuse.modules.peft import DoRALinear, dora, norms_kept
 
 
-def dora_layer(base="nf4", dtype=torch.float32, **kwargs) -> DoRALinear:
+def dora_layer(base="nf4", dtype=torch.float32, **kwargs):
     return layer(base, dtype, cls=DoRALinear, **kwargs)
 
 
-def merged(m, dtype: torch.dtype) -> torch.Tensor:
+def merged(m, dtype):
     t = {name: p.detach().to(dtype) for name, p in tensors_of(m, m.magnitude, m.magnitude.dtype).items()}
     return t["weight"] + 2.0 * t["lora_b.weight"] @ t["lora_a.weight"]
 

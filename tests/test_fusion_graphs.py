@@ -49,10 +49,9 @@ from fastfuse.modules import local_kv_cache
 from fastfuse.ops import EncoderMask
 
 ONCE = in_turn(["tensor", "bits", "tiles"] * 2, RULES, ["auto"], [False, True, True, False])
-ONCE += [("tensor", "zero", "triton", False), ("bits", "uniform", "triton", True)]
 
 
-@pytest.mark.parametrize(("form", "empty_rows", "backend", "wrapped"), ONCE)
+@pytest.mark.parametrize(("form", "empty_rows", "backend", "wrapped"), [*ONCE, ("tensor", "zero", "triton", False), ("bits", "uniform", "triton", True)])
 def test_the_mask_is_prepared_once(form, empty_rows, backend, wrapped, monkeypatch):
     """However many layers there are, backward included; torch's checkpoint_wrapper around layers hides nothing."""
     packed, from_dense, model, (_, mask) = [], EncoderMask.from_dense, make_model(empty_rows), form_of(form)

@@ -5,7 +5,6 @@ import torch
 from numerics import assert_no_worse
 from suite import captured, check, rows_of_this_chip, without_waiting
 
-from cases import Call
 from cases.patch_embed import make
 from fastfuse import tune
 from fastfuse.modules import TiledTokenPositionalEmbedding, TilePositionalEmbedding, VisionTransformer
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.gpu
 RATIOS = ((2, 2), (1, 3), (1, 1), (4, 1))
 
 
-def full(images: int, patch: int = 14, **options) -> Call:
+def full(images, patch=14, **options):
     """Pictures of 4 tiles of 560 x 560 pixels, which get no gradient."""
     call = make("cuda", RATIOS[:images], grid=(560 // patch,) * 2, patch=(patch, patch), D=1280, **{"dtype": torch.bfloat16} | options)
     return call.only(*{*call.leaves()} - {"images"})

@@ -16,11 +16,11 @@ from fastfuse.modules import KVCache, MultiHeadAttention, delete_kv_caches, disa
 B, H, LENGTH, DIM = 3, 2, 6, 4
 
 
-def new_cache(dtype=torch.float32) -> KVCache:
+def new_cache(dtype=torch.float32):
     return KVCache(B, LENGTH, H, DIM, dtype)
 
 
-def some(tokens: int, batch: int = B, dtype=torch.float32, **kwargs):
+def some(tokens, batch=B, dtype=torch.float32, **kwargs):
     return [torch.randn(batch, H, tokens, DIM, **kwargs).to(dtype) for _ in range(2)]
 
 
@@ -109,7 +109,7 @@ def decoder():
     return make_decoder()
 
 
-def prompt(length: int):
+def prompt(length):
     return torch.randint(0, VOCAB, (B, length)), torch.ones(1, length, 8, dtype=torch.bool).tril(), torch.arange(length)
 
 

@@ -103,12 +103,6 @@ def test_every_output_feature_is_its_own_and_nothing_is_trainable(m):
         assert [n for n, _ in layer.named_parameters()] == names == list(layer.state_dict())
         assert not any(p.requires_grad for p in layer.parameters()) and not layer(torch.randn(2, 64)).requires_grad
     assert plain.bias is None and isinstance(m.weight, NF4Tensor) and isinstance(m.weight, nn.Parameter) and isinstance(m, nn.Linear)
-    assert (m.in_features, m.out_features) == (64, 256)
-
-
-def test_meta_device():
-    m = FrozenNF4Linear(64, 256, bias=True, device="meta", dtype=torch.bfloat16)
-    assert m.weight.is_meta and m.bias.is_meta and m(torch.empty(3, 64, device="meta", dtype=torch.bfloat16)).shape == (3, 256)
 
 
 def test_none_is_the_default_block_size_and_refusals(m):

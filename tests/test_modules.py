@@ -186,10 +186,13 @@ def inputs(case):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*(pytest.param(name, DTYPES[0], marks=pytest.mark.quick) for name in CASES), *((name, DTYPES[1 + i % 2]) for i, name in enumerate(CASES))],
+    [
+        *(pytest.param(name, DTYPES[0], marks=pytest.mark.quick) for name in CASES),
+        *((name, DTYPES[1 + i % 2]) for i, name in enumerate(CASES) if "fusion layer" not in name and "decoder" not in name and name != "model"),
+    ],
 )
 def test_value_and_every_gradient(case, dtype):
-    """In fp32 and, by turns, in bf16 or fp16."""
+    """In fp32 and, by turns, in bf16 or fp16; models of several layers in those: test_fusion_attention.py."""
     case = CASES[case]
     names = [f"input {i}" for i in range(len(case.shapes))]
     run, formula = ((lambda m, f=f, **given: f(m, *given.values())) for f in (case.run, case.formula))

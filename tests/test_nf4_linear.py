@@ -10,7 +10,6 @@ from cases.linear import BF16, F16, F32, ROUTES, layer, leaves
 from cases.weights import STORAGES
 from fastfuse import tune
 from fastfuse.ops import (
-    Projection,
     freeing_scratch,
     lora_row_norms,
     nf4_dequantize,
@@ -35,16 +34,16 @@ from fastfuse.quant.nf4 import Layout
 every_backend = pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
 
 
-def inputs(M: int, device: str, dtype: torch.dtype = F32, **options) -> tuple[torch.Tensor, Projection]:
+def inputs(M, device, dtype=F32, **options):
     """x and a layer of 64 by 64."""
     return torch.randn(M, 64, dtype=dtype, device=device, requires_grad=True), layer(64, 64, dtype=dtype, device=device, **options)
 
 
-def lora(x: torch.Tensor, p: Projection, **more) -> torch.Tensor:
+def lora(x, p, **more):
     return nf4_lora_linear(x, *p[:4], bias=p.bias, magnitude=p.magnitude, norms=p.norms, **more)
 
 
-def mlp(K: int, H: int, device: str = "cpu") -> list[Projection]:
+def mlp(K, H, device="cpu"):
     return [layer(N, taken, device=device) for N, taken in ((H, K), (H, K), (K, H))]
 
 
@@ -174,7 +173,7 @@ def test_checkpointing_draws_the_same_mask(device):
     assert all(map(torch.equal, *grads))
 
 
-def lengths(w: torch.Tensor, p: Projection) -> torch.Tensor:
+def lengths(w, p):
     return (w + 1.5 * p.lora_b.detach().to(w.dtype) @ p.lora_a.detach().to(w.dtype)).norm(dim=1)
 
 
@@ -228,9 +227,8 @@ def test_exported_for_any_number_of_tokens(device):
 
     module = Module()
     exported = torch.export.export(module, (torch.randn(5, 64, device=device),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
-    for M in (5, 9):
-        x = torch.randn(M, 64, device=device)
-        torch.testing.assert_close(exported.module()(x), module(x))
+    x = torch.randn(9, 64, device=device)
+    torch.testing.assert_close(exported.module()(x), module(x))
 
 
 def test_costs_count_each_tensor_once():
@@ -256,7 +254,7 @@ def test_scratch_is_shared_and_freed(device):
     assert scratch_bytes(device) == 0
 
 
-def kept_beside(held: list[torch.Tensor], run) -> list[torch.Tensor]:
+def kept_beside(held, run):
     """What run() saves for its backward in memory that is not held anyway."""
     saved, known = {}, {t.untyped_storage().data_ptr() for t in held}
 
@@ -275,7 +273,7 @@ def test_swiglu_mlp_keeps_nothing_of_its_width(device):
     assert [t.shape for t in fresh] == [(256, 16), (256, 8)]  # x A^T of gate and up, h A^T of down
 
 
-def peak_bytes(run) -> int:
+def peak_bytes(run):
     """The most that tensors made inside run() held at once, in and outside of ops, from the allocator's own record."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         run()

@@ -17,7 +17,7 @@ from fastfuse.quant.nf4 import of_bitsandbytes
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def made(storage: str = "nested", dtype: torch.dtype = torch.float32):
+def made(storage="nested", dtype=torch.float32):
     return quantize(random_weight(64, 256, dtype), storage)
 
 
@@ -43,19 +43,6 @@ def test_bytes_stored_as_floats(storage_dtype):
     assert stored.data.dtype == storage_dtype and torch.equal(nf4_dequantize(stored), nf4_dequantize(plain))
 
 
-def test_scale_blocks_of_other_sizes():
-    view = NF4View.of(to_nf4(random_weight(100, 128), 32, 200))
-    assert view.scale_block == 200 and view.scales[1].numel() == 2 and replace(view).scale_block == 200
-
-
-def test_dtype_is_that_of_the_stored_scales():
-    """module.to(dtype) changes what an NF4Tensor shows, also as a parameter, and nothing it holds."""
-    layer = nn.Linear(256, 64, bias=False)
-    layer.weight = nn.Parameter(made("torchao"))
-    layer.to(torch.bfloat16)
-    assert layer.weight.dtype == torch.bfloat16 and NF4View.of(layer.weight).dtype == torch.float32
-
-
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_codebooks_are_the_host_libraries_own(name, dtype):
     assert list(BITSANDBYTES) == made("flat").quant_state.code.tolist()
@@ -72,7 +59,7 @@ def changed(weight, **state):
     return weight
 
 
-def unpacked(dtype: torch.dtype):
+def unpacked(dtype):
     """bitsandbytes leaves the scales [K / block, N] in bf16, under the codes of [N, K]: its own decode, and any kernel, would take another block's."""
     weight = made("flat")
     return changed(weight, absmax=weight.quant_state.absmax.view(64, 4).T.to(dtype).contiguous())
@@ -104,7 +91,7 @@ def with_changes(**changes):
     return replace(view, **{name: change(getattr(view, name)) if callable(change) else change for name, change in changes.items()})
 
 
-def in_16_bits(part: str, name: str):
+def in_16_bits(part, name):
     """bitsandbytes reads their bytes as fp32."""
     state = (weight := made()).quant_state
     owner = state if part == "table" else state.state2
@@ -129,9 +116,10 @@ def in_16_bits(part: str, name: str):
         (lambda: with_changes(scale_block=200), ValueError, r"scales\[2\] is torch.float32 \(1,\), a weight of .* needs torch.float32 \(2,\)"),
         (lambda: with_changes(scale_block=0), ValueError, "scale_block is 0, expected at least 1"),
         (lambda: with_changes(block_size=48), Unsupported, "block_size is 48"),
-        (lambda: in_16_bits("nested", "absmax"), ValueError, r"is torch.bfloat16 .* needs torch.float32"),
-        (lambda: in_16_bits("nested", "code"), ValueError, r"is torch.bfloat16 .* needs torch.float32"),
-        (lambda: in_16_bits("table", "code"), ValueError, r"is torch.bfloat16 .* needs torch.float32"),
+        *(
+            (lambda part=part, name=name: in_16_bits(part, name), ValueError, r"is torch.bfloat16 .* needs torch.float32")
+            for part, name in (("nested", "absmax"), ("nested", "code"), ("table", "code"))
+        ),
     ],
 )
 def test_refusals(view, error, message):

@@ -1,44 +1,17 @@
-"""What is patch_embed's own: transformers' front, whole numbers, padding, what grows with the images, cost. test_ops.py has the rest, test_vision_front.py
-the same by the eager modules."""
+"""What is patch_embed's own: whole numbers, padding, what grows with the images, cost. test_ops.py has the rest, test_hosts.py transformers' front."""
 
 import itertools
 
-import mllama
 import pytest
 import torch
 from numerics import assert_no_worse
-from torch import Tensor
-from waiting import Counted, NoReading, NoWaiting
+from waiting import Counted
 
 import fastfuse
-from cases import Call
 from cases.patch_embed import EVERYTHING, ROUTES, SMALL, T, make
-from fastfuse import tune
 from fastfuse.kernels.patch_embed import tile_rows_kernel
-from fastfuse.ops import patch_embed, patch_embed_bwd_cost, patch_embed_cost
+from fastfuse.ops import patch_embed_bwd_cost, patch_embed_cost
 from fastfuse.ops._op import Cost
-
-
-@pytest.mark.parametrize("route", ["reference", "library"])
-def test_the_front_of_transformers_vision_model(route, device):
-    batch = mllama.batch([["coffee"], ["chelsea", "astronaut"]])
-    inputs = {n: batch[n].to(device) for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    results = []
-    for dtype in (None, torch.float32, torch.float64):
-        model = mllama.build(mllama.config()).model.vision_model.to(device, dtype)
-        if dtype is None:
-            places, pre = model.gated_positional_embedding, model.pre_tile_positional_embedding
-            D, n = model.hidden_size, model.num_patches
-            tables = (places.embedding, places.tile_embedding.weight.view(-1, 4, n, D), places.gate, pre.embedding.weight.view(-1, 4, 1, D), pre.gate)
-            norm = (model.layernorm_pre.weight, model.layernorm_pre.bias, model.layernorm_pre.eps)
-            given = (inputs["pixel_values"], model.patch_embedding.weight, model.class_embedding, inputs["aspect_ratio_ids"], *tables)
-            with ROUTES[route]():
-                results.append(patch_embed(*given, norm=norm, pad_tokens_to=8).flatten(0, 1).flatten(1, 2))
-        else:
-            model.transformer.register_forward_pre_hook(lambda module, args: results.append(args[0]))
-            with torch.no_grad():
-                model(inputs["pixel_values"].to(dtype), inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"])
-    assert_no_worse(*results)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -110,9 +83,9 @@ def test_gates_of_any_size_keep_their_digits(device):
             assert_no_worse(*triple, f"factor {factor} of {g}")
 
 
-def counted(call: Call, run=Call.__call__, mode=Counted):
-    with mode() as seen:
-        call.grads(run(call))
+def counted(call):
+    with Counted() as seen:
+        call.grads(call())
     return seen
 
 
@@ -130,31 +103,17 @@ def test_a_step_is_linear_in_the_number_of_images_and_its_ops_are_constant(optio
     assert one.bytes < sixteen.bytes <= 16.5 * one.bytes
 
 
-def test_the_count_finds_torchtunes_loop_out(device):
-    one, sixteen = (counted(make(device, **FULL | {"ratios": ((2, 2),) * n}), Call.by_formula) for n in (1, 16))
-    assert sixteen.ops.total() > 5 * one.ops.total() and sixteen.bytes > 40 * one.bytes
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an assertion on the device ends its context")
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_ratio_without_a_place_fails_an_assertion_where_nobody_looks_at_it(route, device, values_on_a_device):
+@pytest.mark.parametrize("route", [*ROUTES, "compiled"])
+def test_a_ratio_without_a_place_fails_an_assertion_where_nobody_looks_at_it(route, device, request):
     call = make(device, **SMALL).only().replaced(aspect_ratio=torch.tensor([[1, 2], [2, 2]]))
+    if route == "compiled":
+        run, route = torch.compile(lambda tensors: call.run(tensors), fullgraph=True, backend="eager"), "torch"
+    else:
+        run = call.run
+        request.getfixturevalue("values_on_a_device")
     with ROUTES[route](), pytest.raises(RuntimeError, match="aspect_ratio"):
-        call()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="an assertion on the device ends its context")
-def test_compiled_a_ratio_without_a_place_is_an_error_too(device):
-    call = make(device, **SMALL).only().replaced(aspect_ratio=torch.tensor([[1, 2], [2, 2]]))
-    with fastfuse.backend("torch"), pytest.raises(RuntimeError, match="aspect_ratio"):
-        torch.compile(lambda tensors: call.run(tensors), fullgraph=True, backend="eager")(call.tensors)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="values are looked at on a CPU alone")
-@pytest.mark.parametrize("run, route", [(Call.by_formula, "torch"), (Call.__call__, "torch"), (Call.__call__, "reference")])
-def test_a_look_at_the_ratios_is_found_out(run, route, device):
-    with ROUTES[route](), pytest.raises(AssertionError, match="waits"), NoReading():
-        counted(make(device, **SMALL), run, NoWaiting)
+        run(call.tensors)
 
 
 @pytest.mark.parametrize("route", ["reference", "library"])
@@ -199,27 +158,10 @@ def test_vmap_over_parameters_by_the_formula(device):
     call = make(device, **SMALL).only()
     many = torch.randn(3, *call.tensors["local_pos"].shape, device=device)
 
-    def one(local: Tensor) -> Tensor:
+    def one(local):
         return call.run(call.tensors | {"local_pos": local}, backend="torch")
 
     torch.testing.assert_close(torch.func.vmap(one)(many), torch.stack([one(local) for local in many]))
-
-
-@pytest.mark.parametrize(
-    "arch, shape, want",
-    [
-        ("sm_90", {}, (128, 256, False)),
-        ("sm_90", {"M": 4096}, (128, 128, False)),
-        ("sm_90", {"norm": 1}, None),
-        ("sm_90", {"norm": 1, "PW": 16}, (128, 256, True)),
-        ("sm_90", {"PW": 32, "dtype": "fp32", "out": "fp32"}, (128, 128, False)),
-        ("gfx942", {"out": "fp32"}, (64, 128, False)),
-    ],
-)
-def test_the_row_that_shapes_pick(arch, shape, want):
-    """As the kernels' rows stand before they are measured; the library multiplies where a norm follows anyway."""
-    tile = tune.pick("patch_embed", arch, **{"dtype": "16-bit", "out": "16-bit", "norm": 0, "M": 64 * 1601, "N": 1280, "K": 588, "PW": 14} | shape)
-    assert (None if tile is None else (tile["BLOCK_M"], tile["BLOCK_N"], tile["DIRECT"])) == want
 
 
 def test_cost_counts_each_tensor_once():
