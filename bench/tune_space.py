@@ -203,7 +203,7 @@ def low_rank_case(op: str, x: DType, lora: DType, dropout: bool, R: int, *rest: 
 
     shape: dict = {"kind": _kind(x, lora, True if dropout else None), "M": M, ("K" if op == "lora_down" else "C"): C, "R": R}
     if op == "lora_grad":
-        shape |= {"products": products[0], "low": _width(lora)}
+        shape |= {"products": products[0], "lora": _width(lora)}
     notes = products and f"{products[0]} products", lora != x and f"{short(lora)} A,B", dropout and f"dropout {p}"
     case = _case(op, words(f"M{M} C{C} R{R}", *notes), x, make, ours, formula, cost)
     return TuneCase(case, shape, words(short(x), short(lora), f"R{R}", *notes, C % 16 and "not aligned"))
