@@ -8,7 +8,6 @@ An interrupted run leaves what it has; --resume goes on from there.
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, peaks
+from bench import arguments, harness, peaks
 
 CASE_SECONDS, NEXT_PROVIDER_SECONDS = 60, 20  # a case is abandoned after that long: one slow compilation must not cost the rest
 TEST_SHARE, TEST_SECONDS = 0.35, 180
@@ -34,16 +33,13 @@ class Stopped(BaseException):
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(__doc__, compile="time torch.compile at every shape, not at a few", quick="fewer shapes", resume="keep what DIR has: no tests, no case twice")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--minutes", type=float, default=8.5, help="time for everything")
-    p.add_argument("--compile", action="store_true", help="time torch.compile at every shape, not at a few")
-    p.add_argument("--quick", action="store_true", help="fewer shapes")
-    p.add_argument("--resume", action="store_true", help="keep what DIR has: no tests, no case twice")
     p.add_argument("--commit", help="recorded where the tree has no git folder")
     p.add_argument("--device", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     a = p.parse_args()
-    a.out = a.out.resolve()
+    a.out, a.alone = a.out.resolve(), False
     a.deadline = time.monotonic() + 60 * a.minutes
     a.out.mkdir(parents=True, exist_ok=True)
     if (a.out / "results.jsonl").exists() and not a.resume:
@@ -57,7 +53,7 @@ def main() -> int:
         return 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    return _run(a, device)
+    return run(a, device, harness.all_cases(device, a.quick, a.compile))
 
 
 def _stop(number: int, _frame) -> None:
@@ -66,11 +62,11 @@ def _stop(number: int, _frame) -> None:
     raise Stopped(signal.Signals(number).name)
 
 
-def _run(a: argparse.Namespace, device: str) -> int:
+def run(a: argparse.Namespace, device: str, cases: list[harness.Case]) -> int:
+    """Measure the cases into the folder a.out; the exit status. a.alone: without tests, and without a new process where the device is lost."""
     results = a.out / "results.jsonl"
     before = harness.read(results) if results.exists() else []
     results.write_text("".join(json.dumps(row) + "\n" for row in before))  # without a last line cut short
-    cases = harness.all_cases(device, a.quick, a.compile)
     environment = harness.environment(device, a.commit)
     record = environment | {"gpu": device == "cuda", "python": platform.python_version(), "tests": None, "stopped": None}
     with contextlib.suppress(OSError, ValueError):
@@ -79,7 +75,7 @@ def _run(a: argparse.Namespace, device: str) -> int:
     ceilings = None
     try:
         _write_environment(a.out, record)
-        if not a.resume and device == "cuda":
+        if not (a.resume or a.alone) and device == "cuda":
             record["tests"] = _gpu_tests(a.out / "gpu_tests.log", min(TEST_SECONDS, TEST_SHARE * 60 * a.minutes))
             print(f"GPU tests: {record['tests']}", flush=True)
         ceilings = peaks.measure(device)
@@ -91,7 +87,7 @@ def _run(a: argparse.Namespace, device: str) -> int:
         record["stopped"] = str(signal_name)
     finally:
         rows = harness.read(results)
-        record["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record["finished"] = harness.now()
         _write_environment(a.out, record)
         text = _summary(record, ceilings, rows, cases)
         (a.out / "summary.txt").write_text(text)
@@ -114,10 +110,9 @@ def _measure_all(a: argparse.Namespace, device: str, cases: list[harness.Case], 
                 return
             failed = False
             try:
-                with time_limit(case.seconds or CASE_SECONDS):
+                with _time_limit(case.seconds or CASE_SECONDS):
                     for row in harness.measure(case, device, ceilings, environment):
-                        f.write(json.dumps(row) + "\n")
-                        f.flush()
+                        print(json.dumps(row), file=f, flush=True)
                         failed |= "error" in row
                         print(harness.table([row]).splitlines()[-1], flush=True)
             except TimeoutError:
@@ -127,16 +122,16 @@ def _measure_all(a: argparse.Namespace, device: str, cases: list[harness.Case], 
                 longest = max(time.monotonic() - start, 0.7 * longest)
             if device == "cuda":
                 gc.collect()
-                if failed and not _context_alive():
+                if failed and not (a.alone or _context_alive()):
                     _restart(a)
                 torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """TimeoutError after that long, and again every NEXT_PROVIDER_SECONDS for later providers; harness.measure makes a row of it."""
 
-    def late(_number, _frame) -> None:
+    def late(_number, _frame):
         raise TimeoutError("took too long")
 
     signal.signal(signal.SIGALRM, late)
@@ -159,7 +154,7 @@ def _restart(a: argparse.Namespace) -> None:
     """An illegal access leaves every later CUDA call of the process failing: go on in a new one, after the case that did it."""
     print("the CUDA context is lost: going on in a new process", flush=True)
     left = max(0.0, a.deadline - time.monotonic()) / 60
-    flags = [flag for flag, on in (("--compile", a.compile), ("--quick", a.quick)) if on]
+    flags = [f"--{name}" for name in ("compile", "quick") if getattr(a, name)]
     commit = ["--commit", a.commit] if a.commit else []
     os.execv(sys.executable, [sys.executable, "-m", "bench.all", "--out", str(a.out), "--minutes", f"{left:.3f}", "--resume", *flags, *commit])
 

@@ -1,9 +1,10 @@
 """Cross-attention of Llama-3.2-Vision between its projections, and the ways it is run."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from bench.harness import Tensors, words
 from fastfuse import ops
 
 BLIND = 0.02  # of the text stands before the first image and sees nothing
@@ -85,16 +87,15 @@ class Size:
     def __str__(self) -> str:
         low, high = min(self.shown), max(self.shown)
         seen = f"{low if low == high else f'{low}..{high}'}/{self.tiles} tiles" if self.masked else "no mask"
-        batch = [f"b{self.batch}"] if self.batch > 1 or self.decode else []
-        text = [] if self.decode else [f"s{self.tokens}"]
-        return " ".join([*batch, *text, f"s_e{self.s_e} H{self.hq}/{self.hkv} d{self.d} {seen}", *(["in turn"] if self.in_turn else [])])
+        batch, text = (self.batch > 1 or self.decode) and f"b{self.batch}", not self.decode and f"s{self.tokens}"
+        return words(batch, text, f"s_e{self.s_e} H{self.hq}/{self.hkv} d{self.d} {seen}", self.in_turn and "in turn")
 
 
 class Call:
     """What one layer is given, and the mask in each form that a provider takes. A form is made at its first use, which is not timed."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: str, requires_grad: bool = False):
-        def heads(n: int, h: int) -> Tensor:
+        def heads(n, h):
             """[batch, h, n, d] as a projection leaves it; a cache has its heads apart."""
             if size.decode and n != 1:
                 return torch.randn(size.batch, h, n, size.d, dtype=dtype, device=device)
@@ -108,16 +109,16 @@ class Call:
         """What the leanest provider reads: with padding counted as well, fewer sets of inputs would be made, and fit in the L2."""
         return self.q.nbytes + 2 * self.size.shown_tokens * self.size.hkv * self.size.d * self.k.element_size()
 
-    @functools.cached_property
+    @cached_property
     def seen_tiles(self) -> Tensor:
         return self.size.seen_tiles(self.device)
 
-    @functools.cached_property
+    @cached_property
     def dense(self) -> Tensor | None:
         """bool [batch, tokens, s_e], as torchtune gives it to its layers."""
         return self.seen_tiles.repeat_interleave(self.size.tile, 3).flatten(2) if self.size.masked else None
 
-    @functools.cached_property
+    @cached_property
     def bias(self) -> Tensor | None:
         """[batch, 1, tokens, s_e], added to the scores, as transformers makes it of the tiles: a row that sees nothing is open to everything."""
         if self.dense is None:
@@ -131,30 +132,30 @@ class Call:
         call.dense = self.dense | ~self.dense.any(-1, keepdim=True)
         return call
 
-    @functools.cached_property
+    @cached_property
     def encoder_mask(self) -> "ops.EncoderMask | None":
         return self.mask_from_tiles() if self.size.masked else None
 
     def mask_from_tiles(self, kind: str = "auto") -> "ops.EncoderMask":
         return ops.EncoderMask.from_tiles(self.seen_tiles, self.size.tile, kind=kind)
 
-    @functools.cached_property
+    @cached_property
     def interval_mask(self) -> "ops.EncoderMask":
         return self.mask_from_tiles("interval")
 
-    @functools.cached_property
+    @cached_property
     def block_mask(self) -> BlockMask | None:
         return block_mask(self.seen_tiles.flatten(2), self.size) if self.size.masked else None
 
-    @functools.cached_property
+    @cached_property
     def compacted(self) -> "ops.StaticKVCache":
-        return self.cache(compact=True)
+        return self._cache(compact=True)
 
-    @functools.cached_property
+    @cached_property
     def in_place(self) -> "ops.StaticKVCache":
-        return self.cache(compact=False)
+        return self._cache(compact=False)
 
-    def cache(self, compact: bool) -> "ops.StaticKVCache":
+    def _cache(self, compact: bool) -> "ops.StaticKVCache":
         cache = self.empty_cache()
         cache.fill(self.k, self.v, self.encoder_mask, compact=compact)
         return cache
@@ -162,7 +163,7 @@ class Call:
     def empty_cache(self) -> "ops.StaticKVCache":
         return ops.StaticKVCache(self.size.batch, self.size.hkv, self.size.d, self.size.s_e, self.dtype, device=self.device)
 
-    @functools.cached_property
+    @cached_property
     def shown_cache(self) -> tuple[Tensor, Tensor]:
         return self.shown(slice(None))
 
@@ -180,33 +181,12 @@ def tokens_first(y: Tensor) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
-def rows_of_groups(q: Tensor, size: Size) -> Tensor:
-    """One token: the query heads of a group as the rows of one head, so that nothing of the cache is copied."""
-    return q.reshape(size.batch, size.hkv, size.group, size.d)
+def fused(c: Call, mask: Callable[[Call], object] = attrgetter("encoder_mask")) -> Tensor:
+    return tokens_first(ops.cross_attention(c.q, c.k, c.v, mask(c)))
 
 
-def fused(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention(c.q, c.k, c.v, c.encoder_mask))
-
-
-def fused_interval(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention(c.q, c.k, c.v, c.interval_mask))
-
-
-def fused_from_dense(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention(c.q, c.k, c.v, ops.EncoderMask.from_dense(c.dense)))
-
-
-def fused_from_tiles(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention(c.q, c.k, c.v, c.mask_from_tiles()))
-
-
-def fused_decode(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention_decode(c.q, c.compacted))
-
-
-def fused_decode_in_place(c: Call) -> Tensor:
-    return tokens_first(ops.cross_attention_decode(c.q, c.in_place))
+def fused_decode(c: Call, cache: Callable[[Call], object] = attrgetter("compacted")) -> Tensor:
+    return tokens_first(ops.cross_attention_decode(c.q, cache(c)))
 
 
 def _expanded(t: Tensor, group: int) -> Tensor:
@@ -254,7 +234,8 @@ def sdpa(name: str, c: Call) -> Tensor:
 
 def _sdpa(name: str, size: Size, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     backend, grouped = SDPA[name]
-    rows = rows_of_groups(q, size) if size.decode else q
+    # One token: the query heads of a group as the rows of one head, so that nothing of the cache is copied.
+    rows = q.reshape(size.batch, size.hkv, size.group, size.d) if size.decode else q
     if not grouped and not size.decode:
         k, v = _expanded(k, size.group), _expanded(v, size.group)
     with sdpa_kernel(backend):
@@ -276,7 +257,7 @@ def block_mask(seen_tiles: Tensor, size: Size) -> BlockMask:
     """seen_tiles: bool [batch, tokens, images * tiles]. Of a tile's flag, which stays in the L1 where a whole bool mask would not."""
     tile = size.tile
 
-    def mask_mod(b: Tensor, _h: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    def mask_mod(b, _h, row, token):
         return seen_tiles[b, row, token // tile]
 
     return create_block_mask(mask_mod, size.batch, None, size.tokens, size.s_e, device=seen_tiles.device)
@@ -286,7 +267,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
     return tokens_first(flex_attention(q, k, v, block_mask=mask, enable_gqa=True))
 
 
-def exact(c: Call, dy: Tensor | None = None) -> tuple[Tensor, ...]:
+def exact(c: Call, dy: Tensor | None = None) -> Tensors:
     """The formula in float64, and with dy its gradients: a key head at a time, since all scores of a long text would not fit."""
     size, parts = c.size, []
     for head in range(size.hkv):

@@ -3,64 +3,54 @@
 pytest bench/bench_cross_attention.py
 """
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
+from operator import attrgetter
 
 import torch
-from torch import Tensor
 
 from bench import attention_peers as peers
 from bench.attention_peers import Call, Peer, Size
-from bench.harness import EAGER, OURS, Case, compile_once, installed
+from bench.harness import BF16, EAGER, FP32, OURS, Case, DType, Run, by_device, compile_once, cost_of, installed, timed, with_backward
 from fastfuse import ops
 from fastfuse.ops._op import Cost
 
-TEXT = (256, 1024, 4096)
-BATCHES = (1, 4, 16, 64)
 ONE_TILE = Size(1, tiles=1, shown=(1,))
 SMALL = {"hq": 8, "hkv": 2, "d": 64, "tile": 401}
 SCORES = 2**30  # bytes of fp32 scores up to which PyTorch's math backend is timed
 
 
-def test_cross_attention(case: Case, provider: str, time_case: Callable) -> None:
-    time_case(case, provider)
-
-
-def cases(device: str, quick: bool, compile_all: bool) -> Iterator[Case]:
-    yield from _gpu_cases(quick, compile_all) if device == "cuda" else _cpu_cases(quick, compile_all)
+test_cross_attention = timed
 
 
 def _gpu_cases(quick: bool, compile_all: bool) -> Iterator[Case]:
-    make = functools.partial(attention_case, dtype=torch.bfloat16, device="cuda")
-    for size, backward in itertools.product(_quick_texts() if quick else _texts(), (False, True)):
+    for size, backward in product(_texts(quick), (False, True)):
         first = (size.tokens, size.s_e) == (4096, 6404) and size.masked
         few = first and size.shown != (4,)
-        yield make(size, backward=backward, compiled=compile_all or few, priority=_priority(size))
+        yield attention_case(size, backward=backward, compiled=compile_all or few, priority=_priority(size))
     for size in _steps(quick):
         few = size.batch == 16 and size.s_e == 6404 and size.shown == (1,)
-        yield make(size, compiled=compile_all or few, priority=_priority(size))
+        yield attention_case(size, compiled=compile_all or few, priority=_priority(size))
 
 
-def _texts() -> Iterator[Size]:
-    for tokens in TEXT:
+def _texts(quick: bool) -> Iterator[Size]:
+    if quick:
+        yield from (Size(tokens, shown=(shown,)) for tokens, shown in ((4096, 4), (4096, 3), (4096, 1), (1024, 1)))
+        yield Size(4096, masked=False)
+        return
+    for tokens in (256, 1024, 4096):
         yield replace(ONE_TILE, tokens=tokens)
-        for images, shown in itertools.product((1, 2), (4, 3, 1)):
+        for images, shown in product((1, 2), (4, 3, 1)):
             yield Size(tokens, images, (shown,))
         yield Size(tokens, 2, in_turn=True)
         for size in (ONE_TILE, Size(1)):
             yield replace(size, tokens=tokens, masked=False)
 
 
-def _quick_texts() -> Iterator[Size]:
-    for tokens, shown in ((4096, 4), (4096, 3), (4096, 1), (1024, 1)):
-        yield Size(tokens, shown=(shown,))
-    yield Size(4096, masked=False)
-
-
 def _steps(quick: bool) -> Iterator[Size]:
-    for batch in (1, 16) if quick else BATCHES:
+    for batch in (1, 16) if quick else (1, 4, 16, 64):
         for size in (Size(1),) if quick else (Size(1), ONE_TILE, Size(1, 2)):
             for shown in (1, 4) if size.tiles == 4 else (1,):
                 yield replace(size, batch=batch, shown=(shown,))
@@ -78,60 +68,60 @@ def _priority(size: Size) -> int:
 
 
 def _cpu_cases(quick: bool, compile_all: bool) -> Iterator[Case]:
-    make = functools.partial(attention_case, device="cpu")
-    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+    make = partial(attention_case, device="cpu")
+    for dtype in (FP32,) if quick else (FP32, BF16):
         for backward in (False, True):
             yield make(Size(64, shown=(1,), **SMALL), dtype, backward=backward, compiled=compile_all)
             if quick:
                 continue
             for size in (Size(256, shown=(3,), **SMALL), replace(ONE_TILE, tokens=256, **SMALL), Size(256, masked=False, **SMALL)):
                 # FlexAttention knows no backward on a CPU.
-                few = size.shown == (3,) and dtype == torch.float32 and not backward
+                few = size.shown == (3,) and dtype == FP32 and not backward
                 yield make(size, dtype, backward=backward, compiled=compile_all or few, priority=1)
-        for batch, shown in ((4, 1),) if quick else itertools.product((1, 4, 16), (1, 4)):
+        for batch, shown in ((4, 1),) if quick else product((1, 4, 16), (1, 4)):
             yield make(Size(1, batch=batch, shown=(shown,), **SMALL), dtype, compiled=compile_all)
+
+
+cases = by_device(_gpu_cases, _cpu_cases)
 
 
 def attention_case(
     size: Size,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: DType = BF16,
     device: str = "cuda",
     backward: bool = False,
     compiled: bool = False,
     priority: int = 0,
 ) -> Case:
     """device: whose peers are timed. With backward=True the gradients of q, k and v as well, timed together with the forward."""
-    finish = _with_backward if backward else torch.no_grad()
+    finish = partial(with_backward, leaves=lambda i: attrgetter("q", "k", "v")(i["call"])) if backward else torch.no_grad()
     found = _peers(size, device, backward, compiled)
     providers = {name: finish(_provider(peer)) if peer else None for name, peer in found.items()}
-    judged_on = {"transformers": _opened} if size.blind else {}  # its rule for rows that see nothing
+    judged_on = {"transformers": lambda i: i | {"call": i["call"].opened()}} if size.blind else {}  # its rule for rows that see nothing
 
-    def make(device: str, seed: int) -> dict:
+    def make(device, seed):
         torch.manual_seed(seed)
         call = Call(size, dtype, device, backward)
         return {"call": call} | ({"dy": torch.randn(size.batch, size.tokens, size.hq * size.d, dtype=dtype, device=device)} if backward else {})
 
-    def truth(i: dict) -> tuple[Tensor, ...]:
-        return peers.exact(i["call"], i.get("dy"))
-
     op = "cross_attention_decode" if size.decode else "cross_attention" + (" fwd+bwd" if backward else "")
-    return Case(op, str(size), dtype, make, providers, truth, functools.partial(_cost, backward), priority, judged_on)
+    return Case(op, str(size), dtype, make, providers, lambda i: peers.exact(i["call"], i.get("dy")), partial(_cost, backward), priority, judged_on)
 
 
 def _peers(size: Size, device: str, backward: bool, compiled: bool) -> dict[str, Peer | None]:
     """In the order they are timed: what takes long to compile comes last."""
     found: dict[str, Peer | None] = {OURS: peers.fused_decode if size.decode else peers.fused, EAGER: peers.eager}
     if size.decode and set(size.shown) != {size.tiles}:
-        found["fastfuse in place"] = peers.fused_decode_in_place
+        found["fastfuse in place"] = partial(peers.fused_decode, cache=attrgetter("in_place"))
     if size.masked and not size.decode:
         if device == "cuda" and size.intervals:  # which a mask on a GPU is not asked for, as finding out would wait for it
-            found["fastfuse interval"] = peers.fused_interval
-        found |= {"fastfuse from_tiles": peers.fused_from_tiles, "fastfuse from_dense": peers.fused_from_dense}
+            found["fastfuse interval"] = partial(peers.fused, mask=attrgetter("interval_mask"))
+        found["fastfuse from_tiles"] = partial(peers.fused, mask=Call.mask_from_tiles)
+        found["fastfuse from_dense"] = partial(peers.fused, mask=lambda c: ops.EncoderMask.from_dense(c.dense))
     found["transformers"] = peers.transformers if installed("transformers") else None
     if len({size.shown_of(n) for n in range(size.batch)}) == 1:
         found["sliced flash"] = peers.sliced
-    for name in _backends(size, device):
-        found[name] = functools.partial(peers.sdpa, name)
+    found |= {name: partial(peers.sdpa, name) for name in _backends(size, device)}
     if compiled:
         eager = compile_once(peers._torchtune)
         found["torch.compile"] = lambda c: eager(c.q, c.k, c.v, c.dense)
@@ -154,21 +144,8 @@ def _backends(size: Size, device: str) -> Iterator[str]:
         yield "sdpa_math"
 
 
-def _provider(run: Peer) -> Callable[[dict], tuple[Tensor, ...]]:
+def _provider(run: Peer) -> Run:
     return lambda i: (run(i["call"]),)
-
-
-def _opened(inputs: dict) -> dict:
-    return inputs | {"call": inputs["call"].opened()}
-
-
-def _with_backward(forward: Callable[[dict], tuple[Tensor, ...]]) -> Callable[[dict], tuple[Tensor, ...]]:
-    def run(i: dict) -> tuple[Tensor, ...]:
-        (y,) = forward(i)
-        c = i["call"]
-        return y.detach(), *torch.autograd.grad(y, (c.q, c.k, c.v), i["dy"])
-
-    return run
 
 
 def _cost(backward: bool, inputs: dict) -> Cost:
@@ -176,5 +153,4 @@ def _cost(backward: bool, inputs: dict) -> Cost:
     c = inputs["call"]
     if c.size.decode:
         return ops.cross_attention_decode_cost(c.q, c.empty_cache(), tokens=c.size.shown_tokens)
-    costs = [cost(c.q, c.k, c.v, visible=c.size.visible) for cost in (ops.cross_attention_cost, ops.cross_attention_bwd_cost)]
-    return Cost(sum(c.bytes for c in costs[: 1 + backward]), sum(c.flops for c in costs[: 1 + backward]))
+    return cost_of((ops.cross_attention_cost, ops.cross_attention_bwd_cost)[: 1 + backward], c.q, c.k, c.v, visible=c.size.visible)

@@ -6,33 +6,31 @@ pytest bench/bench_end_to_end.py
 Writes results.jsonl, a row as soon as it is measured, and summary.txt.
 """
 
-import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 import fastfuse
-from bench import harness, mllama, peaks
-from bench.harness import PATCHED, UNPATCHED, Case, cpu_us, cuda_event_us, warm_up
+from bench import arguments, harness, mllama
+from bench.harness import PATCHED, UNPATCHED, Case, Run, Tensors, cpu_us, cuda_event_us, timed, warm_up
 from bench.mllama import FULL, RANK, SIZES, TINY, Size
 
 PACKAGES = ("transformers", "peft", "bitsandbytes")
 SETTLED = 4  # tokens after which a token takes what the next one does: compiled decoding records its graph in the first ones
 
 
-def test_end_to_end(case: Case, provider: str, time_case: Callable) -> None:
-    time_case(case, provider)
+test_end_to_end = timed
 
 
 def cases(device: str, quick: bool, compile_all: bool) -> Iterator[Case]:
@@ -47,8 +45,9 @@ def cases_of(size: Size, compile_all: bool = False) -> Iterator[Case]:
         yield step_case(size, 1, 24, compile_all)
         yield step_case(size, 1, 24, compile_all, checkpointed=True)
         return
-    yield decode_case(size, 1, 64, 32, compile_all or size is FULL)
-    yield step_case(size, 1, 512, compile_all or size is FULL)
+    compiled = compile_all or size is FULL
+    yield decode_case(size, 1, 64, 32, compiled)
+    yield step_case(size, 1, 512, compiled)
     if size is FULL:
         yield step_case(size, 1, 2048, compile_all, checkpointed=True)
         yield decode_case(size, 8, 64, 32, compile_all)
@@ -57,7 +56,7 @@ def cases_of(size: Size, compile_all: bool = False) -> Iterator[Case]:
 def step_case(size: Size, b: int, text: int, compiled: bool, checkpointed: bool = False) -> Case:
     """Forward, loss, backward and AdamW over the adapters."""
 
-    def make(of: Size, device: str, seed: int) -> dict:
+    def make(of, device, seed):
         model = mllama.build(of, device, seed).train()
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -65,12 +64,10 @@ def step_case(size: Size, b: int, text: int, compiled: bool, checkpointed: bool 
         ids = batch["input_ids"]
         return {"model": model, "batch": batch | {"labels": ids.masked_fill(ids == of.vocab, -100)}}
 
-    ways = {UNPATCHED: Way(_step), PATCHED: Way(_step, patched=True)}
-    if compiled:
-        ways |= {f"{name} + torch.compile": Way(_step, way.patched, _layers_compiled) for name, way in reversed(ways.items())}
+    ways = _ways(_step, compiled and Way(_step, compiled=_layers_compiled))
     shape = f"{size.name} b{b} {text} tokens 1 image R{RANK}{' checkpointed' if checkpointed else ''}"
 
-    def truth(i: dict) -> tuple[Tensor, ...]:
+    def truth(i):
         return _step(i | {"model": mllama.exact(i["model"])})
 
     return _case("qlora_step", shape, size, ways, make, make, truth, lambda _: mllama.step_cost(size, b, text), _time_steps, b * text)
@@ -79,24 +76,22 @@ def step_case(size: Size, b: int, text: int, compiled: bool, checkpointed: bool 
 def decode_case(size: Size, b: int, prompt: int, new: int, compiled: bool) -> Case:
     """One token of greedy generation, adapters attached, halfway through `new` of them."""
 
-    def make(of: Size, device: str, seed: int) -> dict:
+    def make(of, device, seed):
         model, batch = mllama.build(of, device, seed), mllama.batch(of, b, prompt, device, seed)
         return {"model": model, "batch": batch, "new": new}
 
-    def make_judged(of: Size, device: str, seed: int) -> dict:
+    def make_judged(of, device, seed):
         # Tokens given beforehand: the best two of random logits may lie nearer than rounding, and all later ones would be of another text.
         made = make(of, device, seed)
         return made | {"new": 4, "forced": torch.randint(2, of.vocab, (b, 4)).to(device)}
 
-    def truth(i: dict) -> tuple[Tensor]:
+    def truth(i):
         # Text by text: in float64 the vision encoder holds all of its scores, 5 GB for an image of 4 tiles of 560 pixels.
         model = mllama.exact(i["model"])
         each = [i | {"model": model, "batch": {k: t[n : n + 1] for k, t in i["batch"].items()}, "forced": i["forced"][n : n + 1]} for n in range(b)]
         return (torch.cat([_decode(one)[0] for one in each]),)
 
-    ways = {UNPATCHED: Way(_decode), PATCHED: Way(_decode, patched=True)}
-    if compiled:
-        ways |= {f"{name} + torch.compile": Way(_decode_compiled, way.patched, _fresh_compiler) for name, way in reversed(ways.items())}
+    ways = _ways(_decode, compiled and Way(_decode_compiled, compiled=_fresh_compiler))
     shape = f"{size.name} b{b} {prompt}+{new} tokens 1 image R{RANK}"
     return _case("decode", shape, size, ways, make, make_judged, truth, lambda _: mllama.decode_cost(size, b, prompt + new // 2), _time_decoding, b)
 
@@ -104,10 +99,10 @@ def decode_case(size: Size, b: int, prompt: int, new: int, compiled: bool) -> Ca
 def _case(op, shape, size, ways, make, make_judged, truth, cost, timer, tokens) -> Case:
     """Judged on mllama.judged(size), timed on the size itself. The models are made by make(size, device, seed)."""
 
-    def judged(device: str, seed: int) -> dict:
+    def judged(device, seed):
         return {} if device == "meta" else make_judged(mllama.judged(size), device, seed)
 
-    def timed_on(device: str) -> list[dict]:
+    def timed_on(device):
         with _Memory(device) as memory:
             made = make(size, device, 0)
         return [made | {"bytes": memory.kept}]
@@ -120,11 +115,11 @@ def _case(op, shape, size, ways, make, make_judged, truth, cost, timer, tokens) 
 class Way:
     """How a model is run: patched or not, and compiled by what."""
 
-    run: Callable[[dict], tuple[Tensor, ...]]
+    run: Run
     patched: bool = False
     compiled: Callable[[nn.Module], contextlib.AbstractContextManager] | None = None
 
-    def __call__(self, inputs: dict) -> tuple[Tensor, ...]:
+    def __call__(self, inputs: dict) -> Tensors:
         if self.compiled:
             torch.compiler.reset()  # what other ways compiled of the same layers counts towards the limit of recompilations
         with self.on(inputs["model"]):
@@ -143,7 +138,13 @@ class Way:
                 raise RuntimeError(f"patched modules ran their own forward: {fallbacks}")
 
 
-def _step(i: dict) -> tuple[Tensor, ...]:
+def _ways(run: Run, compiled: Way | None) -> dict[str, Way]:
+    """compiled: the last ones."""
+    ways = {UNPATCHED: Way(run), PATCHED: Way(run, patched=True)}
+    return ways | ({f"{name} + torch.compile": replace(compiled, patched=name == PATCHED) for name in (PATCHED, UNPATCHED)} if compiled else {})
+
+
+def _step(i: dict) -> Tensors:
     """Logits and the adapters' gradients."""
     out = i["model"](**i["batch"], use_cache=False)
     out.loss.backward()
@@ -156,7 +157,7 @@ def _step(i: dict) -> tuple[Tensor, ...]:
     return out.logits.detach(), *grads
 
 
-def _decode(i: dict, **options) -> tuple[Tensor]:
+def _decode(i: dict, **options) -> Tensors:
     """The tokens, or of those given beforehand the logits that lead to them."""
     model, forced = i["model"], i.get("forced")
     if forced is not None:
@@ -172,7 +173,7 @@ def _force(forced: Tensor, prompt: int, ids: Tensor, scores: Tensor) -> Tensor:
     return torch.full_like(scores, -torch.inf).scatter(1, forced[:, ids.shape[1] - prompt, None], 0.0)
 
 
-def _decode_compiled(i: dict) -> tuple[Tensor]:
+def _decode_compiled(i: dict) -> Tensors:
     """What generate compiles by itself on a GPU: a step over a static cache, in a CUDA graph."""
     from transformers import CompileConfig
 
@@ -234,13 +235,15 @@ def _time_steps(way: Way, sets: list[dict]) -> tuple:
 
 def _time_decoding(way: Way, sets: list[dict]) -> tuple:
     """The host's clock from token to token: each is on the host before the next one's forward begins."""
-    (i,), clock = sets, _Clock()
+    (i,), times = sets, []
+    # generate takes it for a streamer, which is told of the prompt, then of every token
+    clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     device = i["batch"]["input_ids"].device.type
     with way.on(i["model"]), _Memory(device) as memory:
         way.run(i)
         memory.forget_peak()
         way.run(i | {"clock": clock})
-    steps = [after - before for before, after in pairwise(clock.times[1:])]  # the first is the prompt's
+    steps = [after - before for before, after in pairwise(times[1:])]  # the first is the prompt's
     return statistics.median(steps[SETTLED:]) * 1e6, "host clock", {"peak_bytes": i["bytes"] + memory.peak if device == "cuda" else None}
 
 
@@ -273,48 +276,20 @@ class _Memory:
             self.kept, self.peak = torch.cuda.memory_allocated() - self.before, torch.cuda.max_memory_allocated() - self.before
 
 
-class _Clock:
-    """Listens to generate as a streamer does: told of the prompt, then of every token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _tokens: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def main() -> int:
-    from bench.all import CASE_SECONDS, time_limit
+    from bench.all import run
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(__doc__, compile="torch.compile in every case, not in two of 11b's")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--size", choices=SIZES, help="11b on a GPU, else tiny")
     p.add_argument("--device", choices=("cuda", "cpu"))
-    p.add_argument("--compile", action="store_true", help="torch.compile in every case, not in two of 11b's")
     p.add_argument("--commit", help="recorded where the tree has no git folder")
     a = p.parse_args()
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = SIZES[a.size or ("11b" if device == "cuda" else "tiny")]
     a.out.mkdir(parents=True, exist_ok=True)
-    results = a.out / "results.jsonl"
-    if results.exists():
+    if (a.out / "results.jsonl").exists():
         p.error(f"{a.out} holds results")
-    ceilings, environment = peaks.measure(device), harness.environment(device, a.commit)
-    with open(results, "w") as f:
-        for case in cases_of(size, a.compile):
-            with contextlib.suppress(TimeoutError), time_limit(case.seconds or CASE_SECONDS):
-                for row in harness.measure(case, device, ceilings, environment):
-                    f.write(json.dumps(row) + "\n")
-                    f.flush()
-                    print(harness.table([row]).splitlines()[-1], flush=True)
-    rows = harness.read(results)
-    text = f"{peaks.describe(ceilings)}\n{harness.table(rows)}\n"
-    (a.out / "summary.txt").write_text(text)
-    print(text, end="")
-    return int(any(harness.is_ours(row["provider"]) and not row["parity"] for row in rows))
+    a.deadline, a.resume, a.alone, device = float("inf"), False, True, a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return run(a, device, list(cases_of(SIZES[a.size or ("11b" if device == "cuda" else "tiny")], a.compile)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@
 The calls are those of cases/launches.py. Every kernel must have stack 0 (nothing spilled) and fit the chip's shared memory.
 """
 
-import argparse
 import ast
 import concurrent.futures
 import functools
@@ -30,11 +29,11 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
+from bench import arguments, sass
 from bench import codegen_store as store
-from bench import sass
 from bench.sass import Report
 from bench.work import TUNED, Compiled, work_of
 from cases.launches import launches
@@ -61,9 +60,6 @@ class KernelBuild:
     @property
     def constants(self) -> dict:
         return {self.source.fn.arg_names[path[0]]: value for path, value in self.source.constants.items() if len(path) == 1}
-
-    def compile(self) -> CompiledKernel:
-        return triton.compile(self.source, target=target(self.arch), options=self.options)
 
 
 def collect(arch: str, calls: Iterable[tuple[str, Callable[[], object]]]) -> list[KernelBuild]:
@@ -150,13 +146,13 @@ def _reader() -> str:
 
 
 def problems(report: Report) -> list[str]:
-    """Why a kernel must not ship. spills.json has the launches that spill, as their rows have no tile of their own yet: they may not get worse."""
+    """Why a kernel must not ship. spills.json has the launches that spill, as what does not is modelled slower there: they may not get worse."""
     known = json.loads(SPILLS.read_text()).get(f"{report.arch} {report.op} {report.name}", 0)
     return report.problems() if report.stack > known else replace(report, stack=0).problems()
 
 
 def report(build: KernelBuild) -> Report:
-    compiled = build.compile()
+    compiled = triton.compile(build.source, target=target(build.arch), options=build.options)
     made = Report(build.arch, build.op, build.name, build.key, compiled.metadata.shared, build.options["num_warps"], build.work.unit)
     if "cubin" in compiled.asm:
         made.read_nvidia(*disassemble(compiled.asm["cubin"]), build.work)
@@ -210,14 +206,16 @@ def table(made: list[Report]) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(
+        __doc__,
+        all="compile what is stored as it is too",
+        diff="against the stored figures instead of the table; exits 1 where one got worse by more than 5%%",
+        store="rewrite the stored figures",
+        versions="write what differs with this Triton into bench/results/codegen_versions.md",
+    )
     p.add_argument("--json", type=Path, help="write the reports there instead of the table")
     p.add_argument("--only", default="", metavar="WORDS", help="of the kernels whose target, op or name hold all of these words")
-    p.add_argument("--all", action="store_true", help="compile what is stored as it is too")
     p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--diff", action="store_true", help="against the stored figures instead of the table; exits 1 where one got worse by more than 5%%")
-    p.add_argument("--store", action="store_true", help="rewrite the stored figures")
-    p.add_argument("--versions", action="store_true", help="write what differs with this Triton into bench/results/codegen_versions.md")
     a = p.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.codegen: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")

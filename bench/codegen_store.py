@@ -73,7 +73,7 @@ def save(reports: Iterable[Mapping], triton: str, folder: Path = FOLDER) -> None
         (folder / f"codegen_{arch}.txt").write_text("\n".join([f"triton {triton}", *lines]) + "\n")
 
 
-def load(folder: Path = FOLDER) -> tuple[set[str], list[dict]]:
+def load(folder: Path = FOLDER) -> tuple[set, list]:
     """(Tritons, reports)."""
     versions, reports = set(), []
     for path in sorted(folder.glob("codegen_*.txt")):

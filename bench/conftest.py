@@ -63,7 +63,7 @@ def time_case(request: pytest.FixtureRequest) -> Callable[[harness.Case, str], N
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(case: harness.Case) -> tuple[dict, harness.Parity, list[dict]]:
+def _prepared(case: harness.Case) -> tuple:
     """Shared by the providers of a case, which run one after another."""
     base = harness.row_base(case, device_peaks(), harness.environment(DEVICE))
     parity = harness.Parity(case, DEVICE)

@@ -7,11 +7,10 @@ Modules whose forward is a fused op now are coloured. Pale are those that ran be
 Modules that are alike are one row.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import torch
@@ -19,6 +18,7 @@ from rich.progress import Progress
 from torch import nn
 
 import fastfuse
+from bench import arguments
 from bench.harness import ROOT
 from fastfuse.demo.image import load_image
 from fastfuse.demo.mllama import build, prepare
@@ -40,9 +40,6 @@ class Row:
     state: str
     op: str  # that it runs, or that has its work
     children: tuple["Row", ...]
-
-    def alike(self, other: "Row") -> bool:
-        return (self.kind, self.state, self.op, self.children) == (other.kind, other.state, other.op, other.children)
 
     def flat(self, depth: int = 0) -> Iterator[tuple[int, "Row"]]:
         yield depth, self
@@ -81,27 +78,18 @@ def tree() -> Row:
         model(**batch)
     if found := fastfuse.status(model).fallbacks:
         raise RuntimeError(f"bench.draw_patch: modules of the tiny Mllama run their own forward: {found}")
-    return _row("", model.get_base_model(), before, after, ops, "")
 
+    def row(module, inside):
+        op = ops.get(id(module), inside if id(module) not in after else "")
+        state = FUSED if id(module) in ops else INSIDE if id(module) in before - after else OWN
+        alike: dict[Row, dict[str, None]] = {}
+        if not op.startswith("nf4"):  # of a linear layer the row says it all
+            for name, child in _children(module):
+                if any(id(m) in before for m in child.modules()):
+                    alike.setdefault(row(child, op if state != OWN else ""), {})[name] = None
+        return Row((), type(module).__name__, state, op, tuple(replace(child, names=tuple(names)) for child, names in alike.items()))
 
-def _row(name: str, module: nn.Module, before: set[int], after: set[int], ops: dict[int, str], inside: str) -> Row:
-    op = ops.get(id(module), inside if id(module) not in after else "")
-    state = FUSED if id(module) in ops else INSIDE if id(module) in before - after else OWN
-    children: list[Row] = []
-    if not op.startswith("nf4"):  # of a linear layer the row says it all
-        for key, child in _children(module):
-            if any(id(m) in before for m in child.modules()):
-                made = _row(key, child, before, after, ops, op if state != OWN else "")
-                same = next((i for i, row in enumerate(children) if row.alike(made)), None)
-                if same is None:
-                    children.append(made)
-                elif key not in children[same].names:
-                    children[same] = Row((*children[same].names, key), *_rest(made))
-    return Row((name,), type(module).__name__, state, op, tuple(children))
-
-
-def _rest(row: Row) -> tuple:
-    return row.kind, row.state, row.op, row.children
+    return row(model.get_base_model(), "")
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,8 +139,8 @@ def _drawn(x: int, y: int, width: int, row: Row) -> list[str]:
     colour, opacity = (COLOURS[row.op], 1.0 if row.state == FUSED else 0.16) if row.state != OWN else ("#eeeeee", 1.0)
     ink, faint = ("white", "white") if row.state == FUSED else ("#111111", "#555555")
     parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{LINE - 2}" rx="3" fill="{colour}" fill-opacity="{opacity}"/>']
-    name, kind = escape(", ".join(filter(None, row.names))), escape(row.kind)
-    told = f'<tspan font-weight="bold">{name}</tspan><tspan dx="8" fill="{faint}">{kind}</tspan>' if name else f'<tspan font-weight="bold">{kind}</tspan>'
+    name, kind = escape(", ".join(row.names)), escape(row.kind)
+    told = f'<tspan font-weight="bold">{name or kind}</tspan>' + (f'<tspan dx="8" fill="{faint}">{kind}</tspan>' if name else "")
     parts.append(f'<text x="{x + 7}" y="{y + 15}" fill="{ink}">{told}</text>')
     if row.state == FUSED:
         parts.append(f'<text x="{x + width - 7}" y="{y + 15}" fill="{ink}" text-anchor="end">{row.op}</text>')
@@ -160,8 +148,7 @@ def _drawn(x: int, y: int, width: int, row: Row) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="write nothing")
+    p = arguments(__doc__, check="write nothing")
     check, made = p.parse_args(argv).check, svg(tree())
     if not check:
         FILE.parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,8 @@ python -m bench.harness FILE           print the table of a file of rows
 python -m bench.harness FILE --keep    and append its rows to bench/results/<device>.jsonl
 """
 
-import argparse
 import contextlib
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -16,17 +14,18 @@ import math
 import pkgutil
 import re
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import bench
-from bench.peaks import Peaks, device_name
+from bench import arguments
+from bench.peaks import Peaks, clocks, device_name, event_ms, output_of
 from fastfuse.ops._op import Cost
 from tests.numerics import allowed_error, in_several_orders, max_error
 
@@ -35,6 +34,11 @@ RESULTS = Path(__file__).parent / "results"
 OURS, EAGER = "fastfuse", "eager"
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "torchao", "transformers")  # a row says which versions it was measured with
 PATCHED, UNPATCHED = "patched", "unpatched"  # the same where somebody's whole model is timed
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+DType = torch.dtype
+Tensors = tuple[Tensor, ...]
+Run = Callable[[dict], Tensors]  # a provider, or the truth: of a case's inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +47,10 @@ class Case:
 
     op: str
     shape: str
-    dtype: torch.dtype
+    dtype: DType
     make: Callable[[str, int], dict]  # device, seed -> inputs; device "meta" gives the shapes alone
-    providers: Mapping[str, Callable[[dict], tuple[Tensor, ...]] | None]  # OURS, EAGER and peers; None: not installed
-    truth: Callable[[dict], tuple[Tensor, ...]]  # in float64
+    providers: Mapping[str, Run | None]  # OURS, EAGER and peers; None: not installed
+    truth: Run  # in float64
     cost: Callable[[dict], Cost]
     priority: int = 0  # lower is measured earlier
     # Provider -> the inputs it is judged on, made of the case's, where its library cannot hold the case's own.
@@ -61,12 +65,27 @@ class Case:
         return self.op, self.shape, dtype_name(self.dtype)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: DType) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def words(*parts: object) -> str:
+    """Those that are there, apart by a space."""
+    return " ".join(filter(None, parts))
 
 
 def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def timed(case: Case, provider: str, time_case: Callable) -> None:
+    """What pytest runs of every provider of a module's cases: see conftest.py."""
+    time_case(case, provider)
+
+
+def by_device(gpu: Callable, cpu: Callable) -> Callable[[str, bool, bool], Iterator[Case]]:
+    """A module's cases(device, quick, compile_all), of what makes those of a GPU and those of a CPU."""
+    return lambda device, *asked: (gpu if device == "cuda" else cpu)(*asked)
 
 
 def all_cases(device: str, quick: bool = False, compile_all: bool = False) -> list[Case]:
@@ -79,19 +98,48 @@ def in_order(cases: Iterable[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: case.priority)
 
 
-def floor_us(cost: Cost, peaks: Peaks, dtype: torch.dtype) -> float:
+def floor_us(cost: Cost, peaks: Peaks, dtype: DType) -> float:
     return max(cost.bytes / peaks.bytes_per_s * 1e6, cost.flops / peaks.flops_per_s[dtype_name(dtype)] * 1e6, peaks.launch_us)
 
 
 def compile_once(fn: Callable) -> Callable:
     """torch.compile at the first call. What earlier cases compiled is dropped: many shapes of one function hit the recompile limit."""
 
-    @functools.cache
-    def build() -> Callable:
+    @cache
+    def build():
         torch.compiler.reset()
         return torch.compile(lambda *args: fn(*args), dynamic=False)
 
     return lambda *args: build()(*args)
+
+
+def with_backward(forward: Run, leaves: Callable[[dict], Sequence[Tensor]]) -> Run:
+    """The results, and the leaves' gradients for those of the results that the inputs hold: their names start with "dy"."""
+
+    def run(i):
+        ys = forward(i)
+        return *(y.detach() for y in ys), *torch.autograd.grad(ys, leaves(i), [t for name, t in i.items() if name.startswith("dy")])
+
+    return run
+
+
+def in_double(run: Run) -> Run:
+    """The truth: of float64 copies of tensors, and of what has a double_copy() of its own. NF4 is decoded to float64 without a rounding."""
+
+    def truth(i):
+        return run({name: value.double_copy() if hasattr(value, "double_copy") else double(value) for name, value in i.items()})
+
+    return truth
+
+
+def double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+
+def cost_of(passes: Iterable[Callable[..., Cost]], *args, **options) -> Cost:
+    """Of all the passes together."""
+    costs = [cost(*args, **options) for cost in passes]
+    return Cost(sum(c.bytes for c in costs), sum(c.flops for c in costs))
 
 
 class Parity:
@@ -106,7 +154,7 @@ class Parity:
         self.inputs = case.make(device, 0)
         self._limits = {None: self._limits_on(self.inputs)}
 
-    def _limits_on(self, inputs: dict) -> list[tuple[Tensor, torch.dtype, float]]:
+    def _limits_on(self, inputs: dict) -> list[tuple]:
         """The truth of each output, its dtype and its largest error."""
         eager = self.case.providers.get(EAGER) or self.case.providers[UNPATCHED]
         orders = zip(*in_several_orders(_seeded, eager, inputs), strict=True)
@@ -117,31 +165,26 @@ class Parity:
         change = self.case.judged_on.get(provider)
         if change not in self._limits:
             self._limits[change] = self._limits_on(change(self.inputs))
-        worst = 0.0
-        for out, (true, dtype, limit) in zip(outputs, self._limits[change], strict=True):
-            if out.shape != true.shape or out.dtype != dtype:
-                return math.inf
-            ratio = max_error(out, true) / limit
-            if not ratio <= worst:  # written so that NaN wins
-                worst = ratio
-            if math.isnan(worst):
-                return math.inf
-        return worst
+        ratios = [
+            max_error(out, true) / limit if (out.shape, out.dtype) == (true.shape, dtype) else math.inf
+            for out, (true, dtype, limit) in zip(outputs, self._limits[change], strict=True)
+        ]
+        return math.inf if any(map(math.isnan, ratios)) else max(ratios)
 
 
-def _seeded(fn: Callable[[dict], tuple[Tensor, ...]], inputs: dict) -> tuple[Tensor, ...]:
+def _seeded(fn: Run, inputs: dict) -> Tensors:
     """What draws a dropout mask draws the same one as the truth."""
     torch.manual_seed(0)
     return fn(inputs)
 
 
-def warm_up(fn: Callable[[dict], object], sets: list[dict], calls: int) -> None:
+def warm_up(fn: Run, sets: list[dict], calls: int) -> None:
     """At least `calls` calls, and one on every set: a peer may build what it needs of a set at its first use."""
     for i in range(max(calls, len(sets))):
         fn(sets[i % len(sets)])
 
 
-def cuda_us(fn: Callable[[dict], object], sets: list[dict], budget_ms: float = 60.0) -> tuple[float, str]:
+def cuda_us(fn: Run, sets: list[dict], budget_ms: float = 60.0) -> tuple[float, str]:
     """Median time of one call with a cold L2, and how it was taken.
 
     One graph holds a call on every input set in turn, so a replay has no launch gaps from Python, and between two
@@ -161,50 +204,29 @@ def cuda_us(fn: Callable[[dict], object], sets: list[dict], budget_ms: float = 6
     except RuntimeError:  # something in fn waits for the device, which a graph cannot hold
         torch.cuda.synchronize()
         return cuda_event_us(fn, sets), "events"
-    once = _replay_ms(graph, 1)[0]
-    once = min(once, *_replay_ms(graph, 1))
-    times = _replay_ms(graph, max(5, min(200, int(budget_ms / max(once, 1e-3)))))
+    once = min(event_ms(graph.replay, 1) + event_ms(graph.replay, 1))
+    times = event_ms(graph.replay, max(5, min(200, int(budget_ms / max(once, 1e-3)))))
     return statistics.median(times) * 1e3 / len(sets), "cuda graph"
 
 
-def _replay_ms(graph: "torch.cuda.CUDAGraph", n: int) -> list[float]:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
-
-
-def cuda_event_us(fn: Callable[[dict], object], sets: list[dict], repeats: int = 30) -> float:
+def cuda_event_us(fn: Run, sets: list[dict], repeats: int = 30) -> float:
     """Without a graph: the L2 is overwritten before each call. Host time shows wherever the device outruns it."""
     flush = torch.empty(2 * _l2_bytes(), dtype=torch.uint8, device="cuda")
-    times = []
-    for i in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        fn(sets[i % len(sets)])
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3
-
-
-def cpu_us(fn: Callable[[dict], object], sets: list[dict], budget_s: float = 0.25) -> tuple[float, str]:
-    """Median of repeats after a warm-up, rotating over the same input sets as on a GPU."""
     turns = itertools.cycle(sets)
+    return statistics.median([event_ms(lambda: fn(next(turns)), 1, flush.zero_)[0] for _ in range(repeats)]) * 1e3
+
+
+def cpu_us(fn: Run, sets: list[dict], budget_s: float = 0.25) -> tuple[float, str]:
+    """Median of repeats after a warm-up, rotating over the same input sets as on a GPU."""
     times = []
-    for _ in range(cpu_repeats(fn, sets, budget_s)):
-        inputs = next(turns)
+    for inputs in itertools.islice(itertools.cycle(sets), cpu_repeats(fn, sets, budget_s)):
         start = time.perf_counter()
         fn(inputs)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6, "host clock"
 
 
-def cpu_repeats(fn: Callable[[dict], object], sets: list[dict], budget_s: float = 0.25) -> int:
+def cpu_repeats(fn: Run, sets: list[dict], budget_s: float = 0.25) -> int:
     """Warm up, and tell how many calls fill the time. Three at least: a bf16 product without hardware for it takes seconds."""
     warm_up(fn, sets[1:] or sets, 1)
     start = time.perf_counter()
@@ -269,43 +291,27 @@ def row_base(case: Case, peaks: Peaks, environment: Mapping) -> dict:
     op, shape, dtype = case.key
     cost = case.cost(case.make("meta", 0))
     floor = {"floor_us": round(floor_us(cost, peaks, case.dtype), 3), "floor_from": peaks.source, "bytes": cost.bytes, "flops": cost.flops}
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     measured = {"us": None, "parity": None, "clocks": None}
     model = {"tokens": case.tokens, "peak_bytes": None} if case.tokens else {}
-    return {"op": op, "shape": shape, "dtype": dtype, **floor, **measured, **model, **environment, "date": date}
+    return {"op": op, "shape": shape, "dtype": dtype, **floor, **measured, **model, **environment, "date": now()}
 
 
-@functools.cache
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+@cache
 def environment(device: str, commit: str | None = None) -> dict:
     """Where and with what rows were measured. commit: for a tree that was copied without its git folder."""
-    sha = _output(["git", "rev-parse", "HEAD"])
-    changes = _output(["git", "status", "--porcelain"])
-    versions = {name: _version(name) for name in PACKAGES}
+    sha = output_of(["git", "rev-parse", "HEAD"])
+    changes = output_of(["git", "status", "--porcelain"])
     dirty = None if changes is None else bool(changes)
-    return {"device": device_name(device), "device_type": device, "commit": sha or commit, "dirty": dirty, **versions}
+    return {"device": device_name(device), "device_type": device, "commit": sha or commit, "dirty": dirty} | {p: _version(p) for p in PACKAGES}
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def clocks(device: str) -> str | None:
-    """SM and memory clocks as they stand, read only."""
-    if device != "cuda":
-        return None
-    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
-    return _output([*query, f"--id=GPU-{uuid}"]) or _output(query)
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def append(rows: Iterable[Mapping], folder: Path = RESULTS) -> None:
@@ -381,9 +387,8 @@ def floors(cases: Iterable[Case], peaks: Peaks) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(__doc__, keep="append the rows to bench/results")
     p.add_argument("file", type=Path)
-    p.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     a = p.parse_args()
     rows = read(a.file)
     print(table(rows))

@@ -15,7 +15,6 @@ reductions of our backwards. Counts hold. The decode step is summed over layers 
 On a GPU autograd runs backward in a thread of its own, and torch.cuda.current_stream makes about ten calls more.
 """
 
-import argparse
 import ast
 import contextlib
 import cProfile
@@ -39,6 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from bench import arguments
 from bench.host_case import BACKWARD, NO_GRAD, Case
 
 STORED = Path(__file__).parent / "results" / "host.json"
@@ -146,8 +146,7 @@ class Row(NamedTuple):
 def measure(case: Case, mode: str, timed: bool) -> Row:
     import torch
 
-    run, x = case.make()
-    x = x.requires_grad_(mode != NO_GRAD)
+    run, x = case.function(), case.x().requires_grad_(mode != NO_GRAD)
 
     def forward():
         return run(x)
@@ -256,11 +255,8 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(__doc__, quick="the rows that tests check", save="store the rows", check="fail where a call count grew")
     p.add_argument("--only", default="", metavar="PATTERN")
-    p.add_argument("--quick", action="store_true", help="the rows that tests check")
-    p.add_argument("--save", action="store_true")
-    p.add_argument("--check", action="store_true")
     a = p.parse_args()
     if a.save and a.check:
         p.error("--save and --check exclude each other")

@@ -9,10 +9,11 @@ MODES = (NO_GRAD, FORWARD, BACKWARD)
 
 @dataclass(frozen=True)
 class Case:
-    """What is called: make() gives the function and its x, which asks for a gradient where the mode has one."""
+    """What is called: function() on x(), which asks for a gradient where the mode has one."""
 
     name: str
-    make: Callable[[], tuple[Callable, object]]
+    function: Callable[[], Callable]
+    x: Callable[[], object]
     modes: tuple[str, ...] = MODES
     quick: bool = False  # in the set that tests check
     own: bool = False  # the host library's way, where no kernel of fastfuse runs

@@ -1,18 +1,19 @@
 """What bench.host calls: layers of the hosts, patched and as they are, fastfuse's own, and ops. Imported after as_on_gpu()."""
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import bitsandbytes as bnb
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 from transformers import DynamicCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 import fastfuse
-from bench.host_case import FORWARD, NO_GRAD, Case
+from bench.host_case import FORWARD, MODES, NO_GRAD, Case
 from fastfuse.modules.low_precision import FrozenNF4Linear
 from fastfuse.modules.peft import DoRALinear, LoRALinear
 from fastfuse.ops import EncoderMask, StaticKVCache, cross_attention, cross_attention_decode, nf4_lora_linear, nf4_lora_linears, patch_embed
@@ -20,45 +21,48 @@ from fastfuse.quant.torchao import to_nf4
 
 BF16 = torch.bfloat16
 WIDTH, NARROW, R = 4096, 512, 16  # narrow: where a CPU would take seconds to compute what it is only to launch
-DECODE = ("PEFT LoRA over bitsandbytes, 512 x 512, patched, 1 token", "PEFT LoRA over bitsandbytes, 512 x 512, own, 1 token")
+DECODE = tuple(f"PEFT LoRA over bitsandbytes, 512 x 512, {way}, 1 token" for way in ("patched", "own"))
 
 
 def cases() -> Iterator[Case]:
-    once = (NO_GRAD,)
-    yield Case("PEFT LoRA over bitsandbytes, patched, 1 token", lambda: (lora(patched=True), x(1)), quick=True)
-    yield Case("PEFT LoRA over bitsandbytes, own, 1 token", lambda: (lora(), x(1)), quick=True, own=True)
-    yield Case(DECODE[0], lambda: (lora(NARROW, patched=True), x(1, NARROW)), once)
-    yield Case(DECODE[1], lambda: (lora(NARROW), x(1, NARROW)), once, own=True)
+    once, one_token, narrow = (NO_GRAD,), partial(x, 1), partial(lora, NARROW)
+    yield from both("PEFT LoRA over bitsandbytes, {}, 1 token", lora, one_token, quick=("patched", "own"))
+    yield from both("PEFT LoRA over bitsandbytes, 512 x 512, {}, 1 token", narrow, partial(x, 1, NARROW), once)
     for kind, options in VARIANTS.items():
-        for patched in (True, False):
-            name = f"PEFT {kind} over bitsandbytes, {'patched' if patched else 'own'}, 1 token"
-            yield Case(name, functools.partial(lambda patched, options: (lora(patched=patched, **options), x(1)), patched, options), once, own=not patched)
+        yield from both(f"PEFT {kind} over bitsandbytes, {{}}, 1 token", partial(lora, **options), one_token, once)
     for M in (256, 2048):
-        for patched in (True, False):
-            name = f"PEFT LoRA over bitsandbytes, 512 x 512, {'patched' if patched else 'own'}, {M} tokens"
-            make = functools.partial(lambda M, patched: (lora(NARROW, patched=patched), x(M, NARROW)), M, patched)
-            yield Case(name, make, own=not patched)
-    yield Case("bare Linear4bit, patched, 1 token", lambda: (bare(patched=True), x(1)), quick=True)
-    yield Case("bare Linear4bit, own, 1 token", lambda: (bare(), x(1)), own=True)
-    yield Case("PEFT LoRA over torchao, patched, 1 token", lambda: (lora(base=torchao_linear, patched=True), x(1)))
-    yield Case("bare torchao linear, patched, 1 token", lambda: (patched_alone(torchao_linear(WIDTH)), x(1)))
-    yield Case("LoRALinear, 1 token", lambda: (own_layer(LoRALinear, R, 32, quantize_base=True), x(1)))
-    yield Case("DoRALinear, 1 token", lambda: (own_layer(DoRALinear, R, 32, quantize_base=True), x(1)))
-    yield Case("FrozenNF4Linear, 1 token", lambda: (own_layer(FrozenNF4Linear), x(1)))
-    yield Case("op nf4_lora_linear, 1 token", lambda: (op_linear(), x(1)), quick=True)
-    yield Case("op nf4_lora_linears of 3 (q, k, v), 1 token", lambda: (op_linears(3), x(1)))
-    yield Case("op cross_attention, 512 tokens", lambda: (op_attention(), heads(8, 512)))
-    yield Case("op cross_attention, 1 token", lambda: (op_attention(1), heads(8, 1)), once, quick=True)
-    yield Case("op cross_attention_decode over a StaticKVCache", lambda: (op_decode(), heads(8, 1)), once, quick=True)
-    yield Case("Mllama cross-attention, decode, patched", lambda: (mllama(patched=True), x(1, HIDDEN)), once, quick=True)
-    yield Case("Mllama cross-attention, decode, own", lambda: (mllama(), x(1, HIDDEN)), once, own=True)
-    yield Case("Mllama cross-attention, decode, LoRA on q and o, patched", lambda: (mllama(lora=True, patched=True), x(1, HIDDEN)), once)
-    yield Case("Mllama cross-attention, decode, LoRA on q and o, own", lambda: (mllama(lora=True), x(1, HIDDEN)), once, own=True)
-    yield Case("op patch_embed", lambda: (op_patch_embed(), images()), (NO_GRAD, FORWARD), quick=True)
+        yield from both(f"PEFT LoRA over bitsandbytes, 512 x 512, {{}}, {M} tokens", narrow, partial(x, M, NARROW))
+    yield from both("bare Linear4bit, {}, 1 token", bare, one_token, quick=("patched",))
+    for name, function in {
+        "PEFT LoRA over torchao, patched": partial(lora, base=torchao_linear, patched=True),
+        "bare torchao linear, patched": lambda: patched_alone(torchao_linear(WIDTH)),
+        "LoRALinear": partial(own_layer, LoRALinear, R, 32, quantize_base=True),
+        "DoRALinear": partial(own_layer, DoRALinear, R, 32, quantize_base=True),
+        "FrozenNF4Linear": partial(own_layer, FrozenNF4Linear),
+        "op nf4_lora_linear": op_linear,
+        "op nf4_lora_linears of 3 (q, k, v)": partial(op_linears, 3),
+    }.items():
+        yield Case(f"{name}, 1 token", function, one_token, quick=function is op_linear)
+    yield Case("op cross_attention, 512 tokens", op_attention, partial(heads, 8, 512))
+    yield Case("op cross_attention, 1 token", partial(op_attention, 1), partial(heads, 8, 1), once, quick=True)
+    yield Case("op cross_attention_decode over a StaticKVCache", op_decode, partial(heads, 8, 1), once, quick=True)
+    yield from both("Mllama cross-attention, decode, {}", mllama, partial(x, 1, HIDDEN), once, quick=("patched",))
+    yield from both("Mllama cross-attention, decode, LoRA on q and o, {}", partial(mllama, lora=True), partial(x, 1, HIDDEN), once)
+    yield Case("op patch_embed", op_patch_embed, images, (NO_GRAD, FORWARD), quick=True)
+
+
+def both(name: str, layer: Callable, x: Callable, modes: tuple[str, ...] = MODES, quick: tuple[str, ...] = ()) -> Iterator[Case]:
+    """A host's layer, patched and as it is."""
+    for way in ("patched", "own"):
+        yield Case(name.format(way), partial(layer, patched=way == "patched"), x, modes, quick=way in quick, own=way == "own")
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=BF16)
 
 
 def x(M: int, K: int = WIDTH) -> Tensor:
-    return torch.zeros(1, M, K, dtype=BF16)
+    return zeros(1, M, K)
 
 
 # Linear layers
@@ -71,58 +75,49 @@ VARIANTS = {
 }
 
 
-class Holder(nn.Module):
-    """Something for PEFT to look for names in."""
-
-    def __init__(self, **layers: nn.Module):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-
-def bnb_linear(K: int, bias: bool = False) -> nn.Module:
+def bnb_linear(K: int, bias: bool = False) -> Module:
     with torch.device("meta"):
-        layer = bnb.nn.Linear4bit(K, K, bias=bias, compute_dtype=BF16, quant_type="nf4", compress_statistics=True)
-    codes = bnb.nn.Params4bit(torch.zeros(K, K, dtype=BF16), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
+        layer = bnb.nn.Linear4bit(K, K, bias=bias, compute_dtype=BF16, quant_type="nf4")
+    codes = bnb.nn.Params4bit(zeros(K, K), requires_grad=False, quant_type="nf4", module=layer)
     layer.weight = codes.to("cpu")
-    layer.bias = nn.Parameter(torch.zeros(K, dtype=BF16)) if bias else None
+    layer.bias = nn.Parameter(zeros(K)) if bias else None
     return layer
 
 
-def torchao_linear(K: int, bias: bool = False) -> nn.Module:
+def torchao_linear(K: int, bias: bool = False) -> Module:
     layer = nn.Linear(K, K, bias=bias, device="meta", dtype=BF16)
     layer.weight = nn.Parameter(torchao_weight(K), requires_grad=False)
     return layer
 
 
-@functools.cache
+@cache
 def torchao_weight(K: int) -> Tensor:
-    return to_nf4(torch.zeros(K, K, dtype=BF16))
+    return to_nf4(zeros(K, K))
 
 
-def lora(K: int = WIDTH, *, base: Callable = bnb_linear, patched: bool = False, bias: bool = False, **options) -> nn.Module:
+def lora(K: int = WIDTH, *, base: Callable = bnb_linear, patched: bool = False, bias: bool = False, **options) -> Module:
     """A PEFT layer with A and B in fp32, as PEFT keeps them, in eval."""
-    model = adapted(Holder(q_proj=base(K, bias)), ["q_proj"], **options)
+    model = adapted(nn.ModuleDict({"q_proj": base(K, bias)}), ["q_proj"], **options)
     if patched:
         fastfuse.patch(model)
     return model.base_model.model.q_proj
 
 
-def adapted(model: nn.Module, targets: list[str], **options) -> nn.Module:
+def adapted(model: Module, targets: list[str], **options) -> Module:
     config = peft.LoraConfig(r=R, target_modules=targets, **options)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=True).eval()
 
 
-def bare(patched: bool = False) -> nn.Module:
+def bare(patched: bool = False) -> Module:
     return patched_alone(bnb_linear(WIDTH)) if patched else bnb_linear(WIDTH)
 
 
-def patched_alone(layer: nn.Module) -> nn.Module:
-    fastfuse.patch(Holder(layer=layer))
+def patched_alone(layer: Module) -> Module:
+    fastfuse.patch(nn.ModuleDict({"layer": layer}))
     return layer
 
 
-def own_layer(kind: type, *sizes, **options) -> nn.Module:
+def own_layer(kind: type, *sizes, **options) -> Module:
     torch.set_default_dtype(BF16)
     try:
         layer = kind(WIDTH, WIDTH, *sizes, **options).eval()
@@ -139,11 +134,11 @@ def projection() -> tuple:
 
 def op_linear() -> Callable:
     weight, a, b, scaling = projection()
-    return functools.partial(nf4_lora_linear, weight=weight, lora_a=a, lora_b=b, scaling=scaling)
+    return partial(nf4_lora_linear, weight=weight, lora_a=a, lora_b=b, scaling=scaling)
 
 
 def op_linears(n: int) -> Callable:
-    return functools.partial(nf4_lora_linears, projections=[projection() for _ in range(n)])
+    return partial(nf4_lora_linears, projections=[projection() for _ in range(n)])
 
 
 # Cross-attention: 8 query heads of 32 over 2, which a CPU can compute; an image of one tile
@@ -152,7 +147,7 @@ HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, IMAGE = 256, 8, 2, 32, 1601
 
 
 def heads(n: int, tokens: int) -> Tensor:
-    return torch.zeros(1, n, tokens, HEAD_DIM, dtype=BF16)
+    return zeros(1, n, tokens, HEAD_DIM)
 
 
 def one_tile(tokens: int) -> EncoderMask:
@@ -161,13 +156,13 @@ def one_tile(tokens: int) -> EncoderMask:
 
 def op_attention(tokens: int = 512) -> Callable:
     k, v = (heads(KEY_HEADS, IMAGE).requires_grad_() for _ in range(2))
-    return functools.partial(cross_attention, k=k, v=v, mask=one_tile(tokens))
+    return partial(cross_attention, k=k, v=v, mask=one_tile(tokens))
 
 
 def op_decode() -> Callable:
     cache = StaticKVCache(1, KEY_HEADS, HEAD_DIM, IMAGE, BF16)
     cache.fill(heads(KEY_HEADS, IMAGE), heads(KEY_HEADS, IMAGE))
-    return functools.partial(cross_attention_decode, cache=cache)
+    return partial(cross_attention_decode, cache=cache)
 
 
 def mllama(lora: bool = False, patched: bool = False) -> Callable:
@@ -180,15 +175,15 @@ def mllama(lora: bool = False, patched: bool = False) -> Callable:
     layer = MllamaTextCrossAttention(config, 0).to(BF16).eval()
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        layer(torch.zeros(1, 1, HIDDEN, dtype=BF16), torch.zeros(1, IMAGE, HIDDEN, dtype=BF16), past_key_values=cache, attention_mask=None)
-    model = Holder(attention=layer)
+        layer(zeros(1, 1, HIDDEN), zeros(1, IMAGE, HIDDEN), past_key_values=cache, attention_mask=None)
+    model = nn.ModuleDict({"attention": layer})
     if lora:
         layer.q_proj, layer.o_proj = bnb_linear(HIDDEN), bnb_linear(HIDDEN)
         model = adapted(model, ["q_proj", "o_proj"])
     if patched:
         fastfuse.patch(model)
-    mask = one_tile(1) if patched else torch.zeros(1, 1, 1, IMAGE, dtype=BF16)
-    return functools.partial(layer, cross_attention_states=None, past_key_values=cache, attention_mask=mask)
+    mask = one_tile(1) if patched else zeros(1, 1, 1, IMAGE)
+    return partial(layer, cross_attention_states=None, past_key_values=cache, attention_mask=mask)
 
 
 # Patch embedding: one image of 4 tiles of 56 pixels, 128 features
@@ -197,7 +192,7 @@ FEATURES, PATCHES = 128, 16
 
 
 def images() -> Tensor:
-    return torch.zeros(1, 4, 3, 56, 56, dtype=BF16)
+    return zeros(1, 4, 3, 56, 56)
 
 
 def op_patch_embed() -> Callable:
@@ -206,6 +201,6 @@ def op_patch_embed() -> Callable:
         "cls": (FEATURES,), "local_pos": (n, FEATURES), "gate": (1,), "pre_gate": (1,),
         "global_pos": (9, 4, n, FEATURES), "pre_pos": (9, 4, 1, FEATURES),
     }  # fmt: skip
-    tensors = {name: nn.Parameter(torch.zeros(shape, dtype=BF16)) for name, shape in tables.items()}
-    weight, norm = nn.Parameter(torch.zeros(FEATURES, 3, 14, 14, dtype=BF16)), (torch.ones(FEATURES, dtype=BF16), torch.zeros(FEATURES, dtype=BF16), 1e-5)
-    return functools.partial(patch_embed, weight=weight, aspect_ratio=torch.ones(1, dtype=torch.int64), norm=norm, pad_tokens_to=8, **tensors)
+    tensors = {name: nn.Parameter(zeros(*shape)) for name, shape in tables.items()}
+    weight, norm = nn.Parameter(zeros(FEATURES, 3, 14, 14)), (torch.ones(FEATURES, dtype=BF16), zeros(FEATURES), 1e-5)
+    return partial(patch_embed, weight=weight, aspect_ratio=torch.ones(1, dtype=torch.int64), norm=norm, pad_tokens_to=8, **tensors)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 
 from bench.nf4_peers import random_layer
 from fastfuse.ops import nf4_dequantize_ref
@@ -95,7 +96,7 @@ def config(size: Size):
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=size.vocab)
 
 
-def on_meta(size: Size) -> nn.Module:
+def on_meta(size: Size) -> Module:
     """transformers' own model, shapes alone."""
     from transformers import MllamaForConditionalGeneration
 
@@ -103,7 +104,7 @@ def on_meta(size: Size) -> nn.Module:
         return MllamaForConditionalGeneration(config(size))
 
 
-def build(size: Size, device: str, seed: int = 0) -> nn.Module:
+def build(size: Size, device: str, seed: int = 0) -> Module:
     """The PeftModel: NF4 with nested scales as load_in_4bit chooses layers, adapters in bf16 with both halves random, vision tower frozen."""
     from peft import LoraConfig, get_peft_model
 
@@ -129,11 +130,11 @@ def build(size: Size, device: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable(model: Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _quantized(linear: nn.Linear, generator: torch.Generator) -> nn.Module:
+def _quantized(linear: nn.Linear, generator: torch.Generator) -> Module:
     import bitsandbytes as bnb
 
     bias = linear.bias is not None
@@ -146,7 +147,7 @@ def _quantized(linear: nn.Linear, generator: torch.Generator) -> nn.Module:
     return made
 
 
-def _random(name: str, like: Tensor, parent: nn.Module, generator: torch.Generator) -> Tensor:
+def _random(name: str, like: Tensor, parent: Module, generator: torch.Generator) -> Tensor:
     """Products keep their input's size at any width: 0.016 at 4096, near transformers' 0.02. Gates, closed in a fresh model, are half open."""
     made = torch.empty(like.shape, dtype=DTYPE, device=generator.device)
     if name == "gate":
@@ -175,7 +176,7 @@ def batch(size: Size, b: int, text: int, device: str, seed: int = 0) -> dict[str
     return {name: t.to(device) for name, t in made.items()}
 
 
-def exact(model: nn.Module) -> nn.Module:
+def exact(model: Module) -> Module:
     """A copy in float64, its NF4 weights decoded without a rounding. Only the loss is fp32, as transformers takes it."""
     import bitsandbytes as bnb
 
@@ -199,12 +200,12 @@ def text_linears(size: Size) -> Iterator[tuple[int, int, bool, bool]]:
         image = i in size.cross
         yield h, h, False, i > 0
         yield from [(kv, h, image, i > 0 and not image)] * 2
-        yield from [(h, h, False, True), (mlp, h, False, True), (mlp, h, False, True), (h, mlp, False, True)]
+        yield from [(N, K, False, True) for N, K in ((h, h), (mlp, h), (mlp, h), (h, mlp))]
 
 
 def vision_linears(size: Size) -> list[tuple[int, int]]:
     v, mlp = size.vision_hidden, size.vision_mlp
-    return [(v, v), (v, v), (v, v), (v, v), (mlp, v), (v, mlp)] * (size.vision_layers + size.global_layers)
+    return [*[(v, v)] * 4, (mlp, v), (v, mlp)] * (size.vision_layers + size.global_layers)
 
 
 def attention_flops(pairs: int, width: int) -> int:

@@ -1,15 +1,14 @@
 """An NF4 + LoRA layer as each library holds it, and the ways each runs it."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import dtype_name, installed
+from bench.harness import BF16, FP16, FP32, DType, double, installed
 from fastfuse.kernels.nf4 import BITSANDBYTES, TORCHAO
 from fastfuse.ops import nf4_dequantize_ref, nf4_linear_ref
 from fastfuse.ops._op import nbytes
@@ -32,25 +31,22 @@ class Layer:
     def nbytes(self) -> int:
         return self.weight.nbytes + nbytes(self.lora_a, self.lora_b)
 
-    def with_torchao(self) -> "Layer":
-        return replace(self, weight=self.torchao_weight)
-
-    def with_double_adapters(self) -> "Layer":
+    def double_copy(self) -> "Layer":
         return self if self.lora_a is None else replace(self, lora_a=double(self.lora_a), lora_b=double(self.lora_b))
 
-    @functools.cached_property
+    @cached_property
     def bitsandbytes(self) -> tuple:
         return _as_bitsandbytes(self.weight)
 
-    @functools.cached_property
+    @cached_property
     def torchao(self) -> Tensor:
         return _as_torchao(self.torchao_weight)
 
-    @functools.cached_property
+    @cached_property
     def dense(self) -> Tensor:
         return self.weight if isinstance(self.weight, Tensor) else nf4_dequantize_ref(self.weight, self.weight.dtype)
 
-    @functools.cached_property
+    @cached_property
     def peft(self) -> nn.Module:
         """The layer get_peft_model makes, holding this A and B: they are its parameters, so gradients for them are gradients for ours."""
         import peft
@@ -75,45 +71,34 @@ class Layer:
         return layer.train(self.lora_a.requires_grad)
 
 
-def double(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad)
-
-
-def random_layer(
-    N: int, K: int, rank: int, storage: str, dtype: torch.dtype, device: str, requires_grad: bool = False, lora_dtype: torch.dtype | None = None
-) -> Layer:
+def random_layer(N: int, K: int, rank: int, storage: str, dtype: DType, device: str, requires_grad: bool = False, lora_dtype: DType | None = None) -> Layer:
     """storage: "bitsandbytes" (nested), "torchao" or "dense". rank 0: no adapter.
 
     Random bytes are a valid weight: scales lie in 0.03 .. 0.07, as those of weights with deviation 0.02 do.
     """
-    if storage == "dense":
-        weight, other = torch.randn(N, K, dtype=dtype, device=device) * 0.02, None
-    else:
-        packed = torch.randint(256, (N * K // 2,), dtype=torch.uint8, device=device)
-        other = _torchao_view(packed, (N, K), dtype)
-        weight = _bitsandbytes_view(packed, (N, K), dtype) if storage == "bitsandbytes" else other
-    if not rank:
-        return Layer(weight, None, None, torchao_weight=other)
-    a = torch.randn(rank, K, dtype=dtype, device=device) * K**-0.5
-    b = torch.randn(N, rank, dtype=dtype, device=device) * 0.1
+    with torch.device(device):
+        if storage == "dense":
+            weight, other = torch.randn(N, K, dtype=dtype) * 0.02, None
+        else:
+            packed = torch.randint(256, (N * K // 2,), dtype=torch.uint8)
+            other = _random_view(packed, (N, K), dtype, "torchao")
+            weight = other if storage == "torchao" else _random_view(packed, (N, K), dtype, storage)
+        if not rank:
+            return Layer(weight, None, None, torchao_weight=other)
+        a = torch.randn(rank, K, dtype=dtype) * K**-0.5
+        b = torch.randn(N, rank, dtype=dtype) * 0.1
     a, b = (nn.Parameter(t.to(lora_dtype or dtype), requires_grad) for t in (a, b))
     return Layer(weight, a, b, torchao_weight=other)
 
 
-def _bitsandbytes_view(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> NF4View:
-    device, blocks = packed.device, shape[0] * shape[1] // BLOCK
-    index = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
-    absmax = 0.01 + 0.01 * torch.rand(-(-blocks // 256), device=device)
-    scales = (index, torch.linspace(-1, 1, 256, device=device), absmax, torch.full((), 0.05, device=device))
-    return NF4View(packed, torch.tensor(BITSANDBYTES, device=device), scales, BLOCK, shape, dtype)
-
-
-def _torchao_view(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> NF4View:
-    device, blocks = packed.device, shape[0] * shape[1] // BLOCK
-    scaler = torch.randint(-128, 128, (blocks,), dtype=torch.int8, device=device)
-    factor = (6400 + 6400 * torch.rand(-(-blocks // 256), device=device)).to(dtype)
-    scales = (scaler, factor, torch.full((), 0.05, dtype=dtype, device=device))
-    return NF4View(packed, torch.tensor(TORCHAO, dtype=dtype, device=device), scales, BLOCK, shape, dtype)
+def _random_view(packed: Tensor, shape: tuple[int, int], dtype: DType, storage: str) -> NF4View:
+    blocks = 2 * len(packed) // BLOCK
+    groups = torch.rand(-(-blocks // 256))
+    if storage == "torchao":
+        scales = (torch.randint(-128, 128, (blocks,), dtype=torch.int8), (6400 + 6400 * groups).to(dtype), torch.full((), 0.05, dtype=dtype))
+        return NF4View(packed, torch.tensor(TORCHAO, dtype=dtype), scales, BLOCK, shape, dtype)
+    index = torch.randint(256, (blocks,), dtype=torch.uint8)
+    return NF4View(packed, torch.tensor(BITSANDBYTES), (index, torch.linspace(-1, 1, 256), 0.01 + 0.01 * groups, torch.full((), 0.05)), BLOCK, shape, dtype)
 
 
 def _as_bitsandbytes(view: NF4View) -> tuple:
@@ -142,36 +127,42 @@ Linear = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    weight: Callable[[Layer], object]  # what its linear takes
+    weight: str  # the attribute of a Layer that its linear takes
     linear: Linear
     needs: tuple[str, ...] = ()  # packages
-    torchao: bool = False  # computes with the layer's torchao_weight
     compiled: bool = False
 
+    @property
+    def available(self) -> bool:
+        return all(map(installed, self.needs))
 
-def eager(x: Tensor, weight: NF4View, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
-    return nf4_linear_ref(x, weight, a, b, scaling)
+
+def eager(x, weight, *adapter) -> Tensor:
+    return nf4_linear_ref(x, weight, *adapter)
 
 
-def dense_eager(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
-    """The adapter as PEFT and torchtune run it. weight may be an NF4Tensor, whose own F.linear this calls."""
-    y = F.linear(x, weight)
+def dense_eager(x, weight, *adapter) -> Tensor:
+    """weight may be an NF4Tensor, whose own F.linear this calls."""
+    return _adapted(F.linear(x, weight), x, *adapter)
+
+
+def _adapted(y, x, a, b, scaling) -> Tensor:
+    """As PEFT and torchtune run an adapter."""
     return y if a is None else y + F.linear(F.linear(x, a), b) * scaling
 
 
-def wide_dense_eager(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def wide_dense_eager(x, weight, *adapter) -> Tensor:
     """dense_eager in x's dtype: the truth of a dense base, in float64."""
-    return dense_eager(x, weight.to(x.dtype), a, b, scaling)
+    return dense_eager(x, weight.to(x.dtype), *adapter)
 
 
-def _bitsandbytes(x: Tensor, weight: tuple, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def _bitsandbytes(x, weight, *adapter) -> Tensor:
     from bitsandbytes import matmul_4bit
 
-    y = matmul_4bit(x, *weight)
-    return y if a is None else y + F.linear(F.linear(x, a), b) * scaling
+    return _adapted(matmul_4bit(x, *weight), x, *adapter)
 
 
-def _peft(x: Tensor, layer: nn.Module, *_adapter) -> Tensor:
+def _peft(x, layer, *_adapter) -> Tensor:
     return layer(x)
 
 
@@ -211,50 +202,39 @@ def _decoded(weight) -> Tensor:
     return dequantize_4bit(packed, state, out=out)
 
 
-@functools.cache
-def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@cache
+def _buffer(numel: int, dtype: DType, device: torch.device) -> Tensor:
     return torch.empty(numel, dtype=dtype, device=device)
 
 
-def nf4_peers(dtype: torch.dtype, storage: str, lora: bool, fp32_adapters: bool, compiled: bool) -> dict[str, Peer]:
+def nf4_peers(dtype: DType, storage: str, lora: bool, fp32_adapters: bool, compiled: bool) -> dict[str, Peer]:
     """The peers of a case in the order they are timed: what takes long to compile comes last."""
-    found: dict[str, Peer] = {}
-    if storage == "bitsandbytes":
-        if lora:
-            found["bitsandbytes + PEFT"] = Peer(attrgetter("peft"), _peft, ("bitsandbytes", "peft"))
-        if not fp32_adapters:
-            found["bitsandbytes"] = Peer(attrgetter("bitsandbytes"), _bitsandbytes, ("bitsandbytes",))
-            if lora:
-                found["dequantize + addmm"] = Peer(attrgetter("bitsandbytes"), DequantizeAddmm.apply, ("bitsandbytes",))
-    if not fp32_adapters:
-        torchao = Peer(attrgetter("torchao"), dense_eager, ("torchao",), torchao=True)
-        found["torchao"] = torchao
-        found[f"{short(dtype)} {'LoRA' if lora else 'linear'}"] = Peer(attrgetter("dense"), dense_eager)
-        if compiled:
-            found["torchao compiled"] = replace(torchao, compiled=True)
-    if compiled:
-        found["torch.compile"] = Peer(attrgetter("weight"), eager, compiled=True)
-    return found
+    bitsandbytes, one_dtype = storage == "bitsandbytes", not fp32_adapters
+    found = {
+        "bitsandbytes + PEFT": bitsandbytes and lora and Peer("peft", _peft, ("bitsandbytes", "peft")),
+        "bitsandbytes": bitsandbytes and one_dtype and Peer("bitsandbytes", _bitsandbytes, ("bitsandbytes",)),
+        "dequantize + addmm": bitsandbytes and one_dtype and lora and Peer("bitsandbytes", DequantizeAddmm.apply, ("bitsandbytes",)),
+        "torchao": one_dtype and Peer("torchao", dense_eager, ("torchao",)),
+        f"{short(dtype)} {'LoRA' if lora else 'linear'}": one_dtype and Peer("dense", dense_eager),
+        "torchao compiled": one_dtype and compiled and Peer("torchao", dense_eager, ("torchao",), compiled=True),
+        "torch.compile": compiled and Peer("weight", eager, compiled=True),
+    }
+    return {name: peer for name, peer in found.items() if peer}
 
 
 def dense_peers(compiled: bool) -> dict[str, Peer]:
-    found = {"PEFT": Peer(attrgetter("peft"), _peft, ("peft",)), "addmm": Peer(attrgetter("weight"), DequantizeAddmm.apply)}
-    return found | ({"torch.compile": Peer(attrgetter("weight"), dense_eager, compiled=True)} if compiled else {})
+    found = {"PEFT": Peer("peft", _peft, ("peft",)), "addmm": Peer("weight", DequantizeAddmm.apply)}
+    return found | ({"torch.compile": Peer("weight", dense_eager, compiled=True)} if compiled else {})
 
 
-def short(dtype: torch.dtype) -> str:
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype_name(dtype)]
+def short(dtype: DType) -> str:
+    return {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "uint8"}[dtype]
 
 
-def available(peer: Peer) -> bool:
-    return all(installed(package) for package in peer.needs)
-
-
-def dequantize_bitsandbytes(layer: Layer) -> Tensor:
+def dequantize(layer: Layer, storage: str) -> Tensor:
+    """As the library of that name does."""
+    if storage == "torchao":
+        return layer.torchao.get_original_weight()
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(*layer.bitsandbytes)
-
-
-def dequantize_torchao(layer: Layer) -> Tensor:
-    return layer.torchao.get_original_weight()

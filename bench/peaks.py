@@ -3,16 +3,19 @@
 python -m bench.peaks     measure and print
 """
 
-import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import triton
 from torch.nn import functional as F
+
+from bench import arguments
 
 
 @dataclass(frozen=True)
@@ -29,31 +32,32 @@ class Peaks:
 # NVIDIA's data sheets of the SXM modules, dense rates. They give no launch time.
 DATA_SHEET = {
     "H200": Peaks("H200 SXM", "data sheet", 4.8e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 0.0),
-    "H100": Peaks("H100 SXM", "data sheet", 3.35e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}, 0.0),
-    "A100": Peaks("A100 80GB SXM", "data sheet", 2.04e12, {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12}, 0.0),
 }
 
 
 def measure(device: str) -> Peaks:
     """Peaks of "cuda" or "cpu". A few seconds."""
-    seconds = _cuda_seconds if device == "cuda" else _cpu_seconds
-    n_bytes, sizes = (2**31, (4096, 8192, 16384)) if device == "cuda" else (2**27, (1024, 2048))
-    names = ("bfloat16", "float16", "float32") if device == "cuda" else ("bfloat16", "float32")
+    gpu = device == "cuda"
+    seconds = _cuda_seconds if gpu else _cpu_seconds
+    n_bytes, sizes, half = (2**31, (4096, 8192, 16384), ("float16",)) if gpu else (2**27, (1024, 2048), ())
     bandwidth = _copy_rate(n_bytes, device, seconds)
     # The best of several sizes: a library is not fastest at its largest.
-    rates = {name: max(_matmul_rate(n, getattr(torch, name), device, seconds) for n in (sizes[:2] if name == "float32" else sizes)) for name in names}
+    rates = {
+        name: max(_matmul_rate(n, getattr(torch, name), device, seconds) for n in (sizes[:2] if name == "float32" else sizes))
+        for name in ("bfloat16", *half, "float32")
+    }
     # Narrow numbers are exact in fp32: a CPU without bf16 products takes 20 times longer for them than after widening both sides.
     rates = {name: max(rate, rates["float32"]) for name, rate in rates.items()}
-    return Peaks(device_name(device), "measured", bandwidth, rates, _launch_us() if device == "cuda" else 0.0)
+    return Peaks(device_name(device), "measured", bandwidth, rates, _launch_us() if gpu else 0.0)
 
 
-def _copy_rate(n_bytes: int, device: str, seconds: Callable[[Callable], float]) -> float:
+def _copy_rate(n_bytes: int, device: str, seconds: Callable) -> float:
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * n_bytes / seconds(lambda: target.copy_(source))
 
 
-def _matmul_rate(n: int, dtype: torch.dtype, device: str, seconds: Callable[[Callable], float]) -> float:
+def _matmul_rate(n: int, dtype: torch.dtype, device: str, seconds: Callable) -> float:
     # Random data: zeros switch fewer transistors and run faster than any real product.
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     return 2 * n**3 / seconds(lambda: F.linear(a, b))
@@ -62,13 +66,19 @@ def _matmul_rate(n: int, dtype: torch.dtype, device: str, seconds: Callable[[Cal
 def _cuda_seconds(fn: Callable, repeats: int = 10) -> float:
     for _ in range(3):
         fn()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    return statistics.median(event_ms(fn, repeats)) * 1e-3
+
+
+def event_ms(fn: Callable, n: int, before: Callable = lambda: None) -> list[float]:
+    """Of each of n calls, between two CUDA events; `before` each is no part of it. Returns when the device is done."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
     for start, end in events:
+        before()
         start.record()
         fn()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e-3
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def _cpu_seconds(fn: Callable, repeats: int = 5) -> float:
@@ -111,13 +121,29 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def clocks(device: str) -> str | None:
+    """SM and memory clocks as they stand, read only."""
+    if device != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+    return output_of([*query, f"--id=GPU-{uuid}"]) or output_of(query)
+
+
+def output_of(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def describe(peaks: Peaks) -> str:
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in peaks.flops_per_s.items())
     return f"{peaks.device} ({peaks.source}): {peaks.bytes_per_s / 1e12:.3f} TB/s, {rates}, launch {peaks.launch_us:.2f} us"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    arguments(__doc__).parse_args()
     peaks = measure("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(peaks))
     print(json.dumps(asdict(peaks)))

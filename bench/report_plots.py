@@ -67,7 +67,7 @@ def _speedup(device: Device, bars: Mapping) -> dict:
     panels = {}
     for title, cases in layers.items():
         if len(cases) > 1:
-            peers = dict.fromkeys(name for case in cases for name in case.rows if name in case.peers)
+            peers = [name for case in cases for name in case.rows if name in case.peers]
             values = {name: [case.times(name) if name in case.peers else None for case in cases] for name in peers}
             panels[title] = {"groups": [case.shape.split()[0] for case in cases], "bars": values}
     return {"panels": panels, "axis": "fastfuse is x times as fast", "base": 1, "limit": None}

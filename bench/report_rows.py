@@ -136,8 +136,9 @@ def _device(rows: list[dict], bars: Mapping) -> Device:
         if gone:  # a run that was cut short would show fewer peers, the faster ones perhaps
             raise Refused(f"{' '.join(key)}, {run[0]['device']}: its newest run, of {date}, lacks {min(gone)}, which an earlier one at this commit has")
         cases.append(_case(key, {row["provider"]: row for row in run if row["date"] == date}, bars))
-    first, *others = (row for case in cases for row in case.rows.values())
-    for row in (first, *others):
+    shown = [row for case in cases for row in case.rows.values()]
+    first = shown[0]
+    for row in shown:
         if row["dirty"] or not row["commit"]:
             raise Refused(f"{_row_name(row)}: measured in a tree {'with changes' if row['dirty'] else 'of no known commit'}")
         if row["provider"] in OURS and (row.get("error") or not row["us"] or row["parity"] is not True):
@@ -156,7 +157,7 @@ def _natural(text: str) -> list:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
-def _case(key: tuple[str, str, str], rows: Mapping[str, Mapping], bars: Mapping) -> Case:
+def _case(key: tuple, rows: Mapping[str, Mapping], bars: Mapping) -> Case:
     right = {name: row["us"] for name, row in rows.items() if row["parity"] and row["us"] and counts(row, bars)}
     return Case(*key, rows, dict(sorted(right.items(), key=lambda item: item[1])))
 

@@ -14,13 +14,11 @@ An op's file is replaced at once, when all of its rows are done or the time is u
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +26,13 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import codegen, harness, peaks
+from bench import arguments, codegen, harness, peaks
 from bench.sass import Report
 from bench.tune_clock import Clock, Refused, Unprepared
-from bench.tune_compile import Candidate, Compiled, Job, by_code, compile_all, compiled_by_code, in_words, jobs_of, prune
+from bench.tune_compile import Candidate, Compiler, Job, by_code, compile_all, compiled_by_code, in_words, jobs_of, prune
 from bench.tune_space import OPS, Sweep, TuneCase, sweeps
 from bench.tune_table import FOLDER, as_written, check, name, name_without_schedule, own_rows, read, when_of, write
-from bench.tune_tiles import candidates, illegal
+from bench.tune_tiles import Tile, candidates, illegal
 from fastfuse import Unsupported, tune
 
 ROUNDS = 3  # of the last comparison, in turns
@@ -49,9 +47,9 @@ class Late(Exception):
 class TuneConfig:
     """What a sweep is done with. clock: (op, case, tile) -> us; raises Refused or Unprepared."""
 
-    clock: Callable[[str, TuneCase, dict | None], float]
+    clock: Callable[[str, TuneCase, Tile], float]
     floor: Callable[[TuneCase], float]
-    compiled: Callable[[list[Job]], Compiled]
+    compiled: Compiler
     mark: Mapping = field(default_factory=dict)  # device, commit, date and Triton, for the rows
     quick: bool = False
     bounds: bool = False
@@ -59,9 +57,9 @@ class TuneConfig:
     deadline: float = float("inf")
     log: Callable[[Mapping], None] = lambda entry: None
     say: Callable[[str], None] = print
-    prepare: Callable[[str, TuneCase, list[dict | None]], None] = lambda op, case, tiles: None  # before the first of them is timed
+    prepare: Callable[[str, TuneCase, list[Tile]], None] = lambda op, case, tiles: None  # before the first of them is timed
 
-    def us(self, op: str, case: TuneCase, tile: dict | None, why: str) -> float:
+    def us(self, op: str, case: TuneCase, tile: Tile, why: str) -> float:
         if time.monotonic() > self.deadline:
             raise Late
         entry = {"op": op, "shape": case.bench.shape, "dtype": harness.dtype_name(case.bench.dtype), "tile": tile, "for": why}
@@ -75,16 +73,18 @@ class TuneConfig:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments(
+        __doc__,
+        bounds="move the rows' M_max too",
+        quick="of the grid only what differs from a row's tile in one value",
+        dry_run="compile and print, time and write nothing",
+    )
     p.add_argument("op", nargs="+", choices=(*OPS, "all"), metavar="OP", help=f"{', '.join(OPS)}, or all")
-    p.add_argument("--bounds", action="store_true", help="move the rows' M_max too")
-    p.add_argument("--quick", action="store_true", help="of the grid only what differs from a row's tile in one value")
     p.add_argument("--minutes", type=float, default=float("inf"), help="rows that are not done by then stay as they are")
     p.add_argument("--margin", type=float, default=2.0, help="percent that a tile must be faster by")
     p.add_argument("--out", type=Path, metavar="FILE", help="every timing, a line of JSON each")
     p.add_argument("--commit", help="recorded where the tree has no git folder")
     p.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
-    p.add_argument("--dry-run", action="store_true", help="compile and print, time and write nothing")
     p.add_argument("--arch", help="of a dry run; otherwise that of the GPU at hand")
     a = p.parse_args()
     names = list(OPS) if "all" in a.op else list(dict.fromkeys(a.op))
@@ -114,13 +114,13 @@ def _sweep(names: list[str], arch: str, a: argparse.Namespace) -> None:
     ceilings = peaks.measure("cuda")
     print(f"{peaks.describe(ceilings)}, {arch}")
     with open(a.out or os.devnull, "a") as out:
-        clock, chip = Clock("cuda"), _chip()
+        clock, chip, commit = Clock("cuda"), _chip(), where["commit"] + (" with changes" if where["dirty"] else "")
         config = TuneConfig(
             clock=clock,
             prepare=lambda op, case, tiles: clock.compile_launches(op, case, tiles, chip, a.workers),
             floor=lambda case: harness.floor_us(case.bench.cost(case.bench.make("meta", 0)), ceilings, case.bench.dtype),
             compiled=lambda jobs: compile_all(jobs, a.workers),
-            mark=_mark(where),
+            mark={"device": where["device"], "commit": commit, "date": harness.now(), "triton": where["triton"]},
             quick=a.quick,
             bounds=a.bounds,
             margin=a.margin / 100,
@@ -138,12 +138,6 @@ def _chip() -> tuple:
     return triton.runtime.driver.active.get_current_target(), tune.arch_of(device), tune.processors_of(device)
 
 
-def _mark(where: Mapping) -> dict:
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    commit = where["commit"] if not where["dirty"] else f"{where['commit']} with changes"
-    return {"device": where["device"], "commit": commit, "date": date, "triton": where["triton"]}
-
-
 def tune_op(op: str, arch: str, calls: list[Sweep], config: TuneConfig, folder: Path = FOLDER) -> bool:
     """Sweep the rows that serve `arch` and rewrite them; whether anything was. Without rows of its own it gets a copy of its family's.
 
@@ -157,19 +151,17 @@ def tune_op(op: str, arch: str, calls: list[Sweep], config: TuneConfig, folder: 
     check(op, rows)
     written, family = own_rows(op, arch, rows)
     own = [tune.served(row) for row in written]
-    regimes = _regimes(own, family, calls)
-    tried = {id(row): candidates(op, own, row, config.quick) for row, _ in regimes}
-    jobs = [job for row, cases in regimes for tile in tried[id(row)] for job in jobs_of(family, op, row, tile, cases)]
-    config.say(f"{op} on {arch}: {len(own)} rows of {family}, {sum(map(len, tried.values()))} candidates, {len(by_code(jobs))} compilations")
+    regimes, tried, jobs = _plan(op, family, own, calls, config.quick)
+    config.say(f"{op} on {arch}: {len(own)} rows of {family}, {sum(map(len, tried))} candidates, {len(by_code(jobs))} compilations")
     compiled = compiled_by_code(jobs, config.compiled)
     new = [row if family == arch else {"arch": arch, "when": row["when"], "tile": row["tile"]} for row in own]
     measured = False
     try:
-        for i, (row, cases) in enumerate(regimes):
+        for i, ((row, cases), tiles) in enumerate(zip(regimes, tried, strict=True)):
             if not cases:
                 config.say(f"  {when_of(row)}: no case is served by it: left as it is")
                 continue
-            kept, pruned = prune(op, family, row, cases, tried[id(row)], compiled)
+            kept, pruned = prune(op, family, row, cases, tiles, compiled)
             config.say(f"  {when_of(row)}: {len(cases)} cases, {in_words(pruned)}, {len(kept)} timed")
             tile, times = _decide(op, family, row, cases, kept, config)
             if times:
@@ -196,11 +188,18 @@ def tune_op(op: str, arch: str, calls: list[Sweep], config: TuneConfig, folder: 
 
 
 def _regimes(own: list[dict], family: str, calls: Iterable[Sweep]) -> list[tuple[dict, list[TuneCase]]]:
-    cases = [s.at(n) for s in calls for n in s.counts]
     served = {id(row): [] for row in own}
-    for case in cases:
+    for case in (s.at(n) for s in calls for n in s.counts):
         served[id(tune.match(own, family, case.shape))].append(case)
     return [(row, served[id(row)]) for row in own]
+
+
+def _plan(op: str, family: str, own: list[dict], calls: list[Sweep], quick: bool) -> tuple[list, list[list[Tile]], list[Job]]:
+    """Rows with their cases, the tiles that are tried in each row's place, and all that has to be compiled for it."""
+    regimes = _regimes(own, family, calls)
+    tried = [candidates(op, own, row, quick) for row, _ in regimes]
+    jobs = [job for (row, cases), tiles in zip(regimes, tried, strict=True) for tile in tiles for job in jobs_of(family, op, row, tile, cases)]
+    return regimes, tried, jobs
 
 
 def _figures(times: list[tuple[TuneCase, float]], config: TuneConfig) -> dict:
@@ -212,9 +211,7 @@ def _figures(times: list[tuple[TuneCase, float]], config: TuneConfig) -> dict:
     }
 
 
-def _decide(
-    op: str, arch: str, row: dict, cases: list[TuneCase], kept: list[Candidate], config: TuneConfig
-) -> tuple[dict | None, list[tuple[TuneCase, float]]]:
+def _decide(op: str, arch: str, row: dict, cases: list[TuneCase], kept: list[Candidate], config: TuneConfig) -> tuple[Tile, list]:
     """The tile that the row gets, and its time of each case that could be run."""
     alive, times = list(kept), {id(c): [] for c in kept}
     ran = []
@@ -243,10 +240,7 @@ def _decide(
         if fault := _variants_fault(op, arch, row, c.tile, config):
             config.say(f"    {name(c.tile)} refused: {fault}")
             continue
-        if present is None:
-            mine, theirs = times[id(c)], times[id(c)]
-        else:
-            theirs, mine = in_turns(op, ran, present.tile, c.tile, config)
+        theirs, mine = in_turns(op, ran, present.tile, c.tile, config) if present else (times[id(c)],) * 2
         gain = statistics.geometric_mean(theirs) / statistics.geometric_mean(mine) - 1
         if present is None or gain > config.margin:
             config.say(f"    {name(row['tile'])} -> {name(c.tile)}: " + (f"{100 * gain:.1f}% faster" if present else "the row's own tile is refused"))
@@ -261,7 +255,7 @@ def _decide(
     return row["tile"], list(zip(ran, chosen, strict=True))
 
 
-def in_turns(op: str, cases: list[TuneCase], one: dict | None, other: dict | None, config: TuneConfig) -> tuple[list[float], list[float]]:
+def in_turns(op: str, cases: list[TuneCase], one: Tile, other: Tile, config: TuneConfig) -> tuple[list[float], list[float]]:
     """Both tiles' medians at every case, one after the other: what the clock or the neighbours do in between, both feel."""
     found = [], []
     for case in cases:
@@ -271,7 +265,7 @@ def in_turns(op: str, cases: list[TuneCase], one: dict | None, other: dict | Non
     return found
 
 
-def _variants_fault(op: str, arch: str, row: dict, tile: dict | None, config: TuneConfig) -> str | None:
+def _variants_fault(op: str, arch: str, row: dict, tile: Tile, config: TuneConfig) -> str | None:
     """Why bench.codegen's gate would stop this tile: it compiles what no case here launches, fp32 adapters or torchao's weights."""
     if tile is None:
         return None
@@ -295,7 +289,8 @@ def move_bounds(op: str, arch: str, rows: list[dict], calls: list[Sweep], config
         won, lost = None, None
         for M, pairs in sorted(trials.items()):
             try:
-                mine, theirs = (statistics.geometric_mean(times) for times in zip(*(_both(op, row, *pair, config) for pair in pairs), strict=True))
+                times = [[config.us(op, case, tile, "bounds") for tile in (row["tile"], other)] for case, other in pairs]
+                mine, theirs = map(statistics.geometric_mean, zip(*times, strict=True))
             except (Refused, Unprepared) as reason:
                 config.say(f"  {when_of(row)}: stopped at M {M}: {reason}")
                 break
@@ -312,7 +307,7 @@ def move_bounds(op: str, arch: str, rows: list[dict], calls: list[Sweep], config
     return rows
 
 
-def _trials(op: str, arch: str, rows: list[dict], i: int, calls: list[Sweep]) -> dict[int, list[tuple[TuneCase, dict | None]]]:
+def _trials(op: str, arch: str, rows: list[dict], i: int, calls: list[Sweep]) -> dict[int, list[tuple]]:
     """M -> calls of that many rows that row i would serve without its M_max, each with the tile that it gets without row i."""
     row, others = rows[i], [*rows[:i], *rows[i + 1 :]]
     free = row | {"when": {k: v for k, v in row["when"].items() if k != "M_max"}}
@@ -329,35 +324,28 @@ def _trials(op: str, arch: str, rows: list[dict], i: int, calls: list[Sweep]) ->
     return found
 
 
-def _both(op: str, row: dict, case: TuneCase, other: dict | None, config: TuneConfig) -> tuple[float, float]:
-    return config.us(op, case, row["tile"], "bounds"), config.us(op, case, other, "bounds")
-
-
-def dry_run(op: str, arch: str, compiled: Callable[[list[Job]], Compiled], quick: bool = False, folder: Path = FOLDER) -> None:
+def dry_run(op: str, arch: str, compiled: Compiler, quick: bool = False, folder: Path = FOLDER) -> None:
     """Print every row's cases, what is tried there, what is left out and why, and what the compiler made of the rest, best bound first."""
     own, family = own_rows(op, arch, [tune.served(row) for row in read(folder / f"{op}.json")])
     if family not in codegen.ARCHS:
         raise ValueError(f"{op}: the compiler has no target {family}, only {', '.join(codegen.ARCHS)}")
-    regimes = _regimes(own, family, sweeps(op, arch))
-    tried = {id(row): candidates(op, own, row, quick) for row, _ in regimes}
-    reports = compiled_by_code([job for row, cases in regimes for tile in tried[id(row)] for job in jobs_of(family, op, row, tile, cases)], compiled)
+    regimes, tried, jobs = _plan(op, family, own, sweeps(op, arch), quick)
+    reports = compiled_by_code(jobs, compiled)
     print(f"{op} on {arch}: {len(own)} rows of {family}; * is the row's own tile; bounds count a tile's own padding as work")
-    for row, cases in regimes:
+    for (row, cases), tiles in zip(regimes, tried, strict=True):
         print(f"{when_of(row)}: {name(row['tile'])}, {len(cases)} cases{': ' if cases else ''}{', '.join(p.bench.shape for p in cases)}")
         if not cases:
             continue
-        kept, pruned = prune(op, family, row, cases, tried[id(row)], reports)
-        print(f"  {len(tried[id(row)])} candidates: {in_words(pruned)}, {len(kept)} left")
-        for reason, tiles in pruned.items():
-            print(f"    {reason}: {', '.join(dict.fromkeys(name_without_schedule(t) for t in tiles))}")
-        alike = Counter(name_without_schedule(c.tile) for c in kept)
-        ranked = sorted(kept, key=lambda c: (-(c.bound or 0), -c.resident, c.registers))
-        shown = {}
-        for c in ranked:
-            shown.setdefault(name_without_schedule(c.tile), c)
-        for label, c in shown.items():
-            mark = "*" if row["tile"] and c.tile and label == name_without_schedule(row["tile"]) else " "
-            times = f" x{alike[label]}" if alike[label] > 1 else ""
+        kept, pruned = prune(op, family, row, cases, tiles, reports)
+        print(f"  {len(tiles)} candidates: {in_words(pruned)}, {len(kept)} left")
+        for reason, left_out in pruned.items():
+            print(f"    {reason}: {', '.join(dict.fromkeys(map(name_without_schedule, left_out)))}")
+        alike: dict[str, list[Candidate]] = {}
+        for c in sorted(kept, key=lambda c: (-(c.bound or 0), -c.resident, c.registers)):
+            alike.setdefault(name_without_schedule(c.tile), []).append(c)
+        for label, (c, *others) in alike.items():
+            mark = "*" if row["tile"] and label == name_without_schedule(row["tile"]) else " "
+            times = f" x{1 + len(others)}" if others else ""
             print(f"  {mark} {label}{times}: {'; '.join(_line(r) for r in c.reports) or 'no code of ours'}")
 
 

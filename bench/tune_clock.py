@@ -13,6 +13,7 @@ from bench import harness
 from bench.all import _context_alive
 from bench.tune_space import TuneCase
 from bench.tune_table import name
+from bench.tune_tiles import Tile
 from fastfuse import tune
 from fastfuse.ops._collect import collecting
 
@@ -31,19 +32,13 @@ class Clock:
     def __init__(self, device: str):
         self.device, self._at, self._made = device, None, None
 
-    def __call__(self, op: str, case: TuneCase, tile: dict | None) -> float:
-        asked, pick = [], tune.pick
-
-        def listen(of: str, arch: str, **shape) -> tune.Tile | None:
-            if of == op:
-                asked.append(shape)
-            return pick(of, arch, **shape)
-
+    def __call__(self, op: str, case: TuneCase, tile: Tile) -> float:
         with fastfuse.backend("triton"):  # on a CPU the interpreter
             if self._at is not case:
                 self._prepare(case)
-            with tune.pin(op, tune.tile_of(tile)), mock.patch.object(tune, "pick", listen):
+            with tune.pin(op, tune.tile_of(tile)), mock.patch.object(tune, "pick", wraps=tune.pick) as pick:
                 row = harness.measure_provider(case.bench, harness.OURS, *self._made, harness.cuda_us if self.device == "cuda" else harness.cpu_us)
+        asked = [call.kwargs for call in pick.call_args_list if call.args[0] == op]
         if "error" in row:
             if self.device == "cuda" and not _context_alive():
                 sys.exit(f"bench.tune: the CUDA context is lost, {op} is not written: {name(tile)} at {case.bench.shape}: {row['error']}")
@@ -58,7 +53,7 @@ class Clock:
             raise Refused("no CUDA graph could hold it: its time would include launch gaps")
         return row["us"]
 
-    def compile_launches(self, op: str, case: TuneCase, tiles: list[dict | None], chip: tuple, workers: int) -> None:
+    def compile_launches(self, op: str, case: TuneCase, tiles: list[Tile], chip: tuple, workers: int) -> None:
         """Side by side, into Triton's cache. What the specimens compile is not it: their integers are divisible by 16 or not as no call's need be."""
         if self._at is not case:
             self._prepare(case)

@@ -16,6 +16,7 @@ from bench import codegen, harness
 from bench.sass import Report
 from bench.tune_space import TuneCase, sweeps
 from bench.tune_table import SCHEDULE, when_of
+from bench.tune_tiles import Tile
 from bench.work import TUNED
 from fastfuse import tune
 
@@ -23,11 +24,12 @@ BOUND = 0.6  # of the best bound of the same blocks
 
 Job = tuple[str, str, str, str]  # arch, op, row as JSON, words of a case (empty: all that bench.codegen compiles)
 Compiled = Mapping[Job, "list[Report] | str"]  # the reports, or why there are none
+Compiler = Callable[[list[Job]], Compiled]
 
 
 @dataclass
 class Candidate:
-    tile: dict | None  # as a row writes it
+    tile: Tile
     reports: list[Report] = field(default_factory=list)
 
     @property
@@ -46,7 +48,7 @@ class Candidate:
         return max((r.registers for r in self.reports), default=0)
 
 
-def prune(op: str, arch: str, row: dict, cases: list[TuneCase], tiles: list[dict | None], compiled: Compiled) -> tuple[list[Candidate], dict[str, list[dict]]]:
+def prune(op: str, arch: str, row: dict, cases: list[TuneCase], tiles: list[Tile], compiled: Compiled) -> tuple[list[Candidate], dict[str, list]]:
     """(what is left, reason -> what is not). The row's own tile, the first, always is left, and the unfused route, which has no code of ours."""
     left, pruned = [], {}
     for n, tile in enumerate(tiles):
@@ -58,16 +60,9 @@ def prune(op: str, arch: str, row: dict, cases: list[TuneCase], tiles: list[dict
             pruned.setdefault(reason, []).append(tile)
         else:
             left.append(Candidate(tile, reports))
-    best: dict[str, float] = {}
-    for c in left:
-        best[_blocks(c.tile)] = max(best.get(_blocks(c.tile), 0), c.bound or 0)
-    kept = []
-    for n, c in enumerate(left):
-        if n and c.bound is not None and c.bound < BOUND * best[_blocks(c.tile)]:
-            pruned.setdefault("low bound", []).append(c.tile)
-        else:
-            kept.append(c)
-    return kept, pruned
+    best = {_blocks(c.tile): c.bound for c in sorted(left, key=lambda c: c.bound or 0)}  # the last of a key stays
+    low = [c for c in left[1:] if c.bound is not None and c.bound < BOUND * best[_blocks(c.tile)]]
+    return [c for c in left if c not in low], pruned | ({"low bound": [c.tile for c in low]} if low else {})
 
 
 def _reports(jobs: list[Job], compiled: Compiled) -> list[Report] | str:
@@ -84,7 +79,7 @@ def _fault(reports: list[Report] | str) -> str | None:
     return "shared memory" if any(r.problems() for r in reports) else None
 
 
-def _blocks(tile: dict | None) -> str:
+def _blocks(tile: Tile) -> str:
     """What tiles have in common that do the same work in a step."""
     return json.dumps({k: v for k, v in sorted(tile["constants"].items()) if k.startswith("BLOCK_")}) if tile else ""
 
@@ -93,7 +88,7 @@ def in_words(pruned: Mapping[str, list]) -> str:
     return ", ".join(f"{len(tiles)} {reason}" for reason, tiles in pruned.items()) or "none pruned"
 
 
-def jobs_of(arch: str, op: str, row: dict, tile: dict | None, cases: list[TuneCase]) -> list[Job]:
+def jobs_of(arch: str, op: str, row: dict, tile: Tile, cases: list[TuneCase]) -> list[Job]:
     words = dict.fromkeys(case.words for case in cases) if tile else ()
     return [(arch, op, json.dumps({"when": row["when"], "tile": tile}), each) for each in words]
 
@@ -107,13 +102,11 @@ def _code(job: Job) -> Job:
 
 
 def by_code(jobs: Iterable[Job]) -> dict[Job, Job]:
-    found: dict[Job, Job] = {}
-    for job in jobs:
-        found.setdefault(_code(job), job)
-    return found
+    """Of each code the first job."""
+    return {_code(job): job for job in reversed(list(jobs))}
 
 
-def compiled_by_code(jobs: Iterable[Job], compiled: Callable[[list[Job]], Compiled]) -> Compiled:
+def compiled_by_code(jobs: Iterable[Job], compiled: Compiler) -> Compiled:
     """What compiled gives for one job of each code, by code."""
     firsts = by_code(jobs)
     reports = compiled(list(firsts.values()))
@@ -132,7 +125,7 @@ def compile_all(jobs: list[Job], workers: int) -> Compiled:
             except BrokenProcessPool:
                 lost.append(waiting[future])
 
-    def alone(job: Job) -> list[Report] | str:
+    def alone(job):
         with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
             try:
                 return pool.submit(_compile, job).result()
@@ -164,7 +157,7 @@ def _everything(arch: str, op: str, row: dict) -> list[codegen.KernelBuild]:
     """What bench.codegen would compile with the tile were it the row's."""
     pick, tile = tune.pick, row["tile"]
 
-    def picked(of: str, of_arch: str, **shape) -> tune.Tile | None:
+    def picked(of, of_arch, **shape):
         served = tune.match(tune.table(of), tune.covering_arch(of, of_arch), shape) if of == op else None
         return tune.tile_of(tile) if served and served["when"] == row["when"] else pick(of, of_arch, **shape)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.tune_tiles import illegal
+from bench.tune_tiles import Tile, illegal
 from fastfuse import tune
 
 FOLDER = Path(tune.__file__).parent
@@ -79,17 +79,16 @@ def as_written(row: dict, before: dict, after: dict) -> dict:
     return after | ({"since": row["since"]} if "since" in row else {})
 
 
-def name(tile: dict | None) -> str:
+def name(tile: Tile) -> str:
     """A tile in a few words: 64x128x64 TRANSPOSED w4 s3."""
     if tile is None:
         return "unfused"
     blocks = "x".join(str(v) for k, v in tile["constants"].items() if k.startswith("BLOCK_"))
-    rest = {k: v for k, v in tile["constants"].items() if not k.startswith("BLOCK_") and v is not False}
-    words = [k if v is True else f"{k}={v}" for k, v in rest.items()]
+    words = [k if v is True else f"{k}={v}" for k, v in tile["constants"].items() if not k.startswith("BLOCK_") and v is not False]
     return " ".join([blocks, *words, f"w{tile['num_warps']}", f"s{tile['num_stages']}"])
 
 
-def name_without_schedule(tile: dict | None) -> str:
+def name_without_schedule(tile: Tile) -> str:
     return name(tile and {**tile, "constants": {k: v for k, v in tile["constants"].items() if k not in SCHEDULE}})
 
 

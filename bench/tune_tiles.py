@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Iterator, Mapping
 
+Tile = dict | None  # as a row writes it; None: the unfused route
 LARGEST_BLOCK = 128  # of attention: what a mask's lists hold in columns, and in rows
 
 
-def candidates(op: str, rows: list[dict], row: Mapping, quick: bool) -> list[dict | None]:
+def candidates(op: str, rows: list[dict], row: Mapping, quick: bool) -> list[Tile]:
     """The tiles tried in a row's place: its own first, the unfused route where there is one, those of the other rows, and the space of the op.
 
     quick: of the space those that differ from the row's own tile, or from another row's, in one value.
@@ -28,7 +29,7 @@ def _apart(one: dict, other: dict) -> int:
     return sum(flat[0].get(k) != flat[1].get(k) for k in flat[0].keys() | flat[1].keys())
 
 
-def illegal(op: str, when: Mapping, tile: dict | None) -> str | None:
+def illegal(op: str, when: Mapping, tile: Tile) -> str | None:
     """Why the launcher could not use this tile for every shape of a row, or would pass it over; None where it can."""
     if tile is None:
         return "there is no unfused route" if op.startswith("cross") else None
@@ -60,38 +61,37 @@ def illegal(op: str, when: Mapping, tile: dict | None) -> str | None:
 
 def _space(op: str, rows: list[dict], when: Mapping) -> Iterator[dict]:
     """A small grid for each op. What does not compile, spills or does not fit is no concern here."""
-    fp32, tma = when.get("dtype") == "fp32", (when.get("tma") == 1,)
-    four, both = (4,), (4, 8)
+    fp32, tma, narrow, wide = when.get("dtype") == "fp32", when.get("tma") == 1, (32, 64), (64, 128)
+    every = (*narrow, 128)
     if op == "nf4_linear" and when.get("M_max", 64) <= 32:
-        yield from _grid(four, (3, 4), BLOCK_M=_rows((16, 32), when)[-1:], BLOCK_N=(64, 128), BLOCK_K=(64, 128), SPLIT_K=(2, 4, 8, 16, 32))
+        yield from _grid(4, (3, 4), BLOCK_M=_rows((16, 32), when)[-1], BLOCK_N=wide, BLOCK_K=wide, SPLIT_K=(2, 4, 8, 16, 32))
     elif op == "nf4_linear":
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((16, 32, 64, 128), when), BLOCK_N=(64, 128), BLOCK_K=(64,), TRANSPOSED=(False, True))
+        yield from _grid(stages=(2, 3, 4), BLOCK_M=_rows((16, *every), when), BLOCK_N=wide, BLOCK_K=64, TRANSPOSED=(False, True))
     elif op == "nf4_linear_dx":
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((32, 64, 128), when), BLOCK_N=(32, 64), BLOCK_K=(64, 128))
+        yield from _grid(stages=(2, 3, 4), BLOCK_M=_rows(every, when), BLOCK_N=narrow, BLOCK_K=wide)
     elif op == "lora_row_norms":
-        yield from _grid((2, 4, 8), (2, 3, 4), BLOCK_N=(16, 32, 64), BLOCK_K=(64, 128))
+        yield from _grid((2, 4, 8), (2, 3, 4), BLOCK_N=(16, *narrow), BLOCK_K=wide)
     elif op == "lora_down":
-        yield from _grid(four, (2, 3, 4), BLOCK_M=_rows((16, 32, 64, 128), when), BLOCK_R=(16,), BLOCK_K=(64, 128), SPLIT_K=(2, 4, 8, 16))
+        yield from _grid(4, (2, 3, 4), BLOCK_M=_rows((16, *every), when), BLOCK_R=16, BLOCK_K=wide, SPLIT_K=(2, 4, 8, 16))
     elif op == "lora_up":
-        yield from _grid(both, (2,), BLOCK_M=(32, 64, 128), BLOCK_C=(64, 128))
+        yield from _grid(stages=2, BLOCK_M=every, BLOCK_C=wide)
     elif op == "lora_grad":
         programs = next(r["tile"]["constants"]["PROGRAMS"] for r in rows if r["tile"])
         rank = max(16, min(64, when.get("R_max", 64)))
-        yield from _grid(both, (2, 3), BLOCK_M=(32, 64), BLOCK_C=(64, 128), BLOCK_R=(rank,), PROGRAMS=(programs // 2, programs, 2 * programs))
+        yield from _grid(BLOCK_M=narrow, BLOCK_C=wide, BLOCK_R=rank, PROGRAMS=(programs // 2, programs, 2 * programs))
     elif op == "patch_embed" and fp32:
-        yield from _grid(both, (2, 3), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(32,), SUBTILES=(2, 4), DIRECT=(False,), FLATTEN=(False,))
+        yield from _grid(BLOCK_M=wide, BLOCK_N=wide, BLOCK_K=32, SUBTILES=(2, 4), DIRECT=False, FLATTEN=False)
     elif op == "patch_embed":
-        gather = ("PW_multiple" in when,)
-        yield from _grid(both, (3, 4), BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), SUBTILES=(2, 4), DIRECT=gather, FLATTEN=(False, True))
+        gather = "PW_multiple" in when
+        yield from _grid(stages=(3, 4), BLOCK_M=wide, BLOCK_N=(128, 256), BLOCK_K=64, SUBTILES=(2, 4), DIRECT=gather, FLATTEN=(False, True))
     elif fp32:
-        yield from _grid(both, (1, 2), BLOCK_M=(16, 32), BLOCK_N=(16, 32), TMA=tma)
+        yield from _grid(stages=(1, 2), BLOCK_M=(16, 32), BLOCK_N=(16, 32), TMA=tma)
     elif "M_max" in when:
-        yield from _grid(both, (2, 3, 4), BLOCK_M=_rows((16, 32, 64), when), BLOCK_N=(32, 64, 128), TMA=tma)
+        yield from _grid(stages=(2, 3, 4), BLOCK_M=_rows((16, *narrow), when), BLOCK_N=every, TMA=tma)
     elif op == "cross_attention_dkdv":
-        narrow = "D_max" in when
-        yield from _grid(both, (1, 2, 3), BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128) if narrow else (32, 64, 128), TMA=tma)
+        yield from _grid(stages=(1, 2, 3), BLOCK_M=every, BLOCK_N=wide if "D_max" in when else every, TMA=tma)
     else:
-        yield from _grid(both, (2, 3), BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), TMA=tma)
+        yield from _grid(BLOCK_M=wide, BLOCK_N=every, TMA=tma)
 
 
 def _rows(sizes: tuple[int, ...], when: Mapping) -> tuple[int, ...]:
@@ -100,6 +100,8 @@ def _rows(sizes: tuple[int, ...], when: Mapping) -> tuple[int, ...]:
     return tuple(s for s in sizes if s == sizes[0] or s < 2 * most)[-2:]
 
 
-def _grid(warps: tuple[int, ...], stages: tuple[int, ...], **constants: tuple) -> Iterator[dict]:
-    for *values, w, s in itertools.product(*constants.values(), warps, stages):
+def _grid(warps: int | tuple = (4, 8), stages: int | tuple = (2, 3), **constants: int | tuple) -> Iterator[dict]:
+    """Every combination. What is no tuple is alike in all."""
+    spread = [values if isinstance(values, tuple) else (values,) for values in (*constants.values(), warps, stages)]
+    for *values, w, s in itertools.product(*spread):
         yield {"constants": dict(zip(constants, values, strict=True)), "num_warps": w, "num_stages": s}

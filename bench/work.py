@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from bench.sass import Work
@@ -18,17 +19,12 @@ TUNED = {
 """Kernel -> the op whose rows say what tile it is compiled with."""
 
 
-class Compiled:
+class Compiled(SimpleNamespace):
     """A kernel's arguments as the compiler is given them: c.BLOCK_M is a constant, c.dtype("x_ptr") what a pointer or a descriptor points at, "" of None."""
 
     def __init__(self, types: Mapping[str, Any], constants: Mapping[str, Any]):
+        super().__init__(**constants)
         self.types, self.constants = types, constants
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.constants[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
     def dtype(self, name: str) -> str:
         of = self.types[name]
@@ -39,6 +35,9 @@ class Compiled:
 
     def scales(self) -> int:
         return len((self.types["weight"] if "weight" in self.types else self.types["group"][0].weight).scales)
+
+
+WorkOf = Callable[[Compiled], Work]
 
 
 def work_of(kernel: str, c: Compiled) -> Work:
@@ -56,12 +55,12 @@ def _dequantize(c: Compiled) -> Work:
     return Work("weight", weights, bytes=weights * (PACKED[c.scales()] + c.size("out_ptr")), loops=())
 
 
-def _low_rank(tall: str, low: str, loops: tuple[str, ...] = ("loop",)) -> Callable[[Compiled], Work]:
-    def work(c: Compiled) -> Work:
+def _low_rank(activation: str, lora: str, loops: tuple[str, ...] = ("loop",)) -> WorkOf:
+    def work(c):
         elements = c.BLOCK_M * c.constants.get("BLOCK_K", c.constants.get("BLOCK_C"))
         results = sum(c.types.get(name, "constexpr") != "constexpr" for name in ("outer_ptr", "d_xa_ptr")) or 1
-        products = elements * c.constants.get("BLOCK_R", 16) * PRODUCT[c.dtype(low)] * results  # up: as of rank 16
-        return Work("element", elements, products, elements * c.size(tall), loops)
+        products = elements * c.constants.get("BLOCK_R", 16) * PRODUCT[c.dtype(lora)] * results  # up: as of rank 16
+        return Work("element", elements, products, elements * c.size(activation), loops)
 
     return work
 
@@ -72,8 +71,8 @@ def _patch_embed(c: Compiled) -> Work:
     return Work("1024 products", products / 1024, 0 if c.FLATTEN else products * PRODUCT[c.dtype("w_ptr")])
 
 
-def _attention(products: int, column: str, loops: tuple[str, ...] = ("full", "masked")) -> Callable[[Compiled], Work]:
-    def work(c: Compiled) -> Work:
+def _attention(products: int, column: str, loops: tuple[str, ...] = ("full", "masked")) -> WorkOf:
+    def work(c):
         scores, dtype = c.BLOCK_M * c.BLOCK_N, c.dtype(column)
         # Few rows have one block of them, and a head's keys and values one reader.
         unshared = 2 * c.BLOCK_N * c.D * SIZE[dtype] if products == 2 and c.BLOCK_M == 16 and dtype != "fp32" else 0
@@ -82,22 +81,14 @@ def _attention(products: int, column: str, loops: tuple[str, ...] = ("full", "ma
     return work
 
 
-def _moved(unit: str, count: Callable[[Compiled], int], *pointers: str, also: float = 0, loops: tuple[str, ...] = ("loop",)) -> Callable[[Compiled], Work]:
+def _moved(unit: str, count: Callable[[Compiled], int], *pointers: str, also: float = 0, loops: tuple[str, ...] = ("loop",)) -> WorkOf:
     """Elements that are read or written through each of the pointers; also: bytes of each besides."""
 
-    def work(c: Compiled) -> Work:
+    def work(c):
         n = count(c)
         return Work(unit, n, bytes=n * (c.size(*pointers) + also), loops=loops)
 
     return work
-
-
-def _flags(c: Compiled) -> int:
-    return c.BLOCK_S * c.BLOCK_W * 32
-
-
-def _row(c: Compiled) -> int:
-    return c.BLOCK_M * c.BLOCK_N
 
 
 def _width(c: Compiled) -> int:
@@ -105,11 +96,11 @@ def _width(c: Compiled) -> int:
     return min(c.BLOCK_N, 1280)
 
 
-_WORK: dict[str, Callable[[Compiled], Work]] = {
+_WORK: dict[str, WorkOf] = {
     "nf4_dequantize": _dequantize,
     "nf4_linear_fwd": _decoding,
     "nf4_skinny": _decoding,
-    "nf4_skinny_reduce": _moved("element", _row, loops=()),
+    "nf4_skinny_reduce": _moved("element", lambda c: c.BLOCK_M * c.BLOCK_N, loops=()),
     "nf4_linear_dx": _decoding,
     "nf4_row_norms": _decoding,
     "lora_down": _low_rank("x_ptr", "a_ptr"),
@@ -128,7 +119,7 @@ _WORK: dict[str, Callable[[Compiled], Work]] = {
     "cross_attention_dkdv": _attention(4, "q", ("loop",)),
     "cross_attention_merge": _moved("element", lambda c: c.BLOCK_M * c.D, "parts_ptr"),
     "cross_attention_delta": _moved("element", lambda c: c.BLOCK_M * c.D, "o_ptr", "do_ptr", loops=()),
-    "pack_mask": _moved("flag", _flags, also=9 / 8),
+    "pack_mask": _moved("flag", lambda c: c.BLOCK_S * c.BLOCK_W * 32, also=9 / 8),
     "pack_tiles": _moved("word", lambda c: c.BLOCK_S * c.BLOCK_W),
     "block_states": _moved("row's block", lambda c: c.BLOCK_S * c.BLOCK_K),
     "block_list": _moved("block", lambda c: c.BLOCK),

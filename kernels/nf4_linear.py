@@ -105,7 +105,7 @@ def _decoded(
 
 @triton.jit
 def _ranks(rows_ptr, offs_r, R):
-    """Columns offs_r of the rows of a thin matrix, 0 past its rank."""
+    """Columns offs_r of the rows of x A^T or of B, 0 past its rank."""
     return tl.load(rows_ptr + offs_r[None, :], mask=offs_r[None, :] < R, other=0.0)
 
 

@@ -57,7 +57,7 @@ class Watch:
 
 def is_special() -> bool:
     """Whether calls go another way for now: nothing that ordinary ones would do is learned from them."""
-    if torch.compiler.is_compiling() or _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed:
+    if torch.compiler.is_compiling() or _op.launch_interceptor is not None or _op._backend != "auto" or tune._pinned or tune._assumed:
         return True
     watched = _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._autograd._profiler_enabled()
     return bool(watched or _C._is_any_autocast_enabled())
@@ -174,7 +174,7 @@ class PreparedLinear:
             return None
         if _forward_ad._current_level >= 0 or _C._functorch.peek_interpreter_stack() is not None or torch.is_autocast_enabled(self.autocast):
             return None
-        if _op.stand_in is not None or _op._backend != "auto" or tune._pinned or tune._assumed or torch.compiler._is_compiling_flag:
+        if _op.launch_interceptor is not None or _op._backend != "auto" or tune._pinned or tune._assumed or torch.compiler._is_compiling_flag:
             return None
         if args or kwargs or type(x) is not Tensor or x.is_nested or not all(map(is_, map(dict.get, self.holders, self.keys), self.values)) or any(self.empty):
             return None

@@ -33,7 +33,7 @@ def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict
     """
     found: dict[str, Callable] = {}
 
-    def stand_in(launch: Callable, args: tuple):
+    def launch_interceptor(launch: Callable, args: tuple):
         device = leaves(args)[0][0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("warmup: a call captures a CUDA graph, which would hold zeros for good: warm up first, capture afterwards")
@@ -41,15 +41,15 @@ def collecting(target: "GPUTarget", arch: str, processors: int) -> Iterator[dict
             made = launch(*tree_map_only(Tensor, _on_meta, args))
         return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), made)
 
-    before = _op.stand_in
+    before = _op.launch_interceptor
     if before is not None:
         raise RuntimeError("collecting: kernels are being collected already")
-    _op.stand_in = stand_in
+    _op.launch_interceptor = launch_interceptor
     try:
         with tune.assume(arch, processors):
             yield found
     finally:
-        _op.stand_in = before
+        _op.launch_interceptor = before
         for kernel in _kernels():
             kernel.device_caches.pop(_NOWHERE, None)
 

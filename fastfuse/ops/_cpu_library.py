@@ -106,7 +106,7 @@ def linear(
 
     x: (..., K); the second result is in the widest dtype of x, A and B. weight and layout: NF4Weight and Layout, or an NF4View as both.
     """
-    lead, dtype, low = x.shape[:-1], x.dtype, x.dtype
+    lead, dtype, xa_dtype = x.shape[:-1], x.dtype, x.dtype
     M, stride, R = x.numel() // K, K, 0
     if not x.is_contiguous():
         x = rows(x)
@@ -120,9 +120,9 @@ def linear(
         R, a, b = a.shape[0], a.contiguous(), b.contiguous()
         at_a, at_b, of_a, of_b = a.data_ptr(), b.data_ptr(), _CODES[a.dtype], _CODES[b.dtype]
         if not of_a == of_b == _CODES[dtype]:
-            low = torch.promote_types(torch.promote_types(dtype, a.dtype), b.dtype)
-    xa = x.new_empty((*lead, R)) if low is dtype else x.new_empty((*lead, R), dtype=low)
-    adapter = (at_bias, at_a, at_b, xa.data_ptr(), of_bias, of_a, of_b, _CODES[low], R, scaling)
+            xa_dtype = torch.promote_types(torch.promote_types(dtype, a.dtype), b.dtype)
+    xa = x.new_empty((*lead, R)) if xa_dtype is dtype else x.new_empty((*lead, R), dtype=xa_dtype)
+    adapter = (at_bias, at_a, at_b, xa.data_ptr(), of_bias, of_a, of_b, _CODES[xa_dtype], R, scaling)
     _call("ffs_cpu_nf4_linear", weight, layout, N, K, x.data_ptr(), y, M, stride, dtype, *adapter)
     return y, xa
 

@@ -8,7 +8,7 @@ from fastfuse.ops import _op
 
 def values_are_at_hand(t: Tensor) -> bool:
     """Whether looking at t's values costs nothing: a CPU tensor, outside torch.compile and fake tensors, and not in the place of one on a GPU."""
-    if _op.stand_in is not None:
+    if _op.launch_interceptor is not None:
         return False
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._is_functional_tensor(t) and type(t) is Tensor
 

@@ -61,7 +61,7 @@ class Planned:
 
     def run(self, args: tuple, tensors: Sequence[Tensor], constants: tuple) -> Any:
         # A misaligned tensor needs another compiled kernel; what is pinned or collected must leave nothing behind.
-        if _op.INTERPRET or _op.stand_in is not None or tune._pinned or tune._assumed or any(map(_misaligned, map(Tensor.data_ptr, tensors))):
+        if _op.INTERPRET or _op.launch_interceptor is not None or tune._pinned or tune._assumed or any(map(_misaligned, map(Tensor.data_ptr, tensors))):
             return self.plan(*args)(*args)
         key = (constants, *map(_kind, tensors), *map(Tensor.stride, tensors))
         try:
@@ -135,8 +135,8 @@ class FusedOp:
         if kind != "meta" and torch.is_autocast_enabled(kind):  # dtypes were settled by the public function
             with torch.autocast(kind, enabled=False):
                 return self.run(args, tensors, constants)
-        if _op.stand_in is not None:
-            return _op.stand_in(self._launched_once, (args,))
+        if _op.launch_interceptor is not None:
+            return _op.launch_interceptor(self._launched_once, (args,))
         if kind == "cpu" and not args.interpret:
             return self.cpu(args)
         if kind == "cuda" and device.index not in (None, torch._C._cuda_getDevice()):  # Triton launches on the current device
@@ -171,7 +171,7 @@ def is_eager(tensors: Sequence[Tensor], watchers: tuple[Callable, ...] = _WATCHE
     if any(chain(map(_ask, watchers), map(Tensor.is_neg, tensors), map(Tensor._is_zerotensor, tensors))) or torch.autograd.forward_ad._current_level >= 0:
         return False
     for t in tensors:  # noqa: SIM110  all() would be two Python calls more
-        if t.device.type not in ("cuda", "cpu") and not (t.is_meta and _op.stand_in is not None):
+        if t.device.type not in ("cuda", "cpu") and not (t.is_meta and _op.launch_interceptor is not None):
             return False
     return True
 
@@ -182,7 +182,13 @@ def signature(tensors: Sequence[Tensor], constants: tuple) -> tuple | None:
     tensors, constants: the function's arguments, as they came. None where the call has to go the ordinary way: for autocast, modes, tracers, transforms,
     arguments of other kinds, misaligned ones, pinned tiles, another device than the current one.
     """
-    if torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag or _op.stand_in is not None or tune._pinned or tune._assumed is not None:
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or torch.compiler._is_compiling_flag
+        or _op.launch_interceptor is not None
+        or tune._pinned
+        or tune._assumed is not None
+    ):
         return None
     if not is_eager(tensors, _WATCHERS_AND_AUTOCAST):
         return None
@@ -218,7 +224,7 @@ def remember(signatures: dict, key: tuple | None, op: "FusedOp", args: tuple) ->
 
 def is_at_home(device: torch.device) -> bool:
     """Whether a launcher may run as things are: on the current device, without autocast, with nobody in its place."""
-    if _op.stand_in is not None or device.type not in ("cuda", "cpu") or torch.is_autocast_enabled(device.type):
+    if _op.launch_interceptor is not None or device.type not in ("cuda", "cpu") or torch.is_autocast_enabled(device.type):
         return False
     return device.type != "cuda" or device.index in (None, torch._C._cuda_getDevice())
 

@@ -44,7 +44,7 @@ class Launch:
     def _by_triton(self, grid: tuple[int, int, int], args: tuple) -> None:
         _settle_cache_keys()
         compiled = self.kernel[grid](*args, **self.constants)
-        if self.run is None and compiled is not None and not _op.INTERPRET and _op.stand_in is None:
+        if self.run is None and compiled is not None and not _op.INTERPRET and _op.launch_interceptor is None:
             self.compiled = compiled  # held whole: from Triton 3.9 on, its module is unloaded with it
             self.function, self.metadata = compiled.function, compiled.packed_metadata
             self.values = tuple(self.constants[p.name] for p in self.kernel.params[len(args) :])

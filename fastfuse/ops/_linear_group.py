@@ -102,7 +102,7 @@ def columns_of(operands: Sequence[Operand], i: int) -> slice:
     return slice(start, start + operands[i].R)
 
 
-def low_dtype(args: LinearArgs) -> torch.dtype:
+def xa_dtype(args: LinearArgs) -> torch.dtype:
     """The widest dtype of x and all adapters."""
     dtype = args.x.dtype
     for p in args.operands:
@@ -130,24 +130,26 @@ def subset(args, indices: Sequence[int]):
     return args._replace(operands=tuple([args.operands[i] for i in indices]), seeds=seeds)
 
 
-def to_kernel(p: Operand, dtype: torch.dtype, low: torch.dtype, scaling: float, out: Tensor, pre_scale: Tensor | None = None) -> Operand:
-    """An operand as a kernel takes it, its adapter in dtype `low`."""
+def to_kernel(p: Operand, dtype: torch.dtype, lora_dtype: torch.dtype, scaling: float, out: Tensor, pre_scale: Tensor | None = None) -> Operand:
+    """An operand as a kernel takes it, its adapter in dtype `lora_dtype`."""
 
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return t if t is None else t.to(dtype).contiguous()
 
-    return Operand(p.weight, cast(p.a, low), cast(p.b, low), cast(p.factor, torch.float32), cast(p.bias, dtype), out, pre_scale, p.N, p.R, scaling)
+    return Operand(
+        p.weight, cast(p.a, lora_dtype), cast(p.b, lora_dtype), cast(p.factor, torch.float32), cast(p.bias, dtype), out, pre_scale, p.N, p.R, scaling
+    )
 
 
-def needs_no_cast(p: Operand, dtype: torch.dtype, low: torch.dtype) -> bool:
+def needs_no_cast(p: Operand, dtype: torch.dtype, lora_dtype: torch.dtype) -> bool:
     """Whether to_kernel would take all tensors as they are."""
-    pairs = (p.a, low), (p.b, low), (p.factor, torch.float32), (p.bias, dtype)
+    pairs = (p.a, lora_dtype), (p.b, lora_dtype), (p.factor, torch.float32), (p.bias, dtype)
     return all(t is None or (t.dtype == want and t.is_contiguous()) for t, want in pairs)
 
 
-def low_ranks(x: Tensor, args: LinearArgs, low: torch.dtype) -> Tensor:
+def xa_of(x: Tensor, args: LinearArgs, lora_dtype: torch.dtype) -> Tensor:
     """x [M, K] by A^T for all operands, [M, sum of R]. One product reads x once; with dropout each has its own x."""
-    a = [p.a.to(low) for p in args.operands if p.a is not None]
+    a = [p.a.to(lora_dtype) for p in args.operands if p.a is not None]
     if not a:
         return x.new_empty((x.shape[0], 0))
     if args.seeds is None:
@@ -156,7 +158,7 @@ def low_ranks(x: Tensor, args: LinearArgs, low: torch.dtype) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def low_ranks_ref(x: Tensor, a: Sequence[Tensor], dtype: torch.dtype, seeds: Tensor | None, p: float) -> Tensor:
+def xa_ref(x: Tensor, a: Sequence[Tensor], dtype: torch.dtype, seeds: Tensor | None, p: float) -> Tensor:
     """dropout(x) A^T without the division by 1 - p, (..., sum of R), for each A in dtype; (..., 0) without an adapter."""
     if seeds is None:
         return x.new_empty((*x.shape[:-1], 0)) if not a else F.linear(x.to(dtype), torch.cat([t.to(dtype) for t in a]) if len(a) > 1 else a[0].to(dtype))

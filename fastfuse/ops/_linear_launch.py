@@ -9,7 +9,7 @@ from torch import Tensor
 from fastfuse import tune
 from fastfuse.kernels.arguments import Operand
 from fastfuse.ops._launch import Launch, is_watched
-from fastfuse.ops._linear_group import LinearArgs, low_dtype, low_ranks, rescale, shaped, to_kernel
+from fastfuse.ops._linear_group import LinearArgs, rescale, shaped, to_kernel, xa_dtype, xa_of
 from fastfuse.ops._op import HAS_TRITON, rows
 
 if HAS_TRITON:
@@ -19,19 +19,19 @@ Run = Callable[[LinearArgs], tuple[Tensor, ...]]
 
 
 class Kind(NamedTuple):
-    """What all calls of a plan share. work, low: the dtypes the kernel computes in, and in which it takes adapters. as_it_is: it needs no tensor cast or copied."""
+    """What all calls of a plan share. work, lora_dtype: in which the kernel computes, and takes adapters. as_it_is: it needs no tensor cast or copied."""
 
     tile: tune.Tile
     decode: str
     M: int
     work: torch.dtype
-    low: torch.dtype
+    lora_dtype: torch.dtype
     as_it_is: bool
 
 
 def few_tokens(args: LinearArgs, kind: Kind, splits: int) -> Run:
     """One launch writes sums over each split of K, x A^T among them, and one adds them up."""
-    operands, lead, K, (tile, decode, M, work, low, as_it_is) = args.operands, args.x.shape[:-1], args.K, kind
+    operands, lead, K, (tile, decode, M, work, lora_dtype, as_it_is) = args.operands, args.x.shape[:-1], args.K, kind
     ranks, block = sum([p.R for p in operands]), tile["BLOCK_N"]
     columns, tiles, tiles_a = sum([p.N for p in operands]) + ranks, _tiles(operands, block), sum([-(-p.R // block) for p in operands])
     multiply = Launch(nf4_skinny_kernel, **_constants(args, kind) | {"SPLIT_K": splits})
@@ -44,7 +44,7 @@ def few_tokens(args: LinearArgs, kind: Kind, splits: int) -> Run:
     def run(args: LinearArgs) -> tuple[Tensor, ...]:
         x = args.x if as_it_is else rows(args.x).to(work)
         group, outs, pre_scale = group_of(args)
-        xa, part = x.new_empty(shape_of_xa, dtype=low), x.new_empty(shape_of_part, dtype=torch.float32)
+        xa, part = x.new_empty(shape_of_xa, dtype=lora_dtype), x.new_empty(shape_of_part, dtype=torch.float32)
         multiply(grid, x, group, part, K if as_it_is else x.stride(0), M, K, columns)
         reduce(grid_of_reduce, part, group, xa, ranks, M, columns)
         return (*outs, xa, *pre_scale) if as_it_is else finished(outs, xa, pre_scale)
@@ -57,15 +57,15 @@ def few_tokens(args: LinearArgs, kind: Kind, splits: int) -> Run:
 
 def by_tiles(args: LinearArgs, kind: Kind) -> Run:
     """x A^T in a launch of its own, all else in one."""
-    operands, lead, K, (tile, _, M, work, low, _) = args.operands, args.x.shape[:-1], args.K, kind
-    ranks, wanted = sum([p.R for p in operands]), low_dtype(args)
+    operands, lead, K, (tile, _, M, work, lora_dtype, _) = args.operands, args.x.shape[:-1], args.K, kind
+    ranks, wanted = sum([p.R for p in operands]), xa_dtype(args)
     multiply = Launch(nf4_linear_fwd_kernel, **{"TRANSPOSED": False} | _constants(args, kind))
     grid, group_of, finished = (-(-M // tile["BLOCK_M"]) * _tiles(operands, tile["BLOCK_N"]), 1, 1), _grouping(args, kind), _finishing(args)
 
     def run(args: LinearArgs) -> tuple[Tensor, ...]:
         x = rows(args.x)
         group, outs, pre_scale = group_of(args)
-        xa = low_ranks(x, args, wanted).to(low)
+        xa = xa_of(x, args, wanted).to(lora_dtype)
         x = x.to(work)
         multiply(grid, x, group, xa, x.stride(0), ranks, M, K)
         return finished(outs, shaped(xa, lead), pre_scale)
@@ -84,7 +84,7 @@ def _constants(args: LinearArgs, kind: Kind) -> dict:
 
 def _grouping(args: LinearArgs, kind: Kind) -> Callable[[LinearArgs], tuple[tuple[Operand, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """The operands as kernels take them, where they write, and where y goes before its scale."""
-    lead, keeps, (_, _, _, work, low, as_it_is) = args.x.shape[:-1], args.keep_pre_scale, kind
+    lead, keeps, (_, _, _, work, lora_dtype, as_it_is) = args.x.shape[:-1], args.keep_pre_scale, kind
 
     def group_of(args: LinearArgs) -> tuple[tuple[Operand, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         group, outs, pre_scale, kept = (), (), (), 1.0 if args.seeds is None else rescale(args.seeds, args.dropout_p)
@@ -96,7 +96,7 @@ def _grouping(args: LinearArgs, kind: Kind) -> Callable[[LinearArgs], tuple[tupl
             if as_it_is:
                 group += (_new(Operand, (p.weight, p.a, p.b, p.factor, p.bias, out, pre, p.N, p.R, p.scaling * kept)),)
             else:
-                group += (_to_kernel(p, work, low, kept, out, pre),)
+                group += (_to_kernel(p, work, lora_dtype, kept, out, pre),)
             outs += (out,)
         return group, outs, pre_scale
 
@@ -105,10 +105,10 @@ def _grouping(args: LinearArgs, kind: Kind) -> Callable[[LinearArgs], tuple[tupl
 
 def _finishing(args: LinearArgs) -> Callable[[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """What the kernels wrote in the dtypes that are promised."""
-    dtype, low = args.x.dtype, low_dtype(args)
+    dtype, of_xa = args.x.dtype, xa_dtype(args)
 
     def finished(outs: tuple[Tensor, ...], xa: Tensor, pre_scale: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (*[t.to(dtype) for t in outs], xa.to(low), *[t.to(dtype) for t in pre_scale])
+        return (*[t.to(dtype) for t in outs], xa.to(of_xa), *[t.to(dtype) for t in pre_scale])
 
     return finished
 
@@ -138,8 +138,8 @@ def _at_addresses(multiply: Launch, reduce: Launch, grid: tuple, grid_of_reduce:
 _new = tuple.__new__
 
 
-def _to_kernel(p: Operand, dtype: torch.dtype, low: torch.dtype, kept: float, out: Tensor, pre_scale: Tensor | None) -> Operand:
+def _to_kernel(p: Operand, dtype: torch.dtype, lora_dtype: torch.dtype, kept: float, out: Tensor, pre_scale: Tensor | None) -> Operand:
     """An operand as kernels take it. A scaling that is a tensor goes into B, in fp32: the kernel rounds their product as it does with a number."""
     if not isinstance(p.scaling, Tensor) or p.b is None:
-        return to_kernel(p, dtype, low, p.scaling * kept, out, pre_scale)
-    return to_kernel(p, dtype, low, kept, out, pre_scale)._replace(b=(p.b.float() * p.scaling).contiguous())
+        return to_kernel(p, dtype, lora_dtype, p.scaling * kept, out, pre_scale)
+    return to_kernel(p, dtype, lora_dtype, kept, out, pre_scale)._replace(b=(p.b.float() * p.scaling).contiguous())

@@ -24,7 +24,7 @@ BACKENDS = ("auto", "triton", "torch")
 Plan = Callable[[tuple], tuple[Tensor, ...]]  # what launches for arguments of one kind: see fused_op()
 
 _backend = "auto"
-stand_in: Callable[[Callable, tuple], object] | None = None  # called in place of every launcher, with it and its arguments: see _collect.py
+launch_interceptor: Callable[[Callable, tuple], object] | None = None  # called in place of every launcher, with it and its arguments: see _collect.py
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def route(op: str, x: Tensor, name: str | None) -> str:
         raise Unsupported(f"{op}: forward-mode differentiation is not covered: use fastfuse.backend('torch')", "FORWARD_AD")
     if transformed():
         raise Unsupported(f"{op}: torch.func transforms (grad, vmap, ...) are not covered: use fastfuse.backend('torch')", "FUNCTORCH")
-    if stand_in is not None and x.device.type != "cuda":  # asked first: a graph that torch.compile made now must not serve afterwards
+    if launch_interceptor is not None and x.device.type != "cuda":  # asked first: a graph that torch.compile made now must not serve afterwards
         return "interpreter"  # the launcher's way, wherever the tensor is
     if x.device.type == "cuda":
         check_triton(op)
@@ -124,8 +124,8 @@ def replaceable(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def run(x, *args):
-        if stand_in is not None:
-            return stand_in(launch, (x, *args))
+        if launch_interceptor is not None:
+            return launch_interceptor(launch, (x, *args))
         if x.device.index is None or x.device.index == torch.cuda.current_device():
             return launch(x, *args)
         with torch.cuda.device(x.device):

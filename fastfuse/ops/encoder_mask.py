@@ -290,7 +290,7 @@ class EncoderMask:
 
 def _will_last(device: torch.device) -> bool:
     """Whether what is made now may be used later: what a CUDA graph records or a warm-up collects has no values, what torch.func sees is of its level alone."""
-    if _op.stand_in is not None:
+    if _op.launch_interceptor is not None:
         return False
     if torch.compiler.is_compiling():
         return True

@@ -52,39 +52,39 @@ def drop(x: Tensor, seed: Tensor | None, p: float | Tensor) -> Tensor:
 @Planned
 def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Callable[..., Tensor]:
     """drop(x) A^T, [M, R], in the wider of the two dtypes."""
-    low = torch.promote_types(x.dtype, a.dtype)
+    dtype = torch.promote_types(x.dtype, a.dtype)
     (M, K), R = x.shape, a.shape[0]
-    tile = tune.pick("lora_down", tune.arch_of(x.device), kind=_kind(x.dtype, low, seed), M=M, K=K, R=R)
+    tile = tune.pick("lora_down", tune.arch_of(x.device), kind=_kind(x.dtype, dtype, seed), M=M, K=K, R=R)
     if tile is None or M == 0 or R == 0:
-        return lambda x, a, seed, p: drop(x, seed, p).to(low) @ a.to(low).T
+        return lambda x, a, seed, p: drop(x, seed, p).to(dtype) @ a.to(dtype).T
     splits = min(tile["SPLIT_K"], -(-K // tile["BLOCK_K"]))
     grid = -(-M // tile["BLOCK_M"]) * -(-R // tile["BLOCK_R"]), splits, 1
     multiply = Launch(lora_down_kernel, PRECISION=precision(), **tile.launch() | {"SPLIT_K": splits})
 
     def run(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-        x, a = x.to(kernel_dtype(x.dtype)), a.to(kernel_dtype(low)).contiguous()
+        x, a = x.to(kernel_dtype(x.dtype)), a.to(kernel_dtype(dtype)).contiguous()
         part = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
         multiply(grid, x, a, seed, part, x.stride(0), M, K, R, threshold(p))
-        return part.sum(0).to(low)
+        return part.sum(0).to(dtype)
 
     return run
 
 
 @Planned
-def lora_up(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Callable[..., Tensor]:
-    """scaling * drop(low thin), [M, C] in dtype. low: [M, R], thin: [R, C], any strides."""
-    (M, R), C = low.shape, thin.shape[1]
-    tile = tune.pick("lora_up", tune.arch_of(low.device), kind=_kind(dtype, low.dtype, seed), M=M, C=C, R=R)
+def lora_up(xa: Tensor, lora: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Callable[..., Tensor]:
+    """scaling * drop(xa lora), [M, C] in dtype. xa: [M, R], lora: [R, C], any strides."""
+    (M, R), C = xa.shape, lora.shape[1]
+    tile = tune.pick("lora_up", tune.arch_of(xa.device), kind=_kind(dtype, xa.dtype, seed), M=M, C=C, R=R)
     if tile is None or M == 0 or R == 0:
-        return lambda low, thin, scaling, dtype, seed, p: drop(scaled_product(low, thin.to(low.dtype), scaling), seed, p).to(dtype)
+        return lambda xa, lora, scaling, dtype, seed, p: drop(scaled_product(xa, lora.to(xa.dtype), scaling), seed, p).to(dtype)
     grid = -(-M // tile["BLOCK_M"]) * -(-C // tile["BLOCK_C"]), 1, 1
     multiply = Launch(lora_up_kernel, PRECISION=precision(), **tile.launch())
 
-    def run(low: Tensor, thin: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Tensor:
-        work = kernel_dtype(low.dtype)
-        low, thin = low.to(work).contiguous(), thin.to(work)
-        out = torch.empty((M, C), dtype=kernel_dtype(dtype), device=low.device)
-        multiply(grid, low, thin, seed, out, low.stride(0), thin.stride(0), thin.stride(1), M, C, R, scaling, threshold(p))
+    def run(xa: Tensor, lora: Tensor, scaling: float, dtype: torch.dtype, seed: Tensor | None, p: float) -> Tensor:
+        work = kernel_dtype(xa.dtype)
+        xa, lora = xa.to(work).contiguous(), lora.to(work)
+        out = torch.empty((M, C), dtype=kernel_dtype(dtype), device=xa.device)
+        multiply(grid, xa, lora, seed, out, xa.stride(0), lora.stride(0), lora.stride(1), M, C, R, scaling, threshold(p))
         return out.to(dtype)
 
     return run
@@ -95,17 +95,17 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return torch.addmm(left.new_zeros(1), left, right, beta=0, alpha=scaling)
 
 
-def _kind(activation: torch.dtype, low: torch.dtype, seed: Tensor | None) -> str:
+def _kind(activation: torch.dtype, lora: torch.dtype, seed: Tensor | None) -> str:
     """What the library's product cannot do in one pass: "dropout", "mixed" dtypes; else "plain"."""
-    return "dropout" if seed is not None else "mixed" if activation != low else "plain"
+    return "dropout" if seed is not None else "mixed" if activation != lora else "plain"
 
 
 class LoRAGradArgs(NamedTuple):
-    """activation: [M, C], low: [M, R], thin: [C, R] or None, factor: [C] or None, seed: of the dropout of activation's elements, or None."""
+    """activation: [M, C], xa: [M, R], lora: [C, R] or None, factor: [C] or None, seed: of the dropout of activation's elements, or None."""
 
     activation: Tensor
-    low: Tensor
-    thin: Tensor | None
+    xa: Tensor
+    lora: Tensor | None
     factor: Tensor | None
     seed: Tensor | None
     dropout_p: float
@@ -121,15 +121,15 @@ def _dropped(args: LoRAGradArgs) -> Tensor:
 
 
 def _grad_reference(args: LoRAGradArgs) -> tuple[Tensor, ...]:
-    t, low = _dropped(args).to(args.low.dtype), args.low
-    outer = (scaled_product(t.T, low, args.scaling),) if args.want_outer else ()
-    return outer if args.thin is None else (*outer, scaled_product(t, args.thin.to(low.dtype), args.scaling))
+    t, xa = _dropped(args).to(args.xa.dtype), args.xa
+    outer = (scaled_product(t.T, xa, args.scaling),) if args.want_outer else ()
+    return outer if args.lora is None else (*outer, scaled_product(t, args.lora.to(xa.dtype), args.scaling))
 
 
 def _grad_launch(args: LoRAGradArgs) -> Callable[[LoRAGradArgs], tuple[Tensor, ...]]:
-    (M, C), R, dtype = args.activation.shape, args.low.shape[1], args.low.dtype
-    outer, through = args.want_outer, args.thin is not None
-    shape = {"M": M, "C": C, "R": R, "products": int(outer) + through, "low": "fp32" if dtype == torch.float32 else "16-bit"}
+    (M, C), R, dtype = args.activation.shape, args.xa.shape[1], args.xa.dtype
+    outer, through = args.want_outer, args.lora is not None
+    shape = {"M": M, "C": C, "R": R, "products": int(outer) + through, "lora": "fp32" if dtype == torch.float32 else "16-bit"}
     tile = tune.pick("lora_grad", tune.arch_of(args.activation.device), kind=_kind(args.activation.dtype, dtype, args.seed), **shape)
     if tile is None or 0 in (M, C, R):
         return _grad_reference
@@ -140,13 +140,13 @@ def _grad_launch(args: LoRAGradArgs) -> Callable[[LoRAGradArgs], tuple[Tensor, .
     grid = strips, splits, -(-R // tile["BLOCK_R"])
     multiply = Launch(lora_grad_kernel, PRECISION=precision(), **{k: v for k, v in tile.launch().items() if k != "PROGRAMS"})
     fp32, limit, cast = torch.float32, threshold(args.dropout_p), _caster(args)
-    stride_am, stride_lm = (t.stride(0) for t in cast(args)[:2])
+    stride_am, stride_xa = (t.stride(0) for t in cast(args)[:2])
 
     def run(args: LoRAGradArgs) -> tuple[Tensor, ...]:
-        activation, low, thin = cast(args) if cast is not _as_they_are else args[:3]
-        outers = low.new_empty((splits, C, R), dtype=fp32) if outer else None
-        strips_of = low.new_empty((strips, M, R), dtype=fp32) if through else None
-        multiply(grid, activation, low, thin, args.factor, args.seed, outers, strips_of, stride_am, stride_lm, M, C, R, rows, limit)
+        activation, xa, lora = cast(args) if cast is not _as_they_are else args[:3]
+        outers = xa.new_empty((splits, C, R), dtype=fp32) if outer else None
+        strips_of = xa.new_empty((strips, M, R), dtype=fp32) if through else None
+        multiply(grid, activation, xa, lora, args.factor, args.seed, outers, strips_of, stride_am, stride_xa, M, C, R, rows, limit)
         made = ()
         for part in (outers, strips_of):
             if part is not None:
@@ -162,11 +162,11 @@ def _as_they_are(args: LoRAGradArgs) -> tuple:
 
 
 def _caster(args: LoRAGradArgs) -> Callable[[LoRAGradArgs], tuple]:
-    """What gives activation, low and thin as the kernel reads them."""
+    """What gives activation, xa and lora as the kernel reads them."""
 
     def cast(args: LoRAGradArgs) -> tuple:
-        activation, low = (_adjacent(t).to(kernel_dtype(t.dtype)) for t in args[:2])
-        return activation, low, None if args.thin is None else args.thin.to(low.dtype).contiguous()
+        activation, xa = (_adjacent(t).to(kernel_dtype(t.dtype)) for t in args[:2])
+        return activation, xa, None if args.lora is None else args.lora.to(xa.dtype).contiguous()
 
     return _as_they_are if all(a is b for a, b in zip(cast(args), args[:3], strict=True)) else cast
 
@@ -176,25 +176,25 @@ def _adjacent(t: Tensor) -> Tensor:
 
 
 lora_grad = fused_op("lora_grad", LoRAGradArgs, reference=_grad_reference, launch=_grad_launch)
-"""(args) -> scaling * t^T low [C, R] where want_outer, and scaling * t thin [M, R] where thin is given, in low's dtype, with t = drop(activation * factor): one
+"""(args) -> scaling * t^T xa [C, R] where want_outer, and scaling * t lora [M, R] where lora is given, in xa's dtype, with t = drop(activation * factor): one
 pass over the activation. dY with x A^T and B gives dB and d(x A^T); x with d(x A^T) gives dA^T. Deterministic: fp32 partial sums, added in order."""
 
 
 def _grad_backward(args: LoRAGradArgs, outs: tuple, grads: tuple, needs: LoRAGradArgs) -> LoRAGradArgs:
-    """Both products are linear in each of activation * factor, low and thin."""
-    low, thin, scaling = args.low, args.thin, args.scaling
-    t, grads = _dropped(args).to(low.dtype), list(grads)
-    d_t, d_low, d_thin = torch.zeros_like(t), None, None
+    """Both products are linear in each of activation * factor, xa and lora."""
+    xa, lora, scaling = args.xa, args.lora, args.scaling
+    t, grads = _dropped(args).to(xa.dtype), list(grads)
+    d_t, d_xa, d_lora = torch.zeros_like(t), None, None
     if args.want_outer and (d_outer := grads.pop(0)) is not None:
-        d_t = d_t + low @ d_outer.T * scaling
-        d_low = t @ d_outer * scaling
-    if thin is not None and (d_through := grads.pop(0)) is not None:
-        d_t = d_t + d_through @ (thin.to(low.dtype) * scaling).T
-        d_thin = (t.T @ d_through * scaling).to(thin.dtype)
+        d_t = d_t + xa @ d_outer.T * scaling
+        d_xa = t @ d_outer * scaling
+    if lora is not None and (d_through := grads.pop(0)) is not None:
+        d_t = d_t + d_through @ (lora.to(xa.dtype) * scaling).T
+        d_lora = (t.T @ d_through * scaling).to(lora.dtype)
     d_t = drop(d_t.to(args.activation.dtype), args.seed, args.dropout_p)
     d_factor = None if args.factor is None else (d_t * args.activation).sum(0, dtype=torch.float32).to(args.factor.dtype)
     d_activation = d_t if args.factor is None else (d_t * args.factor).to(args.activation.dtype)
-    return LoRAGradArgs(d_activation, d_low, d_thin, d_factor, *(None,) * 5)
+    return LoRAGradArgs(d_activation, d_xa, d_lora, d_factor, *(None,) * 5)
 
 
 lora_grad.register_backward(_grad_backward, lambda args, outs, needs: (args, ()))

@@ -19,9 +19,6 @@ from fastfuse.ops._linear_group import (
     decoded,
     factor_of,
     linear_args,
-    low_dtype,
-    low_ranks,
-    low_ranks_ref,
     needs_no_cast,
     rescale,
     scaled,
@@ -29,6 +26,9 @@ from fastfuse.ops._linear_group import (
     shaped,
     tile_of,
     weight_of,
+    xa_dtype,
+    xa_of,
+    xa_ref,
 )
 from fastfuse.ops._linear_launch import Kind, by_tiles, few_tokens
 from fastfuse.ops._op import Cost, autocast_dtype, is_symbol, kernel_dtype, nbytes, number, route, rows
@@ -253,7 +253,7 @@ def nf4_linear_ref(
     y = F.linear(x, w, bias if magnitude is None else None)
     if lora_a is not None:
         dtype = torch.promote_types(torch.promote_types(x.dtype, lora_a.dtype), lora_b.dtype)
-        xa = low_ranks_ref(x, [lora_a], dtype, None if seed is None else seed.view(1), dropout_p)
+        xa = xa_ref(x, [lora_a], dtype, None if seed is None else seed.view(1), dropout_p)
         y = add_delta(y, xa, lora_b, scaling * rescale(seed, dropout_p))
     if magnitude is None:
         return y
@@ -305,7 +305,7 @@ def _inner_bias(p: Operand) -> Tensor | None:
 def _finished(args: LinearArgs, base: list[Tensor]) -> tuple[Tensor, ...]:
     """From each x W^T (with the inner bias) what the op returns, eagerly."""
     x = args.x
-    xa = low_ranks_ref(x, [p.a for p in args.operands if p.a is not None], low_dtype(args), args.seeds, args.dropout_p)
+    xa = xa_ref(x, [p.a for p in args.operands if p.a is not None], xa_dtype(args), args.seeds, args.dropout_p)
     outs, pre_scale = [], []
     for i, (p, z) in enumerate(zip(args.operands, base, strict=True)):
         if p.a is not None:
@@ -321,9 +321,9 @@ def _launch(args: LinearArgs) -> Callable[[LinearArgs], tuple[Tensor, ...]]:
     tile, decode = tile_of(args, "nf4_linear", M, x.dtype, x.device)
     if tile is None or M == 0:
         return _dense
-    work, low = kernel_dtype(x.dtype), kernel_dtype(low_dtype(args))
-    as_it_is = x.dtype == work and low == low_dtype(args) and x.is_contiguous() and all(needs_no_cast(p, work, low) for p in args.operands)
-    kind = Kind(tile, decode, M, work, low, as_it_is and not any(isinstance(p.scaling, Tensor) for p in args.operands))
+    work, lora_dtype = kernel_dtype(x.dtype), kernel_dtype(xa_dtype(args))
+    as_it_is = x.dtype == work and lora_dtype == xa_dtype(args) and x.is_contiguous() and all(needs_no_cast(p, work, lora_dtype) for p in args.operands)
+    kind = Kind(tile, decode, M, work, lora_dtype, as_it_is and not any(isinstance(p.scaling, Tensor) for p in args.operands))
     splits = min(tile.launch().get("SPLIT_K", 0), args.K // tile["BLOCK_K"])
     return few_tokens(args, kind, splits) if splits and M <= tile["BLOCK_M"] and args.seeds is None else by_tiles(args, kind)
 
@@ -334,7 +334,7 @@ def _dense(args: LinearArgs) -> tuple[Tensor, ...]:
     The delta goes first and the large product accumulates onto it: y is read and written once more, not twice.
     """
     x, lead = rows(args.x), args.x.shape[:-1]
-    xa = low_ranks(x, args, low_dtype(args))
+    xa = xa_of(x, args, xa_dtype(args))
     outs, pre_scale, kept = [], [], rescale(args.seeds, args.dropout_p)
     for i, p in enumerate(args.operands):
         bias = None if p.bias is None else p.bias.to(x.dtype)

@@ -53,8 +53,8 @@ def _eager(args: LinearDxArgs, product: Callable) -> tuple[Tensor]:
     for i, (p, dz) in enumerate(zip(args.operands, args.dy, strict=True)):
         part = product(dz if p.factor is None else (dz * p.factor).to(dz.dtype), weight_of(args, p))
         if p.R:
-            low = scaled_product(args.d_xa[:, columns_of(args.operands, i)], p.a.to(args.d_xa.dtype), rescale(args.seeds, args.dropout_p))
-            part = (part + drop(low, seed_of(args, i), args.dropout_p)).to(dz.dtype)
+            update = scaled_product(args.d_xa[:, columns_of(args.operands, i)], p.a.to(args.d_xa.dtype), rescale(args.seeds, args.dropout_p))
+            part = (part + drop(update, seed_of(args, i), args.dropout_p)).to(dz.dtype)
         total = part if total is None else total + part
     return (total,)
 
@@ -65,7 +65,7 @@ def _launch(args: LinearDxArgs) -> Callable[[LinearDxArgs], tuple[Tensor]]:
     tile, decode = tile_of(args, "nf4_linear_dx", M, dtype, dy.device)
     if tile is None or M == 0:
         return _dense
-    work, low = kernel_dtype(dtype), dtype if args.d_xa is None else kernel_dtype(args.d_xa.dtype)
+    work, lora_dtype = kernel_dtype(dtype), dtype if args.d_xa is None else kernel_dtype(args.d_xa.dtype)
     grid = -(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_K"]), 1, 1
     multiply = Launch(
         nf4_linear_dx_kernel, PROJECTIONS=len(args.dy), BLOCK_SIZE=block_size, SCALE_BLOCK=args.layout.scale_block, DECODE=decode,
@@ -73,8 +73,8 @@ def _launch(args: LinearDxArgs) -> Callable[[LinearDxArgs], tuple[Tensor]]:
     )  # fmt: skip
 
     kept, limit, ranks = rescale(args.seeds, args.dropout_p), threshold(args.dropout_p), 0 if args.d_xa is None else args.d_xa.shape[1]
-    as_they_are = work is dtype and all(needs_no_cast(p, work, low) for p in args.operands) and all(t.is_contiguous() for t in args.dy)
-    as_they_are = as_they_are and (args.d_xa is None or low is args.d_xa.dtype)
+    as_they_are = work is dtype and all(needs_no_cast(p, work, lora_dtype) for p in args.operands) and all(t.is_contiguous() for t in args.dy)
+    as_they_are = as_they_are and (args.d_xa is None or lora_dtype is args.d_xa.dtype)
 
     def run(args: LinearDxArgs) -> tuple[Tensor]:
         group, dx, d_xa = (), args.dy[0].new_empty((M, K), dtype=work), args.d_xa
@@ -82,9 +82,9 @@ def _launch(args: LinearDxArgs) -> Callable[[LinearDxArgs], tuple[Tensor]]:
             if as_they_are:
                 group += (_new(Operand, (p.weight, p.a, None, p.factor, None, dy, None, p.N, p.R, kept)),)
             else:
-                group += (to_kernel(p, work, low, kept, dy.to(work).contiguous()),)
+                group += (to_kernel(p, work, lora_dtype, kept, dy.to(work).contiguous()),)
         if not (as_they_are or d_xa is None):
-            d_xa = d_xa.to(low)
+            d_xa = d_xa.to(lora_dtype)
         multiply(grid, group, d_xa, args.seeds, dx, ranks, M, K, kept, limit)
         return (dx if as_they_are else dx.to(dtype),)
 
@@ -98,8 +98,8 @@ def _dense(args: LinearDxArgs) -> tuple[Tensor]:
         if p.factor is not None:
             dz = (dz * p.factor).to(dz.dtype)
         if p.R:
-            low = lora_up(args.d_xa[:, columns_of(args.operands, i)], p.a, rescale(args.seeds, args.dropout_p), dz.dtype, seed_of(args, i), args.dropout_p)
-            dx = low if dx is None else dx.add_(low)
+            update = lora_up(args.d_xa[:, columns_of(args.operands, i)], p.a, rescale(args.seeds, args.dropout_p), dz.dtype, seed_of(args, i), args.dropout_p)
+            dx = update if dx is None else dx.add_(update)
         with decoded(args, p, dz.dtype) as w:
             dx = dz @ w if dx is None else dx.addmm_(dz, w)
     return (dx,)
@@ -143,24 +143,24 @@ def gradients(args: LinearArgs, xa: Tensor | None, pre_scale: Some, dy: Some, d_
         if differentiated_again:
             t, factor = (t * factor).to(t.dtype) + (0 if d_pre_scale[i] is None else d_pre_scale[i].reshape(t.shape)), None
         if p.a is not None:
-            low, through = xa.reshape(M, xa.shape[-1]), needs.x or wanted.a
-            low = low if args.operands[1:] == () else low[:, columns]
+            own, through = xa.reshape(M, xa.shape[-1]), needs.x or wanted.a
+            own = own if args.operands[1:] == () else own[:, columns]
             if through or wanted.b:
                 is_tensor = type(p.scaling) is not float
-                scaling, thin = 1.0 if is_tensor else p.scaling, p.b if through else None
-                found = lora_grad(_new(LoRAGradArgs, (t, low, thin, factor, None, 0.0, scaling, wanted.b, args.interpret)))
+                scaling, lora = 1.0 if is_tensor else p.scaling, p.b if through else None
+                found = lora_grad(_new(LoRAGradArgs, (t, own, lora, factor, None, 0.0, scaling, wanted.b, args.interpret)))
                 found = [(g * p.scaling).to(g.dtype) for g in found] if is_tensor else found
-                low = found[-1] if through else low
+                own = found[-1] if through else own
                 if wanted.b:
                     db = found[0] if args.seeds is None else found[0] * kept
                     db = db if db.dtype is p.b.dtype else db.to(p.b.dtype)
             if through and d_xa is not None and kept:
-                low = low + d_xa.reshape(M, xa.shape[-1])[:, columns] / kept
+                own = own + d_xa.reshape(M, xa.shape[-1])[:, columns] / kept
             if wanted.a:
                 seed = None if args.seeds is None else args.seeds[i]
-                da = lora_grad(_new(LoRAGradArgs, (args.x.reshape(M, K), low, None, None, seed, args.dropout_p, kept, True, args.interpret)))[0].T
+                da = lora_grad(_new(LoRAGradArgs, (args.x.reshape(M, K), own, None, None, seed, args.dropout_p, kept, True, args.interpret)))[0].T
                 da = da if da.dtype is p.a.dtype else da.to(p.a.dtype)
-            onward += (low,)  # d(x A^T) without dropout's 1 / (1 - p), which comes onto what is made of it
+            onward += (own,)  # d(x A^T) without dropout's 1 / (1 - p), which comes onto what is made of it
         if args.layout is None and wanted.weight:
             dW = (t if factor is None else (t * factor).to(t.dtype)).T @ args.x.reshape(M, K)
         dz += (t,)
@@ -168,8 +168,8 @@ def gradients(args: LinearArgs, xa: Tensor | None, pre_scale: Some, dy: Some, d_
         made += (_new(Operand, (dW, da, db, d_factor, d_bias, None, None, None, None, None)),)
     dx = None
     if needs.x:
-        low = torch.cat(onward, 1) if onward[1:] else onward[0] if onward else None
-        dx = linear_dx(_new(LinearDxArgs, (dz, plain, args.layout, K, args.seeds, args.dropout_p, low, args.interpret)))[0].view(*lead, K)
+        d_xa = torch.cat(onward, 1) if onward[1:] else onward[0] if onward else None
+        dx = linear_dx(_new(LinearDxArgs, (dz, plain, args.layout, K, args.seeds, args.dropout_p, d_xa, args.interpret)))[0].view(*lead, K)
     return _new(LinearArgs, (dx, made, None, None, None, None, None, None))
 
 

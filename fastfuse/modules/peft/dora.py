@@ -135,6 +135,6 @@ class DoRALinear(LowRankLinear):
 
 def _comparable(tensors: tuple) -> bool:
     """Whether a change shows, and what is computed from them holds values now: not so while a CUDA graph is captured or a warm-up collects, or from fake tensors."""
-    if _op.stand_in is not None or any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+    if _op.launch_interceptor is not None or any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())

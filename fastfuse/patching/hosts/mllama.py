@@ -208,7 +208,7 @@ def _prepare_attention(self: nn.Module, arguments: Arguments, options: Options) 
     def prepared(*args, **arguments) -> tuple[Tensor, None] | None:
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None
-        if _op.stand_in is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
+        if _op.launch_interceptor is not None or _op._backend != "auto" or torch.compiler._is_compiling_flag or args[1:]:
             return None
         for own, host in renamed.items():
             if own in arguments:
