@@ -90,7 +90,7 @@ ROWS = (
 # The last releases of packages that have left a Python.
 LAST = {
     "3.10": {
-        "transformers": "5.20.2", "numpy": "2.2.6", "scipy": "1.15.3", "scikit-image": "0.25.2", "pillow": "12.3.0", "matplotlib": "3.10.9", "hypothesis": "6.168.5",
+        "transformers": "5.20.2", "numpy": "2.2.6", "scipy": "1.15.3", "scikit-image": "0.25.2", "pillow": "12.3.0", "matplotlib": "3.10.9",
     },
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "site", "*.egg-info")
-HEAVY = ("triton.language", "torchao", "transformers", "peft", "bitsandbytes", "accelerate", "hypothesis")  # imported once, not in every run
+HEAVY = ("triton.language", "torchao", "transformers", "peft", "bitsandbytes", "accelerate")  # imported once, not in every run
 TIMEOUT = 600  # seconds
 
 

@@ -107,12 +107,12 @@ def launching():
     real, driver = JITFunction.run, triton.runtime.driver._active
     JITFunction.run = lambda self, *args, grid, warmup=False, **options: real(self, *args, grid=grid, warmup=True, **options)
     triton.runtime.driver.set_active(NoDevice())
-    _op.stand_in = lambda launch, args: launch(*args)
+    _op.launch_interceptor = lambda launch, args: launch(*args)
     try:
         with tune.assume("sm_90", 132):
             yield
     finally:
-        JITFunction.run, triton.runtime.driver._active, _op.stand_in = real, driver, None
+        JITFunction.run, triton.runtime.driver._active, _op.launch_interceptor = real, driver, None
 
 
 def calls():
