@@ -258,7 +258,7 @@ def test_projections_are_called():
         part.register_forward_hook(lambda m, args, out: seen.append(m))
     report = exchanged(module, text(dim=128))
     assert report.counts == {"patched": 5} and {e.op for e in report.entries} == {"cross_attention", "nf4_lora_linear"}
-    assert seen.count(module.mlp) == seen.count(module.attn.q_proj) == 12  # in ten orders, patched and given back
+    assert seen.count(module.mlp) == seen.count(module.attn.q_proj) == 2  # patched and given back
 
 
 def with_hooked_cache(module, given):
