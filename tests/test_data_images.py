@@ -3,6 +3,7 @@
 import base64
 import importlib
 import io
+import itertools
 import math
 import random
 import sys
@@ -211,6 +212,19 @@ def test_other_dtypes_are_computed_in_float32():
         pillow = pixels(np.array(Image.fromarray(array).resize(size[::-1], SMOOTH[mode])))
         assert (_resize(image, size, mode).int() - pillow.int()).abs().max() <= 1
     assert torch.equal(_resize(image.int(), size, "bilinear"), _resize(image.float(), size, "bilinear").round().int())
+
+
+def test_extreme_sizes():
+    """An even picture stays even where it lies, and the rest is padding. Each size by each way of resampling, every other on the largest canvas."""
+    sizes, ways, to_max_canvas = [(1, 1), (5000, 1), (1, 5000), (1, 2), (3, 2999)], ("nearest", *SMOOTH), itertools.cycle((False, True))
+    for (size, resample), largest in zip(itertools.product(sizes, ways), to_max_canvas, strict=False):
+        transform = CLIPImageTransform(tile_size=28, dtype=F32, resample=resample, resize_to_max_canvas=largest)
+        sample = transform({"image": 0.5 * ones(3, *size)})
+        rows, columns = sample["aspect_ratio"].tolist()
+        h, w = get_inscribed_size(size, (28 * rows, 28 * columns), None if largest else 28)
+        canvas = sample["image"].view(rows, columns, 3, 28, 28).permute(2, 0, 3, 1, 4).reshape(3, 28 * rows, 28 * columns)
+        torch.testing.assert_close(canvas[:, :h, :w], 0.5 * ones(3, h, w))
+        assert canvas.count_nonzero() == 3 * h * w
 
 
 # tiles, aspect ratio, then pixels (0, 0, 0, 0), (0, 1, 5, 7), (-1, 2, 3, 4), (-1, 0, -1, -1), sum and sum of squares
